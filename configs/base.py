@@ -1,0 +1,57 @@
+"""Every key with its default; the named configs beside this file change what they need.
+
+Any key can be changed on the command line: --config.optim.steps=1000.
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config() -> ConfigDict:
+    config = ConfigDict()
+    config.seed = 0  # parameters and the order of the data
+    config.log_every = 10  # steps between lines of training metrics
+    config.eval_every = 100  # steps between evaluations; 0: only at the end
+    config.eval_batches = 16  # batches of the validation split per evaluation
+    config.checkpoint_every = 100  # steps between checkpoints; the last step always has one
+    config.checkpoints_kept = 2  # older ones are deleted
+
+    config.mesh = mesh = ConfigDict()  # devices per axis; -1 in one of them: as many as there are
+    mesh.data = -1  # groups that train on different sequences
+    mesh.seq = 1  # devices that share a sequence
+    mesh.model = 1  # devices that share a layer's weights (1 for now)
+
+    config.attention = attention = ConfigDict()
+    attention.strategy = "lss"  # "lss", or "dense" on an uncut sequence
+    attention.layout = "contiguous"  # which tokens a device holds: the paper's segments
+
+    config.model = model = ConfigDict()
+    model.family = "decoder"
+    model.vocab = 256  # bytes
+    model.layers = 4
+    model.width = 128
+    model.heads = 4
+    model.kv_heads = model.get_ref("heads")  # fewer: query heads share keys and values (GQA, MQA)
+    model.mlp_width = model.get_ref("width") * 4
+    model.positions = "learned"  # "learned" (cut by segment), "rope" or "none"
+    model.tied_head = True  # the head is the transpose of the token embedding
+    model.dropout = 0.0
+    model.dtype = "float32"  # of activations, or "bfloat16"; parameters are float32
+    model.remat = "none"  # "block": compute each block again on the way back, for memory
+    model.scan_layers = True  # one compiled block for all layers; False: unrolled
+
+    config.data = data = ConfigDict()
+    data.source = "stdlib"  # Python's own source files; "enwik8"; or "text", any file
+    data.path = ""  # the file ("enwik8": the raw file or a prefix of it; empty: download)
+    data.seq_len = 512  # tokens (bytes) per sequence
+    data.batch_size = 16  # whole sequences, over all devices
+
+    config.optim = optim = ConfigDict()
+    optim.steps = 300
+    optim.learning_rate = 1e-3  # the peak
+    optim.warmup_steps = 20
+    optim.weight_decay = 0.1  # not on norms and biases
+    optim.clip_norm = 1.0  # global norm of the gradient
+    optim.beta1 = 0.9
+    optim.beta2 = 0.95
+    optim.accumulate = 1  # microbatches per step
+    return config

@@ -1,0 +1,1 @@
+"""Sequence-parallel transformer training in JAX: the LSS Transformer (arXiv 2311.02382)."""

@@ -1,0 +1,292 @@
+"""The typed, validated config; every default lives in `configs/base.py`, every rule lives here."""
+
+import dataclasses
+import difflib
+import typing
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+
+class ConfigError(ValueError):
+    """A user's input that cannot work: one line per problem, each with the values, the rule and the remedy."""
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    data: int
+    seq: int
+    model: int
+
+
+@dataclasses.dataclass(frozen=True)
+class AttentionConfig:
+    strategy: Literal["lss", "dense"]
+    layout: Literal["contiguous"]
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    family: Literal["decoder"]
+    vocab: int
+    layers: int
+    width: int
+    heads: int
+    kv_heads: int
+    mlp_width: int
+    positions: Literal["learned", "rope", "none"]
+    tied_head: bool
+    dropout: float
+    dtype: Literal["float32", "bfloat16"]
+    remat: Literal["none", "block"]
+    scan_layers: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    source: Literal["stdlib", "enwik8", "text"]
+    path: str
+    seq_len: int
+    batch_size: int
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimConfig:
+    steps: int
+    learning_rate: float
+    warmup_steps: int
+    weight_decay: float
+    clip_norm: float
+    beta1: float
+    beta2: float
+    accumulate: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    seed: int
+    mesh: MeshConfig
+    attention: AttentionConfig
+    model: ModelConfig
+    data: DataConfig
+    optim: OptimConfig
+    eval_every: int
+    eval_batches: int
+    checkpoint_every: int
+    checkpoints_kept: int
+    log_every: int
+
+
+MeshSizes = tuple[int, int, int]
+
+
+def from_dict(values: Mapping[str, Any]) -> Config:
+    """The typed config of a nested mapping (an `ml_collections.ConfigDict`, or parsed JSON).
+
+    Raises:
+      ConfigError: an unknown or missing key, or a value of the wrong type or outside its choices.
+    """
+    problems: list[str] = []
+    config = _build(Config, values, "", problems)
+    if problems:
+        raise ConfigError("\n".join(problems))
+    return config
+
+
+def unknown_key(key: str, known: list[str]) -> str:
+    """What to say of a dotted `key` that is not among the `known` ones."""
+    by_leaf = [name for name in known if name.rpartition(".")[2] == key.rpartition(".")[2]]
+    near = (difflib.get_close_matches(key, known, n=1) or by_leaf or [None])[0]
+    return f"unknown config key {key!r}; " + (f"did you mean {near!r}?" if near else f"known: {', '.join(known)}")
+
+
+def keys(values: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """The dotted names of all leaves of a nested mapping."""
+    names = []
+    for name, value in values.items():
+        names += keys(value, f"{prefix}{name}.") if hasattr(value, "items") else [prefix + name]
+    return names
+
+
+def _build(cls: type, values: Mapping[str, Any], prefix: str, problems: list[str]) -> Any:
+    kinds = typing.get_type_hints(cls)
+    problems += [unknown_key(prefix + k, [prefix + n for n in kinds]) for k in values if k not in kinds]
+    fields = {}
+    for name, kind in kinds.items():
+        key = prefix + name
+        if name not in values:
+            problems.append(f"config key {key!r} is missing; start from configs/base.py, which has every key")
+        elif dataclasses.is_dataclass(kind):
+            if hasattr(values[name], "items"):
+                fields[name] = _build(typing.cast(type, kind), values[name], f"{key}.", problems)
+            else:
+                problems.append(f"{key}={values[name]!r} is not a group of keys; set {key}.NAME instead")
+        else:
+            fields[name] = _leaf(kind, values[name], key, problems)
+    return None if problems else cls(**fields)
+
+
+def _leaf(kind: Any, value: Any, key: str, problems: list[str]) -> Any:
+    choices = typing.get_args(kind)
+    if choices:
+        if value not in choices:
+            problems.append(f"{key}={value!r} is not known; choose one of {', '.join(map(repr, choices))}")
+        return value
+    if kind is float and type(value) is int:
+        return float(value)
+    if type(value) is not kind:
+        problems.append(f"{key}={value!r} is of type {type(value).__name__}; give a value of type {kind.__name__}")
+    return value
+
+
+def mesh_sizes(mesh: MeshConfig, device_count: int) -> MeshSizes:
+    """Sizes (data, seq, model) over `device_count` devices; -1 fills one axis.
+
+    Raises:
+      ConfigError: the mesh does not take exactly the devices there are.
+    """
+    sizes = [mesh.data, mesh.seq, mesh.model]
+    shown = f"mesh.data={mesh.data}, mesh.seq={mesh.seq}, mesh.model={mesh.model}"
+    if any(size < 1 and size != -1 for size in sizes) or sizes.count(-1) > 1:
+        raise ConfigError(f"{shown}: each size must be at least 1, and at most one may be -1 (fill the rest)")
+    fixed = 1
+    for size in sizes:
+        fixed *= size if size != -1 else 1
+    if -1 in sizes and device_count % fixed == 0:
+        sizes[sizes.index(-1)] = device_count // fixed
+    elif -1 in sizes or fixed != device_count:
+        raise ConfigError(
+            f"{shown} needs {'a multiple of ' if -1 in sizes else ''}{fixed} devices, but {device_count} are found; "
+            f"change the mesh (-1 fills an axis), or simulate them on the CPU with "
+            f"JAX_PLATFORMS=cpu JAX_NUM_CPU_DEVICES={fixed}"
+        )
+    return sizes[0], sizes[1], sizes[2]
+
+
+def validate(config: Config, device_count: int) -> MeshSizes:
+    """Checks everything that can be known before data is opened and anything is compiled; returns the mesh sizes.
+
+    Raises:
+      ConfigError: all problems at once, a line each.
+    """
+    found = [*_out_of_range(config), *_cross_field(config)]
+    sizes = None
+    try:
+        sizes = mesh_sizes(config.mesh, device_count)
+        found += _mesh_problems(config, sizes)
+    except ConfigError as error:
+        found.insert(0, str(error))
+    if found:
+        raise ConfigError("\n".join(found))
+    assert sizes is not None
+    return sizes
+
+
+def _out_of_range(config: Config) -> Iterator[str]:
+    model, data, optim = config.model, config.data, config.optim
+    at_least_1 = {
+        **{f"model.{k}": getattr(model, k) for k in ("vocab", "layers", "width", "heads", "kv_heads", "mlp_width")},
+        **{f"data.{k}": getattr(data, k) for k in ("seq_len", "batch_size")},
+        **{f"optim.{k}": getattr(optim, k) for k in ("steps", "accumulate")},
+        **{k: getattr(config, k) for k in ("checkpoint_every", "checkpoints_kept", "log_every", "eval_batches")},
+    }
+    for key, value in at_least_1.items():
+        if value < 1:
+            yield f"{key}={value} must be at least 1"
+    at_least_0 = {
+        "seed": config.seed,
+        "eval_every": config.eval_every,
+        "optim.warmup_steps": optim.warmup_steps,
+        "optim.weight_decay": optim.weight_decay,
+    }
+    for key, number in at_least_0.items():
+        if not 0 <= number < float("inf"):
+            yield f"{key}={number} must be at least 0 and finite"
+    for key, number in {"optim.learning_rate": optim.learning_rate, "optim.clip_norm": optim.clip_norm}.items():
+        if not 0 < number < float("inf"):
+            yield f"{key}={number} must be greater than 0 and finite"
+    for key, number in {"optim.beta1": optim.beta1, "optim.beta2": optim.beta2}.items():
+        if not 0 <= number < 1:
+            yield f"{key}={number} must be at least 0 and less than 1"
+
+
+def _cross_field(config: Config) -> Iterator[str]:
+    model, data, optim = config.model, config.data, config.optim
+    if model.vocab < 256:
+        yield f"model.vocab={model.vocab} is less than 256, which byte-level data needs; use model.vocab=256"
+    if model.heads > 0 and model.width % model.heads:
+        yield (
+            f"model.width={model.width} is not divisible by model.heads={model.heads}; "
+            f"use model.width={_next_multiple(model.width, model.heads)} or another number of heads"
+        )
+    elif model.heads > 0 and model.positions == "rope" and model.width // model.heads % 2:
+        yield (
+            f"the head width model.width/model.heads={model.width // model.heads} is odd, but rope rotates pairs; "
+            f'use an even head width or model.positions="learned"'
+        )
+    if model.heads > 0 and model.kv_heads > 0 and model.heads % model.kv_heads:
+        yield (
+            f"model.heads={model.heads} is not divisible by model.kv_heads={model.kv_heads}; each key/value head "
+            f"serves equally many query heads: use model.kv_heads={model.heads} or a divisor of it"
+        )
+    if model.dropout != 0.0:
+        yield (
+            f"model.dropout={model.dropout} is not supported yet: dropout must not depend on the mesh, "
+            f"and that is still to be built; use model.dropout=0.0"
+        )
+    if optim.warmup_steps > optim.steps > 0:
+        yield (
+            f"optim.warmup_steps={optim.warmup_steps} is more than optim.steps={optim.steps}; "
+            f"warm up for at most {optim.steps} steps"
+        )
+    if data.source == "text" and not data.path:
+        yield 'data.source="text" needs a file; give data.path, or use data.source="stdlib", which needs none'
+    if data.source == "stdlib" and data.path:
+        yield f'data.path={data.path!r} has no use with data.source="stdlib"; use data.source="text"'
+
+
+def _mesh_problems(config: Config, sizes: MeshSizes) -> Iterator[str]:
+    data, seq, model = sizes
+    length, batch, accumulate = config.data.seq_len, config.data.batch_size, config.optim.accumulate
+    if model != 1:
+        yield f"mesh.model={model} is not supported yet; use mesh.model=1 and cut the sequence with mesh.seq"
+    if config.attention.strategy == "dense" and seq != 1:
+        yield (
+            f'attention.strategy="dense" keeps the whole sequence on one device, but mesh.seq={seq}; '
+            f'use mesh.seq=1 or attention.strategy="lss"'
+        )
+    if length % seq:
+        yield (
+            f"data.seq_len={length} is not divisible by mesh.seq={seq}; every device holds an equal segment: "
+            f"use data.seq_len={_next_multiple(length, seq)} or another mesh.seq"
+        )
+    if accumulate > 0 and batch % (data * accumulate):
+        yield (
+            f"data.batch_size={batch} is not divisible by mesh.data={data} times optim.accumulate={accumulate}; "
+            f"use data.batch_size={_next_multiple(batch, data * accumulate)}"
+        )
+
+
+def check_same_model(saved: Config, config: Config, workdir: Path) -> None:
+    """Refuses to go on with a checkpoint's parameters in a model that they do not fit.
+
+    Raises:
+      ConfigError: each key that differs and shapes the parameters.
+    """
+    shaping = ["family", "vocab", "layers", "width", "heads", "kv_heads", "mlp_width", "positions", "tied_head"]
+    pairs = [(f"model.{name}", getattr(saved.model, name), getattr(config.model, name)) for name in shaping]
+    if config.model.positions == "learned":
+        pairs.append(("data.seq_len", saved.data.seq_len, config.data.seq_len))
+    different = [(key, then, now) for key, then, now in pairs if then != now]
+    if different:
+        raise ConfigError(
+            "\n".join(
+                f"workdir {workdir} holds a run with {key}={then!r}, not {now!r}, and its parameters do not fit; "
+                f"choose another --workdir, or go on with --config.{key}={then}"
+                for key, then, now in different
+            )
+        )
+
+
+def _next_multiple(value: int, of: int) -> int:
+    return -(-value // of) * of

@@ -1,0 +1,125 @@
+"""Where the bytes come from: the standard library's own sources, enwik8, or any text file."""
+
+import hashlib
+import os
+import sysconfig
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pooch
+
+from lss_jax.config import ConfigError, DataConfig
+
+Splits = dict[str, np.ndarray]  # "train", "valid", "test": bytes (uint8), views of one memory-mapped file
+
+# enwik8 (Mahoney 2006): the first 10^8 bytes of the English Wikipedia dump of 2006-03-03.
+ENWIK8_URL = "http://mattmahoney.net/dc/enwik8.zip"
+ENWIK8_ZIP_BYTES = 36_445_475
+ENWIK8_ZIP_SHA256 = "547994d9980ebed1288380d652999f38a14fe291a6247c157c3d33d4932534bc"
+ENWIK8_BYTES = 100_000_000
+ENWIK8_SHA256 = {  # of its first so many bytes: the longest that a file covers is checked
+    65_536: "05fc5f44993ef0557959db76bf47e45badb2dd9c69d93ce08911935b5e52bf40",
+    4_000_000: "9f9ca3a41e2b87a0268d00380577e2c308e07959b22a94c8d7b1e8901bdefc37",
+    ENWIK8_BYTES: "2b49720ec4d78c3c9fabaee6e4179a5e997302b3a70029f30f2d582218c024a8",
+}
+NEEDS_NO_DOWNLOAD = "configs/default.py needs no download"
+STDLIB_LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "idlelib"}
+
+
+def open_splits(config: DataConfig) -> Splits:
+    """Opens the configured source, memory-mapped, as its first 90, next 5 and last 5 percent.
+
+    Raises:
+      ConfigError: a file that is missing, empty, too short for one training window, or not what it should be; or a
+        download that is needed and cannot be had.
+    """
+    data = SOURCES[config.source](config.path)
+    size = len(data)
+    ends = {"train": size * 90 // 100, "valid": size * 95 // 100, "test": size}
+    if ends["train"] < config.seq_len + 1 or ends["valid"] - ends["train"] < 2:
+        raise ConfigError(
+            f"data.source={config.source!r}, data.path={config.path!r}: {size} bytes give {ends['train']} for training "
+            f"(90%), but one window takes data.seq_len + 1 = {config.seq_len + 1}; use a longer file or a smaller "
+            f"data.seq_len"
+        )
+    starts = [0, *ends.values()]
+    return {name: data[start:end] for (name, end), start in zip(ends.items(), starts, strict=False)}
+
+
+def stdlib(path: str) -> np.ndarray:
+    """The source files of the running Python's standard library, one after the other.
+
+    Their order is fixed, by the hash of their names, so that the three splits are much alike.
+    """
+    root = Path(sysconfig.get_path("stdlib"))
+    names = [name.relative_to(root) for name in root.rglob("*.py")]
+    kept = [name for name in names if not STDLIB_LEFT_OUT & set(name.parts)]
+    kept.sort(key=lambda name: hashlib.sha256(name.as_posix().encode()).digest())
+    if not kept:
+        raise ConfigError(f'data.source="stdlib": no .py files under {root}; use data.source="text" and data.path')
+    return np.frombuffer(b"".join((root / name).read_bytes() for name in kept), dtype=np.uint8)
+
+
+def text(path: str) -> np.ndarray:
+    """Any file, read as bytes."""
+    file = Path(path).expanduser()
+    if not file.is_file():
+        raise ConfigError(f"data.path={path!r} is not a file; give the path of a text file ({NEEDS_NO_DOWNLOAD})")
+    if file.stat().st_size == 0:
+        raise ConfigError(f"data.path={path!r} is empty (0 bytes); give a file with text in it ({NEEDS_NO_DOWNLOAD})")
+    try:
+        return np.memmap(file, dtype=np.uint8, mode="r")
+    except OSError as error:
+        raise ConfigError(f"data.path={path!r} cannot be read ({error.strerror}); make it readable") from error
+
+
+def enwik8(path: str) -> np.ndarray:
+    """The file at `path`, enwik8 or a prefix of it; without a path, the cached or downloaded whole."""
+    path = path or str(_downloaded_enwik8())
+    data = text(path)
+    if len(data) > ENWIK8_BYTES:
+        raise ConfigError(
+            f"data.path={path!r} has {len(data)} bytes, but enwik8 has {ENWIK8_BYTES}; give the raw file (unzipped) "
+            f'or a prefix of it, or use data.source="text"'
+        )
+    for length in sorted(ENWIK8_SHA256, reverse=True):
+        if length <= len(data):
+            _check_sha256(data[:length], ENWIK8_SHA256[length], path)
+            break
+    return data
+
+
+def _check_sha256(data: np.ndarray, expected: str, path: str) -> None:
+    found = hashlib.sha256(data).hexdigest()
+    if found != expected:
+        raise ConfigError(
+            f"data.path={path!r}: sha256 of the first {len(data)} bytes is {found}, but enwik8 has {expected}; "
+            f'fetch it again from {ENWIK8_URL}, or use data.source="text" for a file of your own'
+        )
+
+
+def _downloaded_enwik8() -> Path:
+    """The whole of enwik8 in the cache folder, fetched, checked and unpacked there at first."""
+    cache = Path(pooch.os_cache("lss_jax"))
+    raw = cache / "enwik8"
+    if raw.is_file():
+        return raw
+    try:
+        zipped = pooch.retrieve(
+            ENWIK8_URL, known_hash=f"sha256:{ENWIK8_ZIP_SHA256}", fname="enwik8.zip", path=cache, progressbar=True
+        )
+        with zipfile.ZipFile(zipped) as archive:
+            unfinished = archive.extract("enwik8", cache / "unfinished")
+        os.replace(unfinished, raw)  # all or nothing: half a file would pass for a prefix
+    except (OSError, ValueError) as error:
+        reason = str(error).split("\n")[0]
+        raise ConfigError(
+            f"enwik8 cannot be downloaded ({type(error).__name__}: {reason}); fetch {ENWIK8_URL} ({ENWIK8_ZIP_BYTES} "
+            f"bytes, sha256 {ENWIK8_ZIP_SHA256}) elsewhere, unzip it and give data.path ({NEEDS_NO_DOWNLOAD})"
+        ) from error
+    return raw
+
+
+SOURCES: dict[str, Callable[[str], np.ndarray]] = {"stdlib": stdlib, "enwik8": enwik8, "text": text}

@@ -1,0 +1,53 @@
+"""Evaluate a trained model: `python -m lss_jax.evaluate --workdir DIR`."""
+
+import argparse
+from pathlib import Path
+
+import jax
+from ml_collections import ConfigDict
+
+from lss_jax import cli, distributed
+from lss_jax.config import check_same_model, from_dict, validate
+from lss_jax.data.sources import open_splits
+from lss_jax.mesh import make_mesh
+from lss_jax.models import build_model
+from lss_jax.step import make_eval_step
+from lss_jax.trainer import evaluate, restore_params, saved_config
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m lss_jax.evaluate",
+        description="Bits per byte of a run's newest checkpoint on a whole split of its data.",
+        epilog=f"{cli.OVERRIDES} The config is the run's own; another mesh gives the same number.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--workdir", required=True, metavar="DIR", help="of a training run")
+    parser.add_argument("--split", choices=["train", "valid", "test"], default="valid", help="default: valid")
+    parser.add_argument("--batches", type=int, metavar="N", help="only the first N batches (default: the whole split)")
+    arguments, values = cli.parse(parser, lambda arguments: ConfigDict(saved_config(Path(arguments.workdir))))
+    config, workdir = from_dict(values), Path(arguments.workdir)
+    distributed.start()
+    check_same_model(from_dict(saved_config(workdir)), config, workdir)
+    mesh = make_mesh(validate(config, len(jax.devices())))
+    splits = open_splits(config.data)
+    model = build_model(config)
+    step, params = restore_params(model, mesh, workdir)
+    record = evaluate(
+        make_eval_step(model, mesh),
+        params,
+        splits[arguments.split],
+        config,
+        mesh,
+        arguments.split,
+        step,
+        arguments.batches,
+    )
+    print(
+        f"step {step}  {arguments.split}  loss {record['loss']:.4f} nats/byte  {record['bits_per_byte']:.4f} bits/byte"
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,47 @@
+"""One mesh, three axes: `data` x `seq` x `model`; every sharding of the project is said in these names."""
+
+from collections.abc import Sequence
+
+import jax
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+DATA, SEQ, MODEL = "data", "seq", "model"
+AXES = (DATA, SEQ, MODEL)
+
+
+def make_mesh(sizes: tuple[int, int, int], devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """The mesh of `sizes` (data, seq, model) with neighbouring devices in one sequence group (paper, Sec. 4).
+
+    The last axis varies fastest over the devices, so `model`, then `seq` stay within a node where they fit.
+    """
+    return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+
+
+def cut_axes(mesh: Mesh) -> tuple[str, ...]:
+    """The axes with more than one device: only these may leave a collective in the compiled program."""
+    return tuple(axis for axis in mesh.axis_names if mesh.shape[axis] > 1)
+
+
+def named_axes(spec: PartitionSpec) -> frozenset[str]:
+    """The mesh axes that a spec names: `P(None, ("seq", "model"))` names two."""
+    return frozenset(axis for part in spec if part for axis in ((part,) if isinstance(part, str) else part))
+
+
+def over_cut_axes(spec: PartitionSpec, mesh: Mesh) -> PartitionSpec:
+    """The spec without the axes of size 1.
+
+    What is never cut never varies: with these specs `shard_map` sees values that do not vary over an axis of size 1,
+    and nothing asks for a collective there (XLA on CPU would keep it).
+    """
+    cut = cut_axes(mesh)
+
+    def keep(part):
+        kept = tuple(axis for axis in ((part,) if isinstance(part, str) else part or ()) if axis in cut)
+        return kept[0] if len(kept) == 1 else kept or None
+
+    return PartitionSpec(*map(keep, spec))
+
+
+def shardings(specs, mesh: Mesh):
+    """A tree of specs as a tree of shardings on `mesh`."""
+    return jax.tree.map(lambda spec: NamedSharding(mesh, over_cut_axes(spec, mesh)), specs)

@@ -1,0 +1,97 @@
+"""Train a model: `python -m lss_jax.train --config configs/default.py`."""
+
+import argparse
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from lss_jax import cli, distributed
+from lss_jax.config import from_dict
+from lss_jax.metrics import console_line, read_records
+from lss_jax.models import parameter_count
+from lss_jax.trainer import Trainer
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m lss_jax.train",
+        description="Train a model on this machine's devices (8 simulated CPU devices if there is no accelerator).",
+        epilog=f"{cli.OVERRIDES} configs/base.py lists all keys. Ctrl-C saves and stops; the same command goes on.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--config", required=True, metavar="FILE", help="for example configs/default.py")
+    parser.add_argument("--workdir", metavar="DIR", help="where the run is kept (default: runs/NAME of the config)")
+    arguments, values = cli.parse(parser, lambda arguments: cli.load_config_file(arguments.config))
+    config = from_dict(values)
+    distributed.start()
+    trainer = Trainer(config, Path(arguments.workdir or Path("runs") / Path(arguments.config).stem))
+    with stopping_on_signals(trainer) as received:
+        introduce(trainer)
+        print(f"compiled in {trainer.compile():.1f} s", flush=True)
+        for record in trainer.fit():
+            print(console_line(record, config.optim.steps), flush=True)
+        trainer.save()
+        trainer.close()
+    if trainer.step < config.optim.steps:
+        print(f"stopped after step {trainer.step}, which is saved; the same command goes on from there")
+        return 128 + received[0]
+    summarize(trainer, arguments.config)
+    return 0
+
+
+@contextmanager
+def stopping_on_signals(trainer: Trainer) -> Iterator[list[int]]:
+    """The first Ctrl-C or SIGTERM ends the training after the step in hand, the next one ends the process at once."""
+    received: list[int] = []
+
+    def stop(number: int, _frame: object) -> None:
+        received.append(number)
+        trainer.stopping = True
+        signal.signal(number, before[number])
+        print("\nfinishing the step and saving; once more to quit at once", flush=True)
+
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def introduce(trainer: Trainer) -> None:
+    """Says what is about to run."""
+    config, devices = trainer.config, trainer.mesh.devices.flat
+    sizes = " x ".join(f"{axis}={size}" for axis, size in trainer.mesh.shape.items())
+    segment = config.data.seq_len // trainer.mesh.shape["seq"]
+    print(f"devices  {trainer.mesh.size} {devices[0].device_kind}, mesh {sizes}")
+    print(
+        f"model    {config.model.family}, {parameter_count(trainer.model):,} parameters, {config.model.dtype}, "
+        f"attention {config.attention.strategy}"
+    )
+    print(
+        f"data     {config.data.source}, {len(trainer.splits['train']):,} bytes to train on; a step is "
+        f"{config.data.batch_size} sequences of {config.data.seq_len:,} tokens, {segment:,} per device"
+    )
+    print(f"workdir  {trainer.workdir}" + (f", going on after step {trainer.step}" if trainer.step else ""), flush=True)
+
+
+def summarize(trainer: Trainer, config_path: str) -> None:
+    """Says what came out, where it is, and what to try next."""
+    records = read_records(trainer.workdir / "metrics.jsonl")
+    last = {record["split"]: record for record in records}
+    workdir = trainer.workdir
+    print(f"\ndone after {trainer.step} steps")
+    print(f"  train  {last['train']['bits_per_byte']:.4f} bits/byte  (loss {last['train']['loss']:.4f} nats)")
+    print(f"  valid  {last['valid']['bits_per_byte']:.4f} bits/byte  (loss {last['valid']['loss']:.4f} nats)")
+    print(f"  speed  {last['train']['tokens_per_second']:,.0f} tokens/s")
+    print(f"  files  {workdir}/: checkpoints/, metrics.jsonl, tensorboard/, config.json")
+    print("next:")
+    print(f"  python -m lss_jax.evaluate --workdir {workdir} --split test")
+    print(f"  python -m lss_jax.train --config {config_path} --config.optim.steps={2 * trainer.step}   # train on")
+    print(f"  python -m lss_jax.train --config {config_path} --workdir {workdir}-seq8 --config.mesh.data=1")
+    print("     # another mesh, the same loss curve")
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,224 @@
+"""A run: mesh, model, data, compiled steps, state and files, all from one config."""
+
+import dataclasses
+import json
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from lss_jax.checkpoint import Checkpoints, like
+from lss_jax.config import Config, ConfigError, check_same_model, from_dict, validate
+from lss_jax.data.loader import (
+    Batch,
+    batch_like,
+    consecutive_starts,
+    prefetched,
+    read_batch,
+    shuffled_starts,
+    training_windows,
+)
+from lss_jax.data.sources import open_splits
+from lss_jax.losses import LossSum
+from lss_jax.mesh import make_mesh, shardings
+from lss_jax.metrics import MetricsWriter, Record, bits_per_byte
+from lss_jax.models import Model, Params, build_model
+from lss_jax.optimizer import make_optimizer, make_schedule
+from lss_jax.state import TrainState, init_state, state_shardings
+from lss_jax.step import make_eval_step, make_train_step
+
+
+class Trainer:
+    """Trains a model in `workdir`, and goes on where the last run there stopped.
+
+    Building one validates everything, opens the data, makes or restores the state, and only then writes.
+
+    Raises:
+      ConfigError: the config, the data or the workdir cannot work; nothing has been written.
+    """
+
+    def __init__(self, config: Config, workdir: Path, devices: Sequence[jax.Device] | None = None):
+        devices = jax.devices() if devices is None else devices
+        self.config, self.workdir = config, workdir
+        self.mesh = make_mesh(validate(config, len(devices)), devices)
+        self.splits = open_splits(config.data)
+        check_workdir(config, workdir)
+        self.model = build_model(config)
+        self.stopping = False  # set it (from a signal handler, say), and `fit` ends after the step in hand
+        self._blocks = self.mesh.devices.flat[0].platform == "cpu"
+        self._optimizer = make_optimizer(config.optim)
+        self._schedule = make_schedule(config.optim)
+        self._train_step: Callable | None = None
+        self._eval_step = make_eval_step(self.model, self.mesh)
+        self._checkpoints = open_workdir(config, workdir)
+        self.step = self._checkpoints.latest_step() or 0
+        self.state = self._restored() if self.step else self._fresh()
+        self._metrics = MetricsWriter(workdir, self.step)
+
+    def compile(self) -> float:
+        """Compiles the training step, unless that is done already; returns the seconds that it took."""
+        started = time.perf_counter()
+        if self._train_step is None:
+            batch = batch_like(self.config.data.batch_size, self.config.data.seq_len, self.mesh)
+            step = make_train_step(self.model, self._optimizer, self.mesh)
+            self._train_step = step.lower(self.state, batch).compile()
+        return time.perf_counter() - started
+
+    def fit(self) -> Iterator[Record]:
+        """Trains up to `optim.steps`; yields a record each time that there is one, after writing it.
+
+        It can be left at any record and called again. On CPU every step is waited for: queued steps of simulated
+        devices block one another in XLA's thread pool.
+        """
+        self.compile()
+        assert self._train_step is not None
+        config, first = self.config, self.step
+        steps_timed, seconds = 0, 0.0
+        batches = prefetched(self.training_batch, first, config.optim.steps)
+        for step in range(first + 1, config.optim.steps + 1):
+            started = time.perf_counter()
+            self.state, metrics = self._train_step(self.state, next(batches))
+            self.step = step
+            last = step == config.optim.steps
+            logs = step % config.log_every == 0 or last
+            if logs or self._blocks:
+                jax.block_until_ready(self.state)
+            steps_timed, seconds = steps_timed + 1, seconds + time.perf_counter() - started
+            if logs:
+                yield self._log(self._train_record(metrics, seconds / steps_timed))
+                steps_timed, seconds = 0, 0.0
+            if last or (config.eval_every and step % config.eval_every == 0):
+                yield self._log(self.evaluate("valid", config.eval_batches))
+            if last or step % config.checkpoint_every == 0:
+                self.save()
+            if self.stopping:
+                break
+        batches.close()
+
+    def evaluate(self, split: str, batches: int | None = None) -> Record:
+        """Loss over the first `batches` batches of a split, None for all of it."""
+        return evaluate(
+            self._eval_step, self.state.params, self.splits[split], self.config, self.mesh, split, self.step, batches
+        )
+
+    def training_batch(self, step: int) -> Batch:
+        """The global batch of a step (counted from 0), which depends on the seed and the step alone."""
+        data, train = self.config.data, self.splits["train"]
+        starts_B = shuffled_starts(
+            step,
+            windows=training_windows(len(train), data.seq_len),
+            batch_size=data.batch_size,
+            seq_len=data.seq_len,
+            seed=self.config.seed,
+        )
+        return read_batch(train, starts_B, data.seq_len, self.mesh)
+
+    def save(self) -> None:
+        """Starts saving the state as it is now; `close` waits for it."""
+        self._checkpoints.save(self.step, params=self.state.params, opt_state=self.state.opt_state)
+
+    def close(self) -> None:
+        """Waits for what is still being written."""
+        self._checkpoints.close()
+        self._metrics.close()
+
+    def _fresh(self) -> TrainState:
+        return init_state(self.model, self._optimizer, self.mesh, self.config.seed)
+
+    def _restored(self) -> TrainState:
+        placed = state_shardings(self.model, self._optimizer, self.mesh)
+        items = self._checkpoints.restore(
+            self.step,
+            params=like(self.model.shapes, placed.params),
+            opt_state=like(jax.eval_shape(self._optimizer.init, self.model.shapes), placed.opt_state),
+        )
+        return TrainState(jax.device_put(np.int32(self.step), placed.step), **items)
+
+    def _train_record(self, metrics: dict[str, jax.Array], step_seconds: float) -> Record:
+        tokens = self.config.data.batch_size * self.config.data.seq_len
+        return {
+            "step": self.step,
+            "split": "train",
+            "loss": float(metrics["loss"]),
+            "bits_per_byte": bits_per_byte(float(metrics["loss"])),
+            "learning_rate": float(self._schedule(self.step - 1)),
+            "grad_norm": float(metrics["grad_norm"]),
+            "tokens_per_second": tokens / step_seconds,
+            "step_seconds": step_seconds,
+        }
+
+    def _log(self, record: Record) -> Record:
+        self._metrics.write(record)
+        return record
+
+
+def evaluate(
+    eval_step: Callable[[Params, Batch], LossSum],
+    params: Params,
+    data: np.ndarray,
+    config: Config,
+    mesh: Mesh,
+    split: str,
+    step: int,
+    batches: int | None = None,
+) -> Record:
+    """The record of a split: nats and bits per byte over its first `batches` batches, None for all of it."""
+    seq_len = config.data.seq_len
+    starts = consecutive_starts(len(data), batch_size=config.data.batch_size, seq_len=seq_len)[:batches]
+    nats, count = 0.0, 0.0
+    for batch in prefetched(lambda index: read_batch(data, starts[index], seq_len, mesh), 0, len(starts)):
+        sums = eval_step(params, batch)
+        nats, count = nats + float(sums.nats), count + float(sums.count)
+    return {"step": step, "split": split, "loss": nats / count, "bits_per_byte": bits_per_byte(nats / count)}
+
+
+def restore_params(model: Model, mesh: Mesh, workdir: Path) -> tuple[int, Params]:
+    """The newest saved step of a run, and its parameters, placed on this mesh.
+
+    Raises:
+      ConfigError: the run has no checkpoint yet.
+    """
+    checkpoints = Checkpoints(workdir / "checkpoints")
+    step = checkpoints.latest_step()
+    if step is None:
+        raise ConfigError(f"{workdir} has no checkpoint yet; train there first, up to a multiple of checkpoint_every")
+    params = checkpoints.restore(step, params=like(model.shapes, shardings(model.specs, mesh)))["params"]
+    checkpoints.close()
+    return step, params
+
+
+def check_workdir(config: Config, workdir: Path) -> None:
+    """Refuses a workdir that cannot take this run; writes nothing."""
+    nearest = next(folder for folder in (workdir, *workdir.absolute().parents) if folder.exists())
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
+        raise ConfigError(f"workdir {workdir}: {nearest} is not a folder that can be written to; choose another")
+    if (workdir / "config.json").exists():
+        check_same_model(from_dict(saved_config(workdir)), config, workdir)
+
+
+def open_workdir(config: Config, workdir: Path) -> Checkpoints:
+    """Makes the folder where needed and keeps the config beside the checkpoints."""
+    workdir.mkdir(parents=True, exist_ok=True)
+    unfinished = workdir / "config.json.unfinished"
+    unfinished.write_text(json.dumps(dataclasses.asdict(config), indent=2) + "\n")
+    os.replace(unfinished, workdir / "config.json")
+    return Checkpoints(workdir / "checkpoints", config.checkpoints_kept)
+
+
+def saved_config(workdir: Path) -> dict:
+    """The config of the run in `workdir`, as a nested dict.
+
+    Raises:
+      ConfigError: there is no run.
+    """
+    path = workdir / "config.json"
+    try:
+        return json.loads(path.read_text())
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read ({error.strerror}); give the --workdir of a training run") from error
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"{path} is not valid JSON ({error}); restore it or choose another --workdir") from error
