@@ -28,11 +28,14 @@ def layer_norm(config: ModelConfig, rngs: nnx.Rngs) -> nnx.LayerNorm:
     )
 
 
-def _linear(config: ModelConfig, inputs, outputs, rngs: nnx.Rngs, *, axis=-1, stddev=INIT_STDDEV) -> nnx.LinearGeneral:
+def _linear(
+    config: ModelConfig, inputs, outputs, rngs: nnx.Rngs, *, axis=-1, stddev=INIT_STDDEV, use_bias=True
+) -> nnx.LinearGeneral:
     return nnx.LinearGeneral(
         inputs,
         outputs,
         axis=axis,
+        use_bias=use_bias,
         dtype=config.dtype,
         kernel_init=nnx.initializers.normal(stddev),
         kernel_metadata=REPLICATED,
@@ -51,7 +54,7 @@ class SelfAttention(nnx.Module):
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
         E, H, G, K = config.width, config.heads, config.kv_heads, config.width // config.heads
         self.query = _linear(config, E, (H, K), rngs)
-        self.key = _linear(config, E, (G, K), rngs)
+        self.key = _linear(config, E, (G, K), rngs, use_bias=False)  # it would shift a query's scores alike
         self.value = _linear(config, E, (G, K), rngs)
         self.out = _linear(config, (H, K), E, rngs, axis=(-2, -1), stddev=_residual_stddev(config))
 

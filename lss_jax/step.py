@@ -32,7 +32,7 @@ def make_train_step(
         loss, gradient = loss_and_gradient(state.params, batch)
         updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        metrics = {"loss": loss, "grad_norm": optax.global_norm(gradient)}
+        metrics = {"loss": loss, "grad_norm": optax.tree.norm(gradient)}
         return TrainState(state.step + 1, params, opt_state), metrics
 
     kept = state_shardings(model, optimizer, mesh)

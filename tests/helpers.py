@@ -1,0 +1,74 @@
+"""What many tests need: small configs, meshes on some of the devices, batches, and errors by parameter name."""
+
+import jax
+import numpy as np
+
+from configs import base
+from lss_jax.config import Config, from_dict, validate
+from lss_jax.data.loader import Batch, read_batch
+from lss_jax.mesh import make_mesh
+from lss_jax.models import Model, build_model
+
+MESHES = [(1, 1), (8, 1), (1, 8), (2, 4), (4, 2), (2, 3)]  # data x seq
+SMALL = {
+    "model.layers": 2,
+    "model.width": 32,
+    "model.heads": 4,
+    "data.seq_len": 48,  # 2, 3, 4 and 8 divide it
+    "data.batch_size": 8,
+    "optim.learning_rate": 3e-3,
+    "optim.warmup_steps": 2,
+    "optim.steps": 20,
+    "mesh.data": -1,
+}
+
+
+def small_config(**changes) -> Config:
+    """A config of a model that trains in milliseconds; `model__layers=3` changes `model.layers`."""
+    values = base.get_config()
+    values.update_from_flattened_dict(SMALL)
+    values.update_from_flattened_dict({key.replace("__", "."): value for key, value in changes.items()})
+    return from_dict(values)
+
+
+def mesh_of(data: int, seq: int) -> jax.sharding.Mesh:
+    return make_mesh((data, seq, 1), jax.devices()[: data * seq])
+
+
+def model_on(data: int, seq: int, **changes) -> tuple[Model, jax.sharding.Mesh]:
+    config = small_config(mesh__data=data, mesh__seq=seq, **changes)
+    validate(config, data * seq)
+    return build_model(config), mesh_of(data, seq)
+
+
+def random_bytes(count: int = 20_000, seed: int = 0) -> np.ndarray:
+    """Bytes with something to learn in them: each is near the one before."""
+    steps = np.random.default_rng(seed).integers(-3, 4, count)
+    return (np.cumsum(steps) % 256).astype(np.uint8)
+
+
+def batch_on(mesh: jax.sharding.Mesh, config: Config, seed: int = 0, data: np.ndarray | None = None) -> Batch:
+    data = random_bytes() if data is None else data
+    seq_len, rows = config.data.seq_len, config.data.batch_size
+    starts_B = np.random.default_rng(seed).integers(0, len(data) - seq_len - 1, rows)
+    return read_batch(data, starts_B, seq_len, mesh)
+
+
+def relative_error(found, expected) -> float:
+    """The largest difference over the largest expected value."""
+    found, expected = np.asarray(found, np.float64), np.asarray(expected, np.float64)
+    assert found.shape == expected.shape, (found.shape, expected.shape)
+    scale = np.abs(expected).max()
+    return float(np.abs(found - expected).max() / scale) if scale else float(np.abs(found).max())
+
+
+def errors_by_name(found, expected) -> dict[str, float]:
+    """The relative error of every leaf, under its name."""
+    names = [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(expected)]
+    pairs = zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True)
+    return dict(zip(names, (relative_error(a, b) for a, b in pairs), strict=True))
+
+
+def assert_close(found, expected, bound: float) -> None:
+    too_far = {name: error for name, error in errors_by_name(found, expected).items() if not error < bound}
+    assert not too_far, f"relative error not under {bound}: {too_far}"
