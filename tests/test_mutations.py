@@ -1,0 +1,79 @@
+"""The tests against the oracle can fail: each collective is dropped in turn, and the comparison sees it.
+
+A dropped collective gives what one device has of its own, with the type of the real one. Just leaving a sum out does
+not even trace: `check_vma=True` proves that no average was forgotten.
+"""
+
+import jax
+import jax.numpy as jnp
+import pytest
+from test_training_step import check_against_oracle
+
+import lss_jax.gradients
+import lss_jax.step
+from lss_jax.mesh import DATA, SEQ
+
+REAL_PSUM = jax.lax.psum
+
+
+def own_segment_everywhere(x, axis_name, *, axis, tiled):
+    """In place of an all-gather."""
+    return jnp.concatenate([x] * jax.lax.axis_size(axis_name), axis=axis)
+
+
+def own_share_of_own_segment(x, axis_name, *, scatter_dimension, tiled):
+    """In place of a reduce-scatter."""
+    size = x.shape[scatter_dimension] // jax.lax.axis_size(axis_name)
+    return jax.lax.dynamic_slice_in_dim(x, jax.lax.axis_index(axis_name) * size, size, scatter_dimension)
+
+
+def first_share_of(dropped):
+    """In place of an all-reduce over `dropped`."""
+
+    def psum(x, axis_name):
+        if axis_name != dropped:
+            return REAL_PSUM(x, axis_name)
+        return REAL_PSUM(jnp.where(jax.lax.axis_index(axis_name) == 0, x, 0), axis_name)
+
+    return psum
+
+
+DROPPED = {
+    "gather of keys and values": ("all_gather", own_segment_everywhere),
+    "scatter of their gradients": ("psum_scatter", own_share_of_own_segment),
+    "average inside the sequence group": ("psum", first_share_of(SEQ)),
+    "average across the data groups": ("psum", first_share_of(DATA)),
+}
+
+
+@pytest.mark.parametrize("dropped", DROPPED)
+def test_a_dropped_collective_is_seen(dropped, monkeypatch):
+    name, replacement = DROPPED[dropped]
+    monkeypatch.setattr(jax.lax, name, replacement)
+    with pytest.raises(AssertionError, match="relative error"):
+        check_against_oracle(2, 4)
+
+
+@pytest.mark.parametrize("axis", [SEQ, DATA])
+def test_a_forgotten_sum_does_not_trace(axis, monkeypatch):
+    monkeypatch.setattr(jax.lax, "psum", lambda x, axis_name: x if axis_name == axis else REAL_PSUM(x, axis_name))
+    with pytest.raises(ValueError, match="require replication which can't be statically inferred"):
+        check_against_oracle(2, 4)
+
+
+def test_a_forgotten_cast_is_seen(monkeypatch):
+    """Parameters that do not vary get their sums from autodiff, unasked, and then once more from us."""
+    monkeypatch.setattr(lss_jax.step, "varying", lambda params, specs, mesh: params)
+    with pytest.raises(AssertionError, match="relative error"):
+        check_against_oracle(2, 4)
+
+
+def test_a_table_summed_over_its_own_axis_is_seen(monkeypatch):
+    """A position table that took part in the first average would mix the rows of different segments."""
+
+    def everything_is_shared(tree, specs):
+        return jax.tree.map(lambda _: None, tree), tree
+
+    monkeypatch.setattr(lss_jax.gradients, "_split", everything_is_shared)
+    with pytest.raises(AssertionError, match="table_LE"):
+        check_against_oracle(2, 4)
