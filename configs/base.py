@@ -30,8 +30,8 @@ def get_config() -> ConfigDict:
     model.layers = 4
     model.width = 128
     model.heads = 4
-    model.kv_heads = model.get_ref("heads")  # fewer: query heads share keys and values (GQA, MQA)
-    model.mlp_width = model.get_ref("width") * 4
+    model.kv_heads = model.get_oneway_ref("heads")  # fewer: query heads share keys and values (GQA, MQA)
+    model.mlp_width = model.get_oneway_ref("width") * 4
     model.positions = "learned"  # "learned" (cut by segment), "rope" or "none"
     model.tied_head = True  # the head is the transpose of the token embedding
     model.dropout = 0.0

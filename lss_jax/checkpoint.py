@@ -6,6 +6,8 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
+from lss_jax.config import ConfigError
+
 
 class Checkpoints:
     """The checkpoints of one run, `DIR/STEP/`, written in the background; a killed save leaves no half checkpoint.
@@ -13,11 +15,14 @@ class Checkpoints:
     Each item (`params`, `opt_state`) is a tree of global arrays; the step is the folder's name.
     """
 
-    def __init__(self, folder: Path, kept: int = 1):
-        self._manager = ocp.CheckpointManager(
-            folder.absolute(),
-            options=ocp.CheckpointManagerOptions(max_to_keep=kept, cleanup_tmp_directories=True, create=True),
+    def __init__(self, folder: Path, kept: int | None = None):
+        """Opens `folder` for writing, with the newest `kept` checkpoints; with None for reading alone."""
+        self._folder = folder
+        writes = kept is not None
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=kept, create=writes, cleanup_tmp_directories=writes, read_only=not writes
         )
+        self._manager = ocp.CheckpointManager(folder.absolute(), options=options)
 
     def latest_step(self) -> int | None:
         """The newest saved step, None if there is none."""
@@ -31,9 +36,20 @@ class Checkpoints:
             )
 
     def restore(self, step: int, **shapes: Any) -> dict[str, Any]:
-        """The named items of a step, each like its tree of `ShapeDtypeStruct`s, whose shardings say where to put it."""
+        """The named items of a step, each like its tree of `ShapeDtypeStruct`s, whose shardings say where to put it.
+
+        Raises:
+          ConfigError: the checkpoint is damaged, or of another program.
+        """
         args = {name: ocp.args.StandardRestore(tree) for name, tree in shapes.items()}
-        restored = self._manager.restore(step, args=ocp.args.Composite(**args))
+        try:
+            restored = self._manager.restore(step, args=ocp.args.Composite(**args))
+        except Exception as error:  # Orbax raises whatever the broken file made its libraries raise
+            raise ConfigError(
+                f"checkpoint {self._folder / str(step)} cannot be restored "
+                f"({type(error).__name__}: {str(error).splitlines()[0]}); "
+                f"delete that folder to go on from an older one, or choose another workdir"
+            ) from error
         return {name: restored[name] for name in shapes}
 
     def close(self) -> None:

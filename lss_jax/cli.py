@@ -76,7 +76,8 @@ def override(config: ConfigDict, arguments: list[str]) -> ConfigDict:
     try:
         rest = values(["", *arguments])[1:]
     except (flags.Error, ValueError, TypeError) as error:
-        raise ConfigError(str(error).replace("\n", " ")) from error
+        reason = str(error).replace("\n", " ")
+        raise ConfigError(f"{reason}; give a value of the same type as the default in configs/base.py") from error
     if rest:
         raise ConfigError(f"unknown argument {rest[0]!r}; see --help. {OVERRIDES}")
     return values["config"].value

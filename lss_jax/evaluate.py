@@ -7,7 +7,7 @@ import jax
 from ml_collections import ConfigDict
 
 from lss_jax import cli, distributed
-from lss_jax.config import check_same_model, from_dict, validate
+from lss_jax.config import ConfigError, check_same_model, from_dict, validate
 from lss_jax.data.sources import open_splits
 from lss_jax.mesh import make_mesh
 from lss_jax.models import build_model
@@ -27,6 +27,8 @@ def main() -> int:
     parser.add_argument("--batches", type=int, metavar="N", help="only the first N batches (default: the whole split)")
     arguments, values = cli.parse(parser, lambda arguments: ConfigDict(saved_config(Path(arguments.workdir))))
     config, workdir = from_dict(values), Path(arguments.workdir)
+    if arguments.batches is not None and arguments.batches < 1:
+        raise ConfigError(f"--batches={arguments.batches} must be at least 1; leave it out for the whole split")
     distributed.start()
     check_same_model(from_dict(saved_config(workdir)), config, workdir)
     mesh = make_mesh(validate(config, len(jax.devices())))

@@ -1,8 +1,12 @@
 """The suite runs on 8 simulated CPU devices, and fails without them."""
 
 import os
+import tempfile
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+COMPILED = tempfile.TemporaryDirectory(prefix="lss_jax-tests-")  # equal programs are compiled once, subprocesses' too
+os.environ["JAX_COMPILATION_CACHE_DIR"] = COMPILED.name
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.5"
 
 import jax
 

@@ -114,9 +114,9 @@ def _downloaded_enwik8() -> Path:
             unfinished = archive.extract("enwik8", cache / "unfinished")
         os.replace(unfinished, raw)  # all or nothing: half a file would pass for a prefix
     except (OSError, ValueError) as error:
-        reason = str(error).split("\n")[0]
+        reason = str(error).split("\n")[0] if isinstance(error, ValueError) else type(error).__name__
         raise ConfigError(
-            f"enwik8 cannot be downloaded ({type(error).__name__}: {reason}); fetch {ENWIK8_URL} ({ENWIK8_ZIP_BYTES} "
+            f"enwik8 cannot be downloaded ({reason}); fetch {ENWIK8_URL} ({ENWIK8_ZIP_BYTES} "
             f"bytes, sha256 {ENWIK8_ZIP_SHA256}) elsewhere, unzip it and give data.path ({NEEDS_NO_DOWNLOAD})"
         ) from error
     return raw

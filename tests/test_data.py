@@ -1,0 +1,216 @@
+"""Sources and the segment loader: the right bytes, only the bytes that are asked for, and clear errors."""
+
+import hashlib
+import http.server
+import threading
+import zipfile
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from helpers import mesh_of, random_bytes, small_config
+
+from lss_jax.config import ConfigError
+from lss_jax.data import sources
+from lss_jax.data.loader import IGNORED, consecutive_starts, prefetched, read_batch, shuffled_starts, training_windows
+from lss_jax.data.sources import open_splits
+
+ENWIK8_PREFIX = Path(__file__).parents[2] / "shared" / "data" / "enwik8-first-4MB"
+
+
+class Watched:
+    """An array of bytes that notes which ranges are read."""
+
+    def __init__(self, data):
+        self.data, self.reads = data, []
+
+    def __getitem__(self, part):
+        self.reads.append((part.start, part.stop))
+        return self.data[part]
+
+
+@pytest.mark.parametrize(("data", "seq"), [(1, 1), (2, 4), (8, 1), (1, 8), (2, 3)])
+def test_a_batch_is_the_windows_and_their_next_bytes(data, seq):
+    source, starts_B, L = random_bytes(), np.array([5, 100, 3, 777, 0, 9000, 12, 13]), 48
+    batch = read_batch(source, starts_B, L, mesh_of(data, seq))
+    for row, start in enumerate(starts_B):
+        np.testing.assert_array_equal(np.asarray(batch.tokens_BL)[row], source[start : start + L])
+        np.testing.assert_array_equal(np.asarray(batch.targets_BL)[row], source[start + 1 : start + L + 1])
+    np.testing.assert_array_equal(batch.positions_L, np.arange(L))
+    for shard in batch.tokens_BL.addressable_shards:
+        assert shard.data.shape == (8 // data, L // seq)
+
+
+def test_a_device_reads_its_own_segments_and_one_byte_more():
+    watched = Watched(random_bytes())
+    read_batch(watched, np.array([0, 1000, 2000, 3000]), 48, mesh_of(2, 4))
+    expected = [(start + 12 * part, start + 12 * part + 13) for start in (0, 1000, 2000, 3000) for part in range(4)]
+    assert sorted(watched.reads) == expected, "each once, though tokens and targets both need it"
+
+
+def test_what_lies_beyond_the_end_is_not_counted():
+    source = random_bytes(60)
+    batch = read_batch(source, np.array([0, 48, 96, 144]), 48, mesh_of(2, 4))
+    targets = np.asarray(batch.targets_BL).ravel()
+    np.testing.assert_array_equal(targets[:59], source[1:])
+    assert np.all(targets[59:] == IGNORED)
+    assert np.asarray(batch.tokens_BL).min() >= 0
+
+
+def test_consecutive_windows_predict_every_byte_but_the_first_once():
+    for length in (2, 48, 49, 50, 400, 1000):
+        starts = np.concatenate(consecutive_starts(length, batch_size=4, seq_len=48))
+        targets = [t for s in starts for t in range(s + 1, s + 49) if t < length]
+        assert targets == list(range(1, length))
+
+
+def test_windows_are_a_function_of_seed_and_step():
+    order = {"windows": 10, "batch_size": 4, "seq_len": 48}
+    epochs = np.concatenate([shuffled_starts(step, seed=1, **order) for step in range(5)]).reshape(2, 10)
+    for epoch in epochs:
+        assert sorted(epoch) == [48 * i for i in range(10)], "each window once an epoch"
+    assert list(epochs[0]) != list(epochs[1])
+    np.testing.assert_array_equal(shuffled_starts(3, seed=1, **order), epochs.ravel()[12:16])
+    assert list(shuffled_starts(0, seed=2, **order)) != list(shuffled_starts(0, seed=1, **order))
+
+
+def test_the_last_training_window_has_its_last_target():
+    assert training_windows(49, 48) == 1
+    assert training_windows(48, 48) == 0
+    assert training_windows(97, 48) == 2
+
+
+def test_prefetching_keeps_the_order_and_hands_errors_on():
+    assert list(prefetched(lambda i: i * i, 2, 7)) == [4, 9, 16, 25, 36]
+    assert list(prefetched(lambda i: i, 3, 3)) == []
+    with pytest.raises(ZeroDivisionError):
+        list(prefetched(lambda i: 1 // (2 - i), 0, 5))
+
+
+def config_of(source, path="", seq_len=48):
+    return small_config(data__source=source, data__path=str(path), data__seq_len=seq_len).data
+
+
+def test_the_embedded_corpus_is_python_source_in_a_fixed_order():
+    first, second = open_splits(config_of("stdlib")), open_splits(config_of("stdlib"))
+    assert len(first["train"]) > 1_000_000
+    assert b"import " in first["valid"].tobytes() and b"import " in first["test"].tobytes()
+    for name in ("train", "valid", "test"):
+        np.testing.assert_array_equal(first[name], second[name])
+
+
+def test_splits_are_ninety_five_five_and_memory_mapped(tmp_path):
+    file = tmp_path / "text"
+    file.write_bytes(bytes(range(200)) * 10)
+    splits = open_splits(config_of("text", file))
+    assert [len(splits[name]) for name in ("train", "valid", "test")] == [1800, 100, 100]
+    assert splits["valid"].base is not None and isinstance(splits["valid"].base, np.memmap | np.ndarray)
+    assert isinstance(splits["train"], np.memmap)
+    np.testing.assert_array_equal(np.concatenate(list(splits.values())), np.frombuffer(file.read_bytes(), np.uint8))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, r"missing' is not a file; give the path of a text file \(configs/default.py needs no download\)"),
+        (b"", r"is empty \(0 bytes\); give a file with text"),
+        (
+            b"x" * 50,
+            r"50 bytes give 45 for training \(90%\), but one window takes data.seq_len \+ 1 = 49; use a longer",
+        ),
+    ],
+)
+def test_bad_files_are_named(tmp_path, content, message):
+    file = tmp_path / "missing"
+    if content is not None:
+        file.write_bytes(content)
+    with pytest.raises(ConfigError, match=message):
+        open_splits(config_of("text", file))
+
+
+def test_a_prefix_of_enwik8_is_checked(tmp_path, monkeypatch):
+    genuine = random_bytes(3000).tobytes()
+    monkeypatch.setattr(
+        sources, "ENWIK8_SHA256", {length: hashlib.sha256(genuine[:length]).hexdigest() for length in (1000, 3000)}
+    )
+    monkeypatch.setattr(sources, "ENWIK8_BYTES", 3000)
+    file = tmp_path / "enwik8"
+    for length in (500, 1000, 1500, 3000):
+        file.write_bytes(genuine[:length])
+        assert sum(map(len, open_splits(config_of("enwik8", file)).values())) == length
+    for wrong in (b"#" + genuine[1:], b"#" + genuine[1:2000]):
+        file.write_bytes(wrong)
+        with pytest.raises(ConfigError, match=r"sha256 of the first \d+ bytes is \w{64}, but enwik8 has \w{64}; fetch"):
+            open_splits(config_of("enwik8", file))
+    file.write_bytes(genuine + b"#")
+    with pytest.raises(ConfigError, match="has 3001 bytes, but enwik8 has 3000"):
+        open_splits(config_of("enwik8", file))
+
+
+def test_the_real_prefix_of_enwik8_passes_where_it_is_at_hand():
+    if not ENWIK8_PREFIX.exists():
+        return  # elsewhere the test above has to do
+    splits = open_splits(config_of("enwik8", ENWIK8_PREFIX))
+    assert len(splits["train"]) == 3_600_000
+    assert splits["train"][:10].tobytes() == b"<mediawiki"
+
+
+@pytest.fixture
+def enwik8_server(tmp_path, monkeypatch):
+    """A small 'enwik8.zip' on a real server, and a cache folder of its own."""
+    genuine = random_bytes(3000).tobytes()
+    (tmp_path / "www").mkdir()
+    zipped = tmp_path / "www" / "enwik8.zip"
+    with zipfile.ZipFile(zipped, "w") as archive:
+        archive.writestr("enwik8", genuine)
+    handler = lambda *args: http.server.SimpleHTTPRequestHandler(*args, directory=str(tmp_path / "www"))  # noqa: E731
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(sources, "ENWIK8_URL", f"http://127.0.0.1:{server.server_port}/enwik8.zip")
+    monkeypatch.setattr(sources, "ENWIK8_ZIP_SHA256", hashlib.sha256(zipped.read_bytes()).hexdigest())
+    monkeypatch.setattr(sources, "ENWIK8_BYTES", 3000)
+    monkeypatch.setattr(sources, "ENWIK8_SHA256", {3000: hashlib.sha256(genuine).hexdigest()})
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+def test_enwik8_is_downloaded_once_and_checked(enwik8_server):
+    assert len(open_splits(config_of("enwik8"))["train"]) == 2700
+    enwik8_server.shutdown()
+    enwik8_server.server_close()
+    assert len(open_splits(config_of("enwik8"))["train"]) == 2700
+
+
+def test_a_wrong_download_is_refused_and_not_kept(enwik8_server, monkeypatch, tmp_path):
+    monkeypatch.setattr(sources, "ENWIK8_ZIP_SHA256", "0" * 64)
+    with pytest.raises(ConfigError, match=r"cannot be downloaded \(SHA256 hash of downloaded file"):
+        open_splits(config_of("enwik8"))
+    assert [f for f in (tmp_path / "cache").rglob("*") if f.is_file()] == []
+
+
+def test_without_a_network_the_error_says_what_to_fetch(enwik8_server):
+    enwik8_server.shutdown()
+    enwik8_server.server_close()
+    with pytest.raises(ConfigError, match=r"fetch http://\S+/enwik8.zip \(36445475 bytes, sha256 .* needs no download"):
+        open_splits(config_of("enwik8"))
+
+
+def test_no_whole_batch_is_made_on_the_way(monkeypatch):
+    """Every array that the loader hands to JAX is one device's segment."""
+    shapes = []
+    real = jax.make_array_from_callback
+
+    def watched(shape, sharding, callback):
+        def noted(index):
+            part = callback(index)
+            shapes.append(part.shape)
+            return part
+
+        return real(shape, sharding, noted)
+
+    monkeypatch.setattr(jax, "make_array_from_callback", watched)
+    read_batch(random_bytes(), np.arange(8) * 48, 48, mesh_of(2, 4))
+    assert set(shapes) == {(4, 12), (12,)}

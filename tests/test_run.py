@@ -1,0 +1,169 @@
+"""Whole runs, in this process: resume, other meshes, metrics, and bad workdirs."""
+
+import dataclasses
+import json
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+from helpers import small_config
+
+from lss_jax.config import ConfigError
+from lss_jax.metrics import MetricsWriter, console_line, duration, read_records
+from lss_jax.trainer import Trainer
+
+TEXT = bytes(np.random.default_rng(0).choice(list(b"abcdefgh     \n"), 6000))
+
+
+@pytest.fixture
+def config(tmp_path):
+    (tmp_path / "text").write_bytes(TEXT)
+    changes = {"log_every": 2, "eval_every": 4, "eval_batches": 2, "checkpoint_every": 5, "optim__steps": 10}
+    return small_config(mesh__seq=4, data__source="text", data__path=str(tmp_path / "text"), **changes)
+
+
+def change(config, **changes):
+    """`change(config, optim__steps=5)`"""
+    for key, value in changes.items():
+        section, _, name = key.rpartition("__")
+        inner = dataclasses.replace(getattr(config, section), **{name: value}) if section else value
+        config = dataclasses.replace(config, **{section or name: inner})
+    return config
+
+
+def run(config, workdir, stop_after=None, devices=None):
+    """Trains, and stops after some step as a Ctrl-C would make it; returns the final parameters."""
+    trainer = Trainer(config, workdir, devices)
+    for record in trainer.fit():
+        trainer.stopping = stop_after is not None and record["step"] >= stop_after
+    trainer.save()
+    trainer.close()
+    return jax.tree.map(np.asarray, trainer.state)
+
+
+def curve(workdir, split="train"):
+    return [(r["step"], r["loss"]) for r in read_records(workdir / "metrics.jsonl") if r["split"] == split]
+
+
+def assert_equal(a, b):
+    jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+def test_an_interrupted_run_ends_like_an_uninterrupted_one(config, tmp_path):
+    whole = run(config, tmp_path / "whole")
+    run(config, tmp_path / "parts", stop_after=2)
+    run(config, tmp_path / "parts", stop_after=6)
+    parts = run(config, tmp_path / "parts")
+    assert_equal(parts, whole)
+    assert curve(tmp_path / "parts") == curve(tmp_path / "whole")
+    assert curve(tmp_path / "parts", "valid") == curve(tmp_path / "whole", "valid")
+    assert [step for step, _ in curve(tmp_path / "whole")] == [2, 4, 6, 8, 10]
+    assert [step for step, _ in curve(tmp_path / "whole", "valid")] == [4, 8, 10]
+
+
+@pytest.mark.parametrize(("data", "seq"), [(8, 1), (2, 3), (1, 1)])
+def test_another_mesh_goes_on_with_the_same_curve(config, tmp_path, data, seq):
+    run(config, tmp_path / "whole")
+    run(config, tmp_path / "parts", stop_after=4)
+    other = change(config, mesh__data=data, mesh__seq=seq)
+    run(other, tmp_path / "parts", devices=jax.devices()[: data * seq])
+    found, expected = curve(tmp_path / "parts"), curve(tmp_path / "whole")
+    assert [step for step, _ in found] == [step for step, _ in expected]
+    np.testing.assert_allclose([loss for _, loss in found], [loss for _, loss in expected], rtol=1e-5)
+
+
+def test_a_finished_run_has_nothing_left_to_do_and_can_be_prolonged(config, tmp_path):
+    done = run(config, tmp_path / "run")
+    assert_equal(run(config, tmp_path / "run"), done)
+    longer = run(change(config, optim__steps=12), tmp_path / "run")
+    assert longer.step == 12
+    assert [step for step, _ in curve(tmp_path / "run")] == [2, 4, 6, 8, 10, 12]
+
+
+def test_a_trainer_can_be_left_and_called_again(config, tmp_path):
+    whole = run(config, tmp_path / "whole")
+    trainer = Trainer(config, tmp_path / "parts")
+    for record in trainer.fit():
+        if record["step"] == 6:
+            break
+    assert trainer.step == 6
+    list(trainer.fit())
+    trainer.close()
+    assert_equal(jax.tree.map(np.asarray, trainer.state), whole)
+
+
+def test_old_checkpoints_are_deleted_and_hold_global_shapes_alone(config, tmp_path):
+    state = run(change(config, checkpoint_every=2), tmp_path / "run")._asdict()
+    folders = sorted(int(f.name) for f in (tmp_path / "run" / "checkpoints").iterdir() if f.name.isdigit())
+    assert folders == [8, 10]
+    plain = ocp.StandardCheckpointer()
+    saved = tmp_path / "run" / "checkpoints" / "10"
+    for item in ("params", "opt_state"):  # read without any word about devices
+        assert_equal(plain.restore(saved / item, jax.tree.map(np.zeros_like, state[item])), state[item])
+
+
+def test_metrics_have_the_promised_keys(config, tmp_path):
+    run(config, tmp_path / "run")
+    for record in read_records(tmp_path / "run" / "metrics.jsonl"):
+        keys = {"step", "split", "loss", "bits_per_byte"}
+        if record["split"] == "train":
+            keys |= {"learning_rate", "grad_norm", "tokens_per_second", "step_seconds"}
+        assert set(record) == keys
+        assert record["bits_per_byte"] == pytest.approx(record["loss"] / np.log(2))
+    assert list((tmp_path / "run" / "tensorboard").glob("events.out.tfevents.*"))
+
+
+def test_metrics_after_the_checkpoint_are_dropped_and_half_lines_too(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    lines = [json.dumps({"step": step, "split": "train", "loss": 1.0}) for step in (1, 2, 3)]
+    path.write_text("\n".join(lines) + '\n{"step": 4, "sp')
+    writer = MetricsWriter(tmp_path, resumed_step=2)
+    writer.write({"step": 3, "split": "train", "loss": 2.0})
+    writer.close()
+    assert [(r["step"], r["loss"]) for r in read_records(path)] == [(1, 1.0), (2, 1.0), (3, 2.0)]
+
+
+def test_console_lines_tell_rate_and_time_left():
+    record = {"step": 10, "split": "train", "loss": 2.0, "bits_per_byte": 2.9, "learning_rate": 1e-3}
+    record |= {"grad_norm": 0.5, "tokens_per_second": 1234.5, "step_seconds": 2.0}
+    assert console_line(record, 100) == (
+        "step  10/100  train loss 2.0000  2.9000 bits/byte  lr 1.00e-03  |grad| 0.50  1,234 tokens/s  3m00s left"
+    )
+    assert [duration(s) for s in (4, 184, 7500)] == ["4s", "3m04s", "2h05m"]
+
+
+def test_a_workdir_of_another_model_is_refused_untouched(config, tmp_path):
+    run(config, tmp_path / "run", stop_after=2)
+    before = {f: f.stat().st_mtime_ns for f in (tmp_path / "run").rglob("*")}
+    other = change(config, model__width=64, model__heads=8, data__seq_len=24)
+    with pytest.raises(ConfigError) as error:
+        Trainer(other, tmp_path / "run")
+    told = str(error.value).split("\n")
+    assert len(told) == 3
+    assert "holds a run with model.width=32, not 64, and its parameters do not fit" in told[0]
+    assert told[0].endswith("choose another --workdir, or go on with --config.model.width=32")
+    assert "data.seq_len=48, not 24" in told[2], "the learned position table has a row per position"
+    assert {f: f.stat().st_mtime_ns for f in (tmp_path / "run").rglob("*")} == before
+
+
+def test_a_workdir_that_cannot_be_written_is_refused(config, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match=r"is not a folder that can be written to; choose another"):
+        Trainer(config, tmp_path / "file" / "run")
+
+
+def test_bad_input_leaves_nothing_behind(config, tmp_path):
+    for bad in (change(config, mesh__seq=3), change(config, data__path=str(tmp_path / "nothing"))):
+        with pytest.raises(ConfigError):
+            Trainer(bad, tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_damaged_checkpoint_is_one_error(config, tmp_path):
+    run(config, tmp_path / "run", stop_after=2)
+    for file in (tmp_path / "run" / "checkpoints" / "2" / "params").rglob("*"):
+        if file.is_file():
+            file.write_bytes(b"")
+    with pytest.raises(ConfigError, match=r"checkpoints/2 cannot be restored \(.*\); delete that folder"):
+        Trainer(config, tmp_path / "run")
