@@ -1,0 +1,146 @@
+"""The command lines as a user calls them: real processes, real signals, exit codes."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+
+from lss_jax.metrics import read_records
+
+ROOT = Path(__file__).parents[1]
+SMALL = [
+    "--config.model.layers=1",
+    "--config.model.width=32",
+    "--config.data.seq_len=64",
+    "--config.data.batch_size=4",
+    "--config.optim.warmup_steps=2",
+    "--config.eval_batches=1",
+    "--config.log_every=5",
+]
+
+
+def command(module, *arguments):
+    return [sys.executable, "-m", f"lss_jax.{module}", *map(str, arguments)]
+
+
+def train(workdir, *arguments):
+    return command("train", "--config", "configs/default.py", "--workdir", workdir, *SMALL, *arguments)
+
+
+def call(arguments):
+    return subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True, timeout=300)
+
+
+def saved_params(workdir, step):
+    return ocp.StandardCheckpointer().restore(workdir / "checkpoints" / str(step) / "params")
+
+
+def test_train_then_evaluate_then_train_on(tmp_path):
+    workdir = tmp_path / "run"
+    done = call(train(workdir, "--config.optim.steps=20"))
+    assert done.returncode == 0, done.stderr
+    assert "devices  8 cpu, mesh data=2 x seq=4 x model=1" in done.stdout
+    assert "tokens/s" in done.stdout and "left" in done.stdout
+    for told in ("done after 20 steps", "train  ", "valid  ", "speed  ", f"files  {workdir}", "next:"):
+        assert told in done.stdout.split("\n\n")[1]
+    records = read_records(workdir / "metrics.jsonl")
+    assert records[0]["loss"] > records[-1]["loss"]
+
+    evaluated = call(command("evaluate", "--workdir", workdir, "--batches", 1, "--config.mesh.data=1"))
+    assert evaluated.returncode == 0, evaluated.stderr
+    assert evaluated.stdout == (
+        f"step 20  valid  loss {records[-1]['loss']:.4f} nats/byte  {records[-1]['bits_per_byte']:.4f} bits/byte\n"
+    ), "another mesh gives the number that training ended with"
+
+    again = call(train(workdir, "--config.optim.steps=20"))
+    assert again.returncode == 0 and "going on after step 20" in again.stdout
+    assert json.loads((workdir / "config.json").read_text())["model"]["mlp_width"] == 128
+
+
+def test_killed_at_random_a_run_ends_bit_equal(tmp_path):
+    """SIGKILL at random moments of the same run, in a step or in a save, and started again until it gets through."""
+    arguments = ["--config.optim.steps=120", "--config.checkpoint_every=10", "--config.eval_every=0"]
+    whole = call(train(tmp_path / "whole", *arguments))
+    assert whole.returncode == 0, whole.stderr
+    dice, beginnings = random.Random(0), []
+    for _ in range(3):
+        process = subprocess.Popen(train(tmp_path / "parts", *arguments), cwd=ROOT, stdout=subprocess.PIPE, text=True)
+        lines = iter(process.stdout)
+        beginnings.append(next(line for line in lines if line.startswith("workdir")))
+        for _ in range(dice.randrange(4, 9)):  # "compiled in", then a line every 5 steps
+            next(lines)
+        time.sleep(dice.uniform(0.0, 0.1))
+        process.kill()
+        assert process.wait() == -signal.SIGKILL
+    resumed = call(train(tmp_path / "parts", *arguments))
+    assert resumed.returncode == 0, resumed.stderr
+    assert "going on after step" in resumed.stdout, beginnings
+    jax.tree.map(
+        np.testing.assert_array_equal, saved_params(tmp_path / "parts", 120), saved_params(tmp_path / "whole", 120)
+    )
+    parts, whole = (
+        [(r["step"], r["split"], r["loss"]) for r in read_records(tmp_path / name / "metrics.jsonl")]
+        for name in ("parts", "whole")
+    )
+    assert parts == whole, "each step once, with the same loss"
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_the_run_after_the_step_and_the_same_command_goes_on(tmp_path, number):
+    endless = train(tmp_path, "--config.optim.steps=100000", "--config.checkpoint_every=100000")
+    process = subprocess.Popen(endless, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    for line in process.stdout:
+        if line.startswith("step "):
+            break
+    process.send_signal(number)
+    rest = process.stdout.read()
+    assert process.wait() == 128 + number
+    step = int(rest.split("stopped after step ")[1].split(",")[0])
+    assert step >= 5
+    assert (tmp_path / "checkpoints" / str(step)).is_dir(), "the step in hand was saved"
+
+
+BAD = {
+    "--config.mesh.data=1 --config.mesh.seq=3": "needs 3 devices, but 8 are found",
+    "--config.data.seq_len=66": "data.seq_len=66 is not divisible by mesh.seq=4",
+    "--config.model.heads=5": "model.width=32 is not divisible by model.heads=5",
+    "--config.modle.heads=5": "did you mean 'model.heads'?",
+    "--config.data.source=text --config.data.path=nothing": "data.path='nothing' is not a file",
+}
+
+
+@pytest.mark.parametrize("changes", BAD)
+def test_bad_input_is_one_line_and_exit_code_2(tmp_path, changes):
+    failed = call(train(tmp_path / "run", *changes.split()))
+    assert failed.returncode == 2
+    assert failed.stdout == ""
+    assert failed.stderr.startswith("error: ") and failed.stderr.count("\n") == 1, failed.stderr
+    assert BAD[changes] in failed.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_number_of_simulated_devices_is_the_users(tmp_path):
+    for variable in ({"JAX_NUM_CPU_DEVICES": "2"}, {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}):
+        environment = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "JAX_NUM_CPU_DEVICES")} | variable
+        failed = subprocess.run(
+            train(tmp_path / "run", "--config.mesh.data=5"), cwd=ROOT, capture_output=True, text=True, env=environment
+        )
+        assert "but 2 are found" in failed.stderr
+
+
+def test_help_and_missing_runs(tmp_path):
+    helped = call(command("train", "--help"))
+    assert helped.returncode == 0 and "--workdir" in helped.stdout and "--config.KEY=VALUE" in helped.stdout
+    failed = call(command("evaluate", "--workdir", tmp_path))
+    assert failed.returncode == 2
+    assert "config.json cannot be read (No such file or directory); give the --workdir of a training" in failed.stderr
+    assert list(tmp_path.iterdir()) == []
