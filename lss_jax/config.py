@@ -96,7 +96,7 @@ def from_dict(values: Mapping[str, Any]) -> Config:
 def unknown_key(key: str, known: list[str]) -> str:
     """What to say of a dotted `key` that is not among the `known` ones."""
     by_leaf = [name for name in known if name.rpartition(".")[2] == key.rpartition(".")[2]]
-    near = (difflib.get_close_matches(key, known, n=1) or by_leaf or [None])[0]
+    near = next(iter(difflib.get_close_matches(key, known, n=1) or by_leaf), None)
     return f"unknown config key {key!r}; " + (f"did you mean {near!r}?" if near else f"known: {', '.join(known)}")
 
 

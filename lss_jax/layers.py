@@ -4,7 +4,6 @@ A spec (metadata `spec`) names the mesh axes that cut the parameter. `P()` is re
 """
 
 from collections.abc import Callable
-from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -117,7 +116,7 @@ class Stack(nnx.Module):
         if self.remat:
             apply = nnx.remat(apply, policy=jax.checkpoint_policies.save_only_these_names(GATHERED))
 
-        @partial(nnx.scan, in_axes=(nnx.Carry, 0), out_axes=nnx.Carry, unroll=self.unroll)
+        @nnx.scan(in_axes=(nnx.Carry, 0), out_axes=nnx.Carry, unroll=self.unroll)
         def layers(x_BlE: jax.Array, block: Block) -> jax.Array:
             return apply(block, x_BlE)
 

@@ -15,7 +15,7 @@ from lss_jax.models import Model
 class TrainState(NamedTuple):
     """`step` counts finished optimizer steps; with the seed it also fixes the position in the data."""
 
-    step: jax.Array
+    step: Any
     params: Any
     opt_state: Any
 

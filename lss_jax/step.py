@@ -22,9 +22,7 @@ from lss_jax.state import TrainState, state_shardings
 SUM_SPECS = LossSum(P(), P())  # scalars: they ride along with the gradients, through the same two sums
 
 
-def make_train_step(
-    model: Model, optimizer: optax.GradientTransformation, mesh: Mesh
-) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]:
+def make_train_step(model: Model, optimizer: optax.GradientTransformation, mesh: Mesh) -> jax.stages.Wrapped:
     """The jitted step: a state (donated) and a global batch to the next state and its `loss` and `grad_norm`."""
     loss_and_gradient = make_loss_and_gradient(model, mesh)
 
@@ -57,12 +55,12 @@ def make_loss_and_gradient(model: Model, mesh: Mesh) -> Callable[[Params, Batch]
 
         sums, gradient = sum_over_microbatches(partial_sums, batch, model.config.optim.accumulate)
         sums, gradient = double_sum((sums, gradient), (SUM_SPECS, model.specs), mesh)
-        return sums.mean(), jax.tree.map(lambda leaf: leaf / jnp.maximum(sums.count, 1.0), gradient)
+        return sums.mean(), jax.tree.map(lambda leaf: leaf / jnp.maximum(sums.tokens, 1.0), gradient)
 
     return loss_and_gradient
 
 
-def make_eval_step(model: Model, mesh: Mesh) -> Callable[[Params, Batch], LossSum]:
+def make_eval_step(model: Model, mesh: Mesh) -> jax.stages.Wrapped:
     """The jitted evaluation: global parameters and batch to the batch's `LossSum`, to be added up over batches."""
 
     @partial(

@@ -5,6 +5,7 @@ import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from lss_jax import cli, distributed
 from lss_jax.config import from_dict
@@ -28,6 +29,7 @@ def main() -> int:
     trainer = Trainer(config, Path(arguments.workdir or Path("runs") / Path(arguments.config).stem))
     with stopping_on_signals(trainer) as received:
         introduce(trainer)
+        print("compiling the training step ...", flush=True)
         print(f"compiled in {trainer.compile():.1f} s", flush=True)
         for record in trainer.fit():
             print(console_line(record, config.optim.steps), flush=True)
@@ -51,7 +53,7 @@ def stopping_on_signals(trainer: Trainer) -> Iterator[list[int]]:
         signal.signal(number, before[number])
         print("\nfinishing the step and saving; once more to quit at once", flush=True)
 
-    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    before: dict[int, Any] = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield received
     finally:

@@ -10,6 +10,7 @@ from pathlib import Path
 import jax
 import numpy as np
 from jax.sharding import Mesh
+from tqdm import tqdm
 
 from lss_jax.checkpoint import Checkpoints, like
 from lss_jax.config import Config, ConfigError, check_same_model, from_dict, validate
@@ -170,9 +171,10 @@ def evaluate(
     seq_len = config.data.seq_len
     starts = consecutive_starts(len(data), batch_size=config.data.batch_size, seq_len=seq_len)[:batches]
     nats, count = 0.0, 0.0
-    for batch in prefetched(lambda index: read_batch(data, starts[index], seq_len, mesh), 0, len(starts)):
+    made = prefetched(lambda index: read_batch(data, starts[index], seq_len, mesh), 0, len(starts))
+    for batch in tqdm(made, desc=split, total=len(starts), unit="batch", leave=False, disable=None):
         sums = eval_step(params, batch)
-        nats, count = nats + float(sums.nats), count + float(sums.count)
+        nats, count = nats + float(sums.nats), count + float(sums.tokens)
     return {"step": step, "split": split, "loss": nats / count, "bits_per_byte": bits_per_byte(nats / count)}
 
 

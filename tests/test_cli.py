@@ -76,7 +76,7 @@ def test_killed_at_random_a_run_ends_bit_equal(tmp_path):
         process = subprocess.Popen(train(tmp_path / "parts", *arguments), cwd=ROOT, stdout=subprocess.PIPE, text=True)
         lines = iter(process.stdout)
         beginnings.append(next(line for line in lines if line.startswith("workdir")))
-        for _ in range(dice.randrange(4, 9)):  # "compiled in", then a line every 5 steps
+        for _ in range(dice.randrange(5, 10)):  # two about compiling, then a line every 5 steps
             next(lines)
         time.sleep(dice.uniform(0.0, 0.1))
         process.kill()

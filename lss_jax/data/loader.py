@@ -6,9 +6,9 @@ with the step alone and every mesh, and every number of processes, sees the same
 
 import functools
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from concurrent.futures import ThreadPoolExecutor
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import numpy as np
@@ -22,11 +22,14 @@ IGNORED = -1  # a target that does not count
 
 
 class Batch(NamedTuple):
-    """Global int32 arrays; `targets_BL` holds the next byte of each token, across segment borders too."""
+    """Global int32 arrays, or their specs, shardings or shapes.
 
-    tokens_BL: jax.Array
-    targets_BL: jax.Array
-    positions_L: jax.Array
+    `targets_BL` holds the next byte of each token, across segment borders too.
+    """
+
+    tokens_BL: Any
+    targets_BL: Any
+    positions_L: Any
 
 
 BATCH_SPECS = Batch(P(DATA, SEQ), P(DATA, SEQ), P(SEQ))
@@ -67,16 +70,17 @@ def read_batch(data: np.ndarray, starts_B: np.ndarray, seq_len: int, mesh: Mesh)
         return np.stack([_read(data, start + left, start + right + 1) for start in starts_B[top:bottom]])
 
     def array(offset: int, sharding: jax.sharding.Sharding) -> jax.Array:
-        def callback(index: tuple[slice, ...]) -> np.ndarray:
+        def callback(index: Any) -> np.ndarray:  # a tuple of slices
             (top, bottom, _), (left, right, _) = (part.indices(size) for part, size in zip(index, shape, strict=True))
             values = segment(top, bottom, left, right)[:, offset : offset + right - left]
             return values if offset else np.maximum(values, 0)
 
         return jax.make_array_from_callback(shape, sharding, callback)
 
-    positions_L = jax.make_array_from_callback(
-        (seq_len,), placed.positions_L, lambda index: np.arange(*index[0].indices(seq_len), dtype=np.int32)
-    )
+    def positions(index: Any) -> np.ndarray:
+        return np.arange(*index[0].indices(seq_len), dtype=np.int32)
+
+    positions_L = jax.make_array_from_callback((seq_len,), placed.positions_L, positions)
     return Batch(array(0, placed.tokens_BL), array(1, placed.targets_BL), positions_L)
 
 
@@ -85,7 +89,7 @@ def batch_like(batch_size: int, seq_len: int, mesh: Mesh) -> Batch:
     placed = shardings(BATCH_SPECS, mesh)
     tokens_BL = jax.ShapeDtypeStruct((batch_size, seq_len), np.int32, sharding=placed.tokens_BL)
     positions_L = jax.ShapeDtypeStruct((seq_len,), np.int32, sharding=placed.positions_L)
-    return Batch(tokens_BL, tokens_BL, positions_L)  # type: ignore[arg-type]
+    return Batch(tokens_BL, tokens_BL, positions_L)
 
 
 def _read(data: np.ndarray, start: int, stop: int) -> np.ndarray:
@@ -93,7 +97,7 @@ def _read(data: np.ndarray, start: int, stop: int) -> np.ndarray:
     return np.pad(found, (0, stop - start - len(found)), constant_values=IGNORED)
 
 
-def prefetched(make: Callable[[int], T], first: int, stop: int, depth: int = 2) -> Iterator[T]:
+def prefetched(make: Callable[[int], T], first: int, stop: int, depth: int = 2) -> Generator[T, None, None]:
     """`make(first)` to `make(stop - 1)` in order, up to `depth` of them made ahead in a thread."""
     with ThreadPoolExecutor(max_workers=1) as pool:
         try:

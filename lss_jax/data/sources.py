@@ -92,7 +92,7 @@ def enwik8(path: str) -> np.ndarray:
 
 
 def _check_sha256(data: np.ndarray, expected: str, path: str) -> None:
-    found = hashlib.sha256(data).hexdigest()
+    found = hashlib.sha256(data.data).hexdigest()
     if found != expected:
         raise ConfigError(
             f"data.path={path!r}: sha256 of the first {len(data)} bytes is {found}, but enwik8 has {expected}; "

@@ -1,0 +1,139 @@
+"""What cutting the work costs: a training step on 8 simulated devices over the same step on 1, on the same cores.
+
+    python -m experiments.spmd_overhead.run
+
+Both do the same global work (the same model, batch and sequence), so a ratio of 1 means that the cut is free. The
+steps of all meshes alternate in one process; a figure is the median over the rounds. Beside the whole step stand its
+parts, each timed as a program of its own: the loss and gradient, and the optimizer, which every device of a mesh
+repeats for the whole model because weights are replicated. Writes `results.json` and `results.md` beside this file.
+"""
+
+import argparse
+import json
+import statistics
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import optax
+
+from configs import base
+from lss_jax import distributed
+from lss_jax.config import Config, from_dict, validate
+from lss_jax.data.loader import read_batch
+from lss_jax.mesh import make_mesh
+from lss_jax.models import build_model, parameter_count
+from lss_jax.optimizer import make_optimizer
+from lss_jax.state import init_state, state_shardings
+from lss_jax.step import make_loss_and_gradient, make_train_step
+
+MESHES = [(1, 1), (1, 8), (2, 4), (8, 1)]  # data x seq
+SIZES = {  # tokens per step / parameters grows downwards: from where weights dominate to where the sequence does
+    "short": {"data.seq_len": 256, "data.batch_size": 8},
+    "medium": {"data.seq_len": 1024, "data.batch_size": 8},
+    "long": {"data.seq_len": 2048, "data.batch_size": 8, "model.layers": 2},
+}
+PARTS = ("step", "gradient", "optimizer")
+HERE = Path(__file__).parent
+
+
+def config_of(size: str, data: int, seq: int) -> Config:
+    values = base.get_config()
+    values.update_from_flattened_dict({**SIZES[size], "mesh.data": data, "mesh.seq": seq})
+    return from_dict(values)
+
+
+class Programs:
+    """The compiled step and its parts on one mesh, with what they need."""
+
+    def __init__(self, size: str, data: int, seq: int):
+        config = config_of(size, data, seq)
+        mesh = make_mesh(validate(config, data * seq), jax.devices()[: data * seq])
+        self.model, optimizer = build_model(config), make_optimizer(config.optim)
+        source = np.random.default_rng(0).integers(0, 256, 10**6).astype(np.uint8)
+        starts_B = np.arange(config.data.batch_size) * config.data.seq_len
+        self.batch = read_batch(source, starts_B, config.data.seq_len, mesh)
+        self.state = init_state(self.model, optimizer, mesh, seed=0)
+        kept = state_shardings(self.model, optimizer, mesh)
+
+        def update(gradient, opt_state, params):
+            updates, opt_state = optimizer.update(gradient, opt_state, params)
+            return optax.apply_updates(params, updates), opt_state
+
+        self._step = make_train_step(self.model, optimizer, mesh).lower(self.state, self.batch).compile()
+        gradient = jax.jit(make_loss_and_gradient(self.model, mesh))
+        self._gradient = gradient.lower(self.state.params, self.batch).compile()
+        self._last = self._gradient(self.state.params, self.batch)[1]
+        self._optimizer = (
+            jax.jit(update, out_shardings=(kept.params, kept.opt_state))
+            .lower(self._last, self.state.opt_state, self.state.params)
+            .compile()
+        )
+
+    def step(self):
+        self.state, metrics = self._step(self.state, self.batch)
+        return metrics
+
+    def gradient(self):
+        return self._gradient(self.state.params, self.batch)
+
+    def optimizer(self):
+        return self._optimizer(self._last, self.state.opt_state, self.state.params)
+
+
+def measure(size: str, rounds: int) -> dict:
+    programs = {mesh: Programs(size, *mesh) for mesh in MESHES}
+    seconds = {mesh: {part: [] for part in PARTS} for mesh in MESHES}
+    for turn in range(rounds + 1):
+        for mesh, program in programs.items():
+            for part in PARTS:
+                started = time.perf_counter()
+                jax.block_until_ready((getattr(program, part)(), program.state))
+                if turn:  # the first warms up
+                    seconds[mesh][part].append(time.perf_counter() - started)
+    median = {mesh: {part: statistics.median(times) for part, times in of.items()} for mesh, of in seconds.items()}
+    whole = median[MESHES[0]]["step"]
+    config, model = config_of(size, 1, 1), programs[MESHES[0]].model
+    return {
+        "size": size,
+        "parameters": parameter_count(model),
+        "layers": config.model.layers,
+        "seq_len": config.data.seq_len,
+        "batch_size": config.data.batch_size,
+        "rounds": rounds,
+        "seconds_of_one_device": whole,
+        "ratios": {
+            f"{data}x{seq}": {part: value / whole for part, value in of.items()} for (data, seq), of in median.items()
+        },
+    }
+
+
+def table(results: list[dict]) -> str:
+    lines = [
+        "| size | parameters | tokens | mesh (data x seq) | whole step | loss and gradient | optimizer |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for result in results:
+        tokens = f"{result['batch_size']} x {result['seq_len']:,}"
+        for mesh, ratio in result["ratios"].items():
+            figures = " | ".join(f"{ratio[part]:.2f}" for part in PARTS)
+            lines.append(f"| {result['size']} | {result['parameters']:,} | {tokens} | {mesh} | {figures} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=15, help="timed repetitions of each program (default: 15)")
+    arguments = parser.parse_args()
+    distributed.start()
+    results = []
+    for size in SIZES:
+        results.append(measure(size, arguments.rounds))
+        print(table(results[-1:]), flush=True)
+    (HERE / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+    (HERE / "results.md").write_text(table(results) + "\n")
+
+
+if __name__ == "__main__":
+    main()
