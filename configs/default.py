@@ -1,10 +1,22 @@
-"""A small byte-level model on Python's own source code: the whole path in two minutes, without a download."""
+"""A small byte-level model on Python's own source code: the whole path in two minutes, without a download.
+
+    python -m lss_jax.train --config configs/default.py
+
+Reproduces: nothing of the paper's; it shows that everything works here, with each sequence over all devices.
+Cost: about two minutes on two CPU cores (8 simulated devices), compilation included.
+Expected: about @@BPB@@ bits per byte on the validation split after 300 steps.
+"""
+
+from ml_collections import ConfigDict
 
 from configs import base
 
 
-def get_config():
+def get_config() -> ConfigDict:
     config = base.get_config()
-    config.mesh.data = 2
+    config.mesh.data = 1
     config.mesh.seq = -1
+    config.data.seq_len = 256
+    config.data.batch_size = 8
+    config.optim.learning_rate = 3e-3
     return config

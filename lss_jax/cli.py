@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from absl import flags
+from absl import flags, logging
 from ml_collections import ConfigDict, config_flags
 
 from lss_jax.config import ConfigError, keys, unknown_key
@@ -18,6 +18,7 @@ OVERRIDES = "Any key of the config can be changed by --config.KEY=VALUE, as in -
 
 def run(main: Callable[[], int]) -> None:
     """Ends the process with the exit code of `main`; a user's mistake is one line per problem and exit code 2."""
+    logging.set_verbosity(logging.ERROR)  # libraries' warnings about their own affairs
     try:
         sys.exit(main())
     except ConfigError as error:
@@ -47,7 +48,10 @@ def load_config_file(path: str) -> ConfigDict:
         known = ", ".join(sorted(map(str, Path("configs").glob("*.py")))) or "none in ./configs"
         raise ConfigError(f"--config={path} is not a file; give a config file (here: {known})")
     try:
-        return runpy.run_path(path)["get_config"]()
+        config = runpy.run_path(path)["get_config"]()
+        if not isinstance(config, ConfigDict):
+            raise TypeError(f"get_config() returns {type(config).__name__}")
+        return config
     except Exception as error:
         reason = str(error).replace("\n", " ")
         raise ConfigError(
@@ -64,9 +68,7 @@ def override(config: ConfigDict, arguments: list[str]) -> ConfigDict:
     """
     known = keys(config)
     for argument in arguments:
-        if not argument.startswith("-"):
-            continue  # the value of the argument before it
-        match = re.fullmatch(r"--(?:no)?config\.([^=]+)(=.*)?", argument, re.DOTALL)
+        match = re.fullmatch(r"--config\.([^=]+)=.*", argument, re.DOTALL)
         if not match:
             raise ConfigError(f"unknown argument {argument!r}; see --help. {OVERRIDES}")
         if match[1] not in known:
@@ -74,10 +76,8 @@ def override(config: ConfigDict, arguments: list[str]) -> ConfigDict:
     values = flags.FlagValues()
     config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=arguments)
     try:
-        rest = values(["", *arguments])[1:]
+        values(["", *arguments])
     except (flags.Error, ValueError, TypeError) as error:
         reason = str(error).replace("\n", " ")
         raise ConfigError(f"{reason}; give a value of the same type as the default in configs/base.py") from error
-    if rest:
-        raise ConfigError(f"unknown argument {rest[0]!r}; see --help. {OVERRIDES}")
     return values["config"].value

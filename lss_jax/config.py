@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import functools
 import typing
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -95,6 +96,8 @@ def from_dict(values: Mapping[str, Any]) -> Config:
 
 def unknown_key(key: str, known: list[str]) -> str:
     """What to say of a dotted `key` that is not among the `known` ones."""
+    if any(name.startswith(f"{key}.") for name in known):
+        return f"config key {key!r} is a group of keys; set {key}.NAME instead"
     by_leaf = [name for name in known if name.rpartition(".")[2] == key.rpartition(".")[2]]
     near = next(iter(difflib.get_close_matches(key, known, n=1) or by_leaf), None)
     return f"unknown config key {key!r}; " + (f"did you mean {near!r}?" if near else f"known: {', '.join(known)}")
@@ -199,6 +202,8 @@ def _out_of_range(config: Config) -> Iterator[str]:
         "optim.warmup_steps": optim.warmup_steps,
         "optim.weight_decay": optim.weight_decay,
     }
+    if config.seed >= 2**32:
+        yield f"seed={config.seed} must be less than 2**32"
     for key, number in at_least_0.items():
         if not 0 <= number < float("inf"):
             yield f"{key}={number} must be at least 0 and finite"
@@ -267,23 +272,33 @@ def _mesh_problems(config: Config, sizes: MeshSizes) -> Iterator[str]:
         )
 
 
+def flat(config: Config) -> dict[str, Any]:
+    """The config as dotted keys and values."""
+    nested = dataclasses.asdict(config)
+    return {key: functools.reduce(lambda inner, name: inner[name], key.split("."), nested) for key in keys(nested)}
+
+
+def changes(saved: Config, config: Config) -> dict[str, tuple[Any, Any]]:
+    """What differs between the config of a run that goes on and its new one: key to (then, now)."""
+    before, after = flat(saved), flat(config)
+    return {key: (before[key], after[key]) for key in after if before[key] != after[key]}
+
+
 def check_same_model(saved: Config, config: Config, workdir: Path) -> None:
     """Refuses to go on with a checkpoint's parameters in a model that they do not fit.
 
     Raises:
       ConfigError: each key that differs and shapes the parameters.
     """
-    shaping = ["family", "vocab", "layers", "width", "heads", "kv_heads", "mlp_width", "positions", "tied_head"]
-    pairs = [(f"model.{name}", getattr(saved.model, name), getattr(config.model, name)) for name in shaping]
-    if config.model.positions == "learned":
-        pairs.append(("data.seq_len", saved.data.seq_len, config.data.seq_len))
-    different = [(key, then, now) for key, then, now in pairs if then != now]
+    names = ("family", "vocab", "layers", "width", "heads", "kv_heads", "mlp_width", "positions", "tied_head")
+    shaping = [f"model.{name}" for name in names] + ["data.seq_len"] * (config.model.positions == "learned")
+    different = {key: pair for key, pair in changes(saved, config).items() if key in shaping}
     if different:
         raise ConfigError(
             "\n".join(
                 f"workdir {workdir} holds a run with {key}={then!r}, not {now!r}, and its parameters do not fit; "
                 f"choose another --workdir, or go on with --config.{key}={then}"
-                for key, then, now in different
+                for key, (then, now) in different.items()
             )
         )
 

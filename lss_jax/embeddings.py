@@ -1,4 +1,4 @@
-"""Tokens and positions; positions are natural (global) wherever the token lies."""
+"""Tokens in, positions, logits out; positions are natural (global) wherever the token lies."""
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +25,22 @@ class TokenEmbedding(nnx.Module):
     def kernel_EV(self) -> jax.Array:
         """The table as the kernel of a tied head."""
         return self.table_VE[...].astype(self.dtype).T
+
+
+class Head(nnx.Module):
+    """Logits `BlV` from `x_BlE`, with a kernel of its own."""
+
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
+        self.dtype = config.dtype
+        self.kernel_EV = nnx.Param(_normal(rngs, config.width, config.vocab), spec=P())
+
+    def __call__(self, x_BlE: jax.Array) -> jax.Array:
+        return logits(x_BlE, self.kernel_EV[...].astype(self.dtype))
+
+
+def logits(x_BlE: jax.Array, kernel_EV: jax.Array) -> jax.Array:
+    """`BlV` in float32 for a stable softmax, products in the inputs' dtype."""
+    return jnp.einsum("BlE,EV->BlV", x_BlE, kernel_EV, preferred_element_type=jnp.float32)
 
 
 class LearnedPositions(nnx.Module):

@@ -10,9 +10,10 @@ from lss_jax import cli, distributed
 from lss_jax.config import ConfigError, check_same_model, from_dict, validate
 from lss_jax.data.sources import open_splits
 from lss_jax.mesh import make_mesh
+from lss_jax.metrics import add_record
 from lss_jax.models import build_model
 from lss_jax.step import make_eval_step
-from lss_jax.trainer import evaluate, restore_params, saved_config
+from lss_jax.trainer import evaluate_split, restore_params, saved_config
 
 
 def main() -> int:
@@ -23,7 +24,12 @@ def main() -> int:
         allow_abbrev=False,
     )
     parser.add_argument("--workdir", required=True, metavar="DIR", help="of a training run")
-    parser.add_argument("--split", choices=["train", "valid", "test"], default="valid", help="default: valid")
+    parser.add_argument(
+        "--split",
+        choices=["train", "valid", "test"],
+        default="valid",
+        help="default: valid; the whole test split is also added to metrics.jsonl",
+    )
     parser.add_argument("--batches", type=int, metavar="N", help="only the first N batches (default: the whole split)")
     arguments, values = cli.parse(parser, lambda arguments: ConfigDict(saved_config(Path(arguments.workdir))))
     config, workdir = from_dict(values), Path(arguments.workdir)
@@ -35,16 +41,10 @@ def main() -> int:
     splits = open_splits(config.data)
     model = build_model(config)
     step, params = restore_params(model, mesh, workdir)
-    record = evaluate(
-        make_eval_step(model, mesh),
-        params,
-        splits[arguments.split],
-        config,
-        mesh,
-        arguments.split,
-        step,
-        arguments.batches,
-    )
+    eval_step, data = make_eval_step(model, mesh), splits[arguments.split]
+    record = evaluate_split(eval_step, params, data, config, mesh, arguments.split, step, arguments.batches)
+    if arguments.split == "test" and arguments.batches is None:
+        add_record(workdir, record)
     print(
         f"step {step}  {arguments.split}  loss {record['loss']:.4f} nats/byte  {record['bits_per_byte']:.4f} bits/byte"
     )

@@ -23,29 +23,30 @@ def varying(params: Any, specs: Any, mesh: Mesh) -> Any:
     """Local `params` as values that vary over every cut axis, so that their gradients stay local, partial sums."""
 
     def cast(param: jax.Array, spec: PartitionSpec) -> jax.Array:
-        return jax.lax.pcast(param, tuple(set(cut_axes(mesh)) - named_axes(spec)), to="varying")
+        return jax.lax.pcast(param, _missing(spec, mesh), to="varying")
 
     return jax.tree.map(cast, params, specs)
 
 
 def double_sum(partial: Any, specs: Any, mesh: Mesh) -> Any:
-    """Local, partial gradients (and any sums that ride along) to finished ones: two all-reduces for the whole tree."""
-    owned, shared = _split(partial, specs)  # rows of one segment; everything else
-    if SEQ in cut_axes(mesh):
-        shared = _fused_psum(shared, SEQ)  # first average: the segments of one sequence
-    if DATA in cut_axes(mesh):
-        owned, shared = _fused_psum(owned, DATA), _fused_psum(shared, DATA)  # second: the sequences of one batch
-    return jax.tree.map(lambda a, b: b if a is None else a, owned, shared, is_leaf=lambda leaf: leaf is None)
+    """Local, partial gradients (and any sums that ride along) to finished ones: two all-reduces for the whole tree.
+
+    What has the same sums to take travels as one vector: XLA would combine separate sums as it sees fit.
+    """
+    leaves, treedef = jax.tree.flatten(partial)
+    missing = [_missing(spec, mesh) for spec in jax.tree.leaves(specs)]
+    for axes in dict.fromkeys(missing):
+        group = [index for index, others in enumerate(missing) if others == axes]
+        vector, unravel = ravel_pytree([leaves[index] for index in group])
+        if SEQ in axes:
+            vector = jax.lax.psum(vector, SEQ)  # first average: the segments of one sequence
+        if DATA in axes:
+            vector = jax.lax.psum(vector, DATA)  # second average: the sequences of one batch
+        for index, leaf in zip(group, unravel(vector), strict=True):
+            leaves[index] = leaf
+    return jax.tree.unflatten(treedef, leaves)
 
 
-def _split(tree: Any, specs: Any) -> tuple[Any, Any]:
-    """The leaves whose spec names `seq`, and all others; both like `tree`, with None in the gaps."""
-    owned = jax.tree.map(lambda leaf, spec: leaf if SEQ in named_axes(spec) else None, tree, specs)
-    shared = jax.tree.map(lambda leaf, spec: None if SEQ in named_axes(spec) else leaf, tree, specs)
-    return owned, shared
-
-
-def _fused_psum(tree: Any, axis: str) -> Any:
-    """The sum of every leaf, in one collective: as one vector, since XLA combines separate sums as it sees fit."""
-    vector, unravel = ravel_pytree(tree)
-    return unravel(jax.lax.psum(vector, axis)) if vector.size else tree
+def _missing(spec: PartitionSpec, mesh: Mesh) -> tuple[str, ...]:
+    """The cut axes that a spec does not name: over these a gradient is summed."""
+    return tuple(axis for axis in cut_axes(mesh) if axis not in named_axes(spec))

@@ -6,15 +6,14 @@ A spec (metadata `spec`) names the mesh axes that cut the parameter. `P()` is re
 from collections.abc import Callable
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 from lss_jax.attention.lss import GATHERED
 from lss_jax.config import ModelConfig
+from lss_jax.embeddings import INIT_STDDEV
 
 REPLICATED = {"spec": P()}
-INIT_STDDEV = 0.02  # Radford et al. 2019 (GPT-2), as is the scaling of the residual projections below
 
 Attend = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]  # q_BlHK, k_BlGK, v_BlGK -> o_BlHK
 Rotate = Callable[[jax.Array], jax.Array]  # x_BlHK -> x_BlHK, by position
@@ -44,6 +43,7 @@ def _linear(
 
 
 def _residual_stddev(config: ModelConfig) -> float:
+    """As in GPT-2 (Radford et al. 2019): the sum of all layers' outputs keeps its size whatever the depth."""
     return INIT_STDDEV / (2 * config.layers) ** 0.5
 
 
@@ -121,21 +121,3 @@ class Stack(nnx.Module):
             return apply(block, x_BlE)
 
         return layers(x_BlE, self.blocks)
-
-
-class Head(nnx.Module):
-    """Logits `BlV` in float32 from `x_BlE`; tied, it is the transpose of the token embedding."""
-
-    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
-        self.dtype = config.dtype
-        self.kernel_EV = nnx.Param(
-            nnx.initializers.normal(INIT_STDDEV)(rngs.params(), (config.width, config.vocab), jnp.float32), spec=P()
-        )
-
-    def __call__(self, x_BlE: jax.Array) -> jax.Array:
-        return logits(x_BlE, self.kernel_EV[...].astype(self.dtype))
-
-
-def logits(x_BlE: jax.Array, kernel_EV: jax.Array) -> jax.Array:
-    """`BlV` in float32 for a stable softmax, products in the inputs' dtype."""
-    return jnp.einsum("BlE,EV->BlV", x_BlE, kernel_EV, preferred_element_type=jnp.float32)

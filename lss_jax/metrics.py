@@ -24,10 +24,7 @@ class MetricsWriter:
 
     def __init__(self, workdir: Path, resumed_step: int):
         path = workdir / "metrics.jsonl"
-        kept = [r for r in read_records(path) if r["step"] <= resumed_step]
-        unfinished = path.with_suffix(".unfinished")
-        unfinished.write_text("".join(json.dumps(record) + "\n" for record in kept))
-        os.replace(unfinished, path)
+        _rewrite(path, [r for r in read_records(path) if r["step"] <= resumed_step])
         self._file = path.open("a", buffering=1)
         self._tensorboard = SummaryWriter(str(workdir / "tensorboard"), purge_step=resumed_step + 1)
 
@@ -44,8 +41,21 @@ class MetricsWriter:
         self._tensorboard.close()
 
 
+def add_record(workdir: Path, record: Record) -> None:
+    """Adds a record to the metrics of a run at rest; it takes the place of one of the same step and split."""
+    path = workdir / "metrics.jsonl"
+    same = (record["step"], record["split"])
+    _rewrite(path, [r for r in read_records(path) if (r["step"], r["split"]) != same] + [record])
+
+
+def _rewrite(path: Path, records: list[Record]) -> None:
+    unfinished = path.with_suffix(".unfinished")
+    unfinished.write_text("".join(json.dumps(record) + "\n" for record in records))
+    os.replace(unfinished, path)
+
+
 def read_records(path: Path) -> list[Record]:
-    """The records of a `metrics.jsonl`; a last line that a kill cut short does not count."""
+    """The records of a `metrics.jsonl`; a line that a kill cut short does not count."""
     records = []
     for line in path.read_text().splitlines() if path.exists() else []:
         try:

@@ -1,14 +1,17 @@
 """Train a model: `python -m lss_jax.train --config configs/default.py`."""
 
 import argparse
+import os
+import shlex
 import signal
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from lss_jax import cli, distributed
 from lss_jax.config import from_dict
+from lss_jax.mesh import SEQ
 from lss_jax.metrics import console_line, read_records
 from lss_jax.models import parameter_count
 from lss_jax.trainer import Trainer
@@ -29,16 +32,18 @@ def main() -> int:
     trainer = Trainer(config, Path(arguments.workdir or Path("runs") / Path(arguments.config).stem))
     with stopping_on_signals(trainer) as received:
         introduce(trainer)
-        print("compiling the training step ...", flush=True)
-        print(f"compiled in {trainer.compile():.1f} s", flush=True)
-        for record in trainer.fit():
-            print(console_line(record, config.optim.steps), flush=True)
-        trainer.save()
+        if trainer.step < config.optim.steps:
+            print("compiling the training step ...", flush=True)
+            print(f"compiled in {trainer.compile():.1f} s", flush=True)
+            for record in trainer.fit():
+                print(console_line(record, config.optim.steps), flush=True)
+            trainer.save()
+        summary = summarize(trainer)
         trainer.close()
-    if trainer.step < config.optim.steps:
+    if received:
         print(f"stopped after step {trainer.step}, which is saved; the same command goes on from there")
         return 128 + received[0]
-    summarize(trainer, arguments.config)
+    print(summary)
     return 0
 
 
@@ -47,25 +52,31 @@ def stopping_on_signals(trainer: Trainer) -> Iterator[list[int]]:
     """The first Ctrl-C or SIGTERM ends the training after the step in hand, the next one ends the process at once."""
     received: list[int] = []
 
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def restore() -> None:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
     def stop(number: int, _frame: object) -> None:
         received.append(number)
         trainer.stopping = True
-        signal.signal(number, before[number])
-        print("\nfinishing the step and saving; once more to quit at once", flush=True)
+        restore()
+        os.write(1, b"\nfinishing the step and saving; once more to quit at once\n")  # print is not for handlers
 
-    before: dict[int, Any] = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    for number in before:
+        signal.signal(number, stop)
     try:
         yield received
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        restore()
 
 
 def introduce(trainer: Trainer) -> None:
     """Says what is about to run."""
     config, devices = trainer.config, trainer.mesh.devices.flat
     sizes = " x ".join(f"{axis}={size}" for axis, size in trainer.mesh.shape.items())
-    segment = config.data.seq_len // trainer.mesh.shape["seq"]
+    segment = config.data.seq_len // trainer.mesh.shape[SEQ]
     print(f"devices  {trainer.mesh.size} {devices[0].device_kind}, mesh {sizes}")
     print(
         f"model    {config.model.family}, {parameter_count(trainer.model):,} parameters, {config.model.dtype}, "
@@ -76,23 +87,30 @@ def introduce(trainer: Trainer) -> None:
         f"{config.data.batch_size} sequences of {config.data.seq_len:,} tokens, {segment:,} per device"
     )
     print(f"workdir  {trainer.workdir}" + (f", going on after step {trainer.step}" if trainer.step else ""), flush=True)
+    for key, (then, now) in trainer.changes.items():
+        print(f"changed  {key} from {then!r} to {now!r}", flush=True)
 
 
-def summarize(trainer: Trainer, config_path: str) -> None:
-    """Says what came out, where it is, and what to try next."""
-    records = read_records(trainer.workdir / "metrics.jsonl")
-    last = {record["split"]: record for record in records}
-    workdir = trainer.workdir
-    print(f"\ndone after {trainer.step} steps")
-    print(f"  train  {last['train']['bits_per_byte']:.4f} bits/byte  (loss {last['train']['loss']:.4f} nats)")
-    print(f"  valid  {last['valid']['bits_per_byte']:.4f} bits/byte  (loss {last['valid']['loss']:.4f} nats)")
-    print(f"  speed  {last['train']['tokens_per_second']:,.0f} tokens/s")
-    print(f"  files  {workdir}/: checkpoints/, metrics.jsonl, tensorboard/, config.json")
-    print("next:")
-    print(f"  python -m lss_jax.evaluate --workdir {workdir} --split test")
-    print(f"  python -m lss_jax.train --config {config_path} --config.optim.steps={2 * trainer.step}   # train on")
-    print(f"  python -m lss_jax.train --config {config_path} --workdir {workdir}-seq8 --config.mesh.data=1")
-    print("     # another mesh, the same loss curve")
+def summarize(trainer: Trainer) -> str:
+    """What came out, where it is, and what to try next."""
+    config, workdir, step = trainer.config, trainer.workdir, trainer.step
+    last = {record["split"]: record for record in read_records(workdir / "metrics.jsonl")}
+    batches = f"first {config.eval_batches} batches"
+    again = shlex.join(["python", "-m", "lss_jax.train", *sys.argv[1:]])
+    more = f"{again} --config.optim.steps={2 * step}"
+    lines = ["", f"done after {step} of {config.optim.steps} steps"]
+    for split, note in (("train", "last step"), ("valid", batches)):
+        if split in last:
+            record = last[split]
+            lines.append(f"  {split}  {record['bits_per_byte']:.4f} bits/byte, {record['loss']:.4f} nats  ({note})")
+    if "train" in last:
+        lines.append(f"  speed  {last['train']['tokens_per_second']:,.0f} tokens/s")
+    lines.append(f"  files  {workdir}/: checkpoints/, metrics.jsonl, tensorboard/, config.json")
+    lines.append("next:")
+    lines.append(f"  python -m lss_jax.evaluate --workdir {shlex.quote(str(workdir))} --split test")
+    lines.append(f"  {more}   # train on")
+    lines.append(f"  tensorboard --logdir {shlex.quote(str(workdir))}")
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

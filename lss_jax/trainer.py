@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from tqdm import tqdm
 
 from lss_jax.checkpoint import Checkpoints, like
-from lss_jax.config import Config, ConfigError, check_same_model, from_dict, validate
+from lss_jax.config import Config, ConfigError, changes, check_same_model, from_dict, validate
 from lss_jax.data.loader import (
     Batch,
     batch_like,
@@ -46,8 +46,6 @@ class Trainer:
         devices = jax.devices() if devices is None else devices
         self.config, self.workdir = config, workdir
         self.mesh = make_mesh(validate(config, len(devices)), devices)
-        self.splits = open_splits(config.data)
-        check_workdir(config, workdir)
         self.model = build_model(config)
         self.stopping = False  # set it (from a signal handler, say), and `fit` ends after the step in hand
         self._blocks = self.mesh.devices.flat[0].platform == "cpu"
@@ -55,9 +53,14 @@ class Trainer:
         self._schedule = make_schedule(config.optim)
         self._train_step: Callable | None = None
         self._eval_step = make_eval_step(self.model, self.mesh)
+        saved = Checkpoints(workdir / "checkpoints")
+        self.step = saved.latest_step() or 0
+        self.changes = check_workdir(config, workdir) if self.step else {}
+        check_writable(workdir)
+        self.splits = open_splits(config.data)
+        self.state = self._restored(saved) if self.step else self._fresh()
+        saved.close()
         self._checkpoints = open_workdir(config, workdir)
-        self.step = self._checkpoints.latest_step() or 0
-        self.state = self._restored() if self.step else self._fresh()
         self._metrics = MetricsWriter(workdir, self.step)
 
     def compile(self) -> float:
@@ -89,20 +92,24 @@ class Trainer:
             if logs or self._blocks:
                 jax.block_until_ready(self.state)
             steps_timed, seconds = steps_timed + 1, seconds + time.perf_counter() - started
+            records = []
             if logs:
-                yield self._log(self._train_record(metrics, seconds / steps_timed))
+                records.append(self._train_record(metrics, seconds / steps_timed))
                 steps_timed, seconds = 0, 0.0
             if last or (config.eval_every and step % config.eval_every == 0):
-                yield self._log(self.evaluate("valid", config.eval_batches))
+                records.append(self.evaluate("valid", config.eval_batches))
+            for record in records:
+                self._metrics.write(record)
             if last or step % config.checkpoint_every == 0:
                 self.save()
+            yield from records  # with everything done, so that nothing is lost if nobody comes back
             if self.stopping:
                 break
         batches.close()
 
     def evaluate(self, split: str, batches: int | None = None) -> Record:
         """Loss over the first `batches` batches of a split, None for all of it."""
-        return evaluate(
+        return evaluate_split(
             self._eval_step, self.state.params, self.splits[split], self.config, self.mesh, split, self.step, batches
         )
 
@@ -130,9 +137,9 @@ class Trainer:
     def _fresh(self) -> TrainState:
         return init_state(self.model, self._optimizer, self.mesh, self.config.seed)
 
-    def _restored(self) -> TrainState:
+    def _restored(self, saved: Checkpoints) -> TrainState:
         placed = state_shardings(self.model, self._optimizer, self.mesh)
-        items = self._checkpoints.restore(
+        items = saved.restore(
             self.step,
             params=like(self.model.shapes, placed.params),
             opt_state=like(jax.eval_shape(self._optimizer.init, self.model.shapes), placed.opt_state),
@@ -152,12 +159,8 @@ class Trainer:
             "step_seconds": step_seconds,
         }
 
-    def _log(self, record: Record) -> Record:
-        self._metrics.write(record)
-        return record
 
-
-def evaluate(
+def evaluate_split(
     eval_step: Callable[[Params, Batch], LossSum],
     params: Params,
     data: np.ndarray,
@@ -187,19 +190,24 @@ def restore_params(model: Model, mesh: Mesh, workdir: Path) -> tuple[int, Params
     checkpoints = Checkpoints(workdir / "checkpoints")
     step = checkpoints.latest_step()
     if step is None:
-        raise ConfigError(f"{workdir} has no checkpoint yet; train there first, up to a multiple of checkpoint_every")
+        raise ConfigError(f"{workdir} has no checkpoint yet; train there first")
     params = checkpoints.restore(step, params=like(model.shapes, shardings(model.specs, mesh)))["params"]
     checkpoints.close()
     return step, params
 
 
-def check_workdir(config: Config, workdir: Path) -> None:
-    """Refuses a workdir that cannot take this run; writes nothing."""
+def check_workdir(config: Config, workdir: Path) -> dict:
+    """Refuses a workdir whose checkpoints cannot serve this config; returns what else differs, key to (then, now)."""
+    saved = from_dict(saved_config(workdir))
+    check_same_model(saved, config, workdir)
+    return changes(saved, config)
+
+
+def check_writable(workdir: Path) -> None:
+    """Refuses a workdir that cannot be written to; writes nothing."""
     nearest = next(folder for folder in (workdir, *workdir.absolute().parents) if folder.exists())
     if not nearest.is_dir() or not os.access(nearest, os.W_OK):
         raise ConfigError(f"workdir {workdir}: {nearest} is not a folder that can be written to; choose another")
-    if (workdir / "config.json").exists():
-        check_same_model(from_dict(saved_config(workdir)), config, workdir)
 
 
 def open_workdir(config: Config, workdir: Path) -> Checkpoints:
@@ -219,8 +227,13 @@ def saved_config(workdir: Path) -> dict:
     """
     path = workdir / "config.json"
     try:
-        return json.loads(path.read_text())
+        values = json.loads(path.read_text())
+        from_dict(values)
+        return values
     except OSError as error:
         raise ConfigError(f"{path} cannot be read ({error.strerror}); give the --workdir of a training run") from error
     except json.JSONDecodeError as error:
         raise ConfigError(f"{path} is not valid JSON ({error}); restore it or choose another --workdir") from error
+    except (ConfigError, AttributeError) as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError(f"{path} is not a config of this program ({reason}); choose another --workdir") from error

@@ -13,8 +13,10 @@ from lss_jax.attention import STRATEGIES
 from lss_jax.attention.dense import attention_rows
 from lss_jax.attention.lss import fused_all_gather
 from lss_jax.attention.mask import Intervals, causal
-from lss_jax.config import AttentionConfig
+from lss_jax.config import AttentionConfig, DataConfig, ModelConfig
+from lss_jax.data.sources import SOURCES
 from lss_jax.mesh import DATA, SEQ, over_cut_axes
+from lss_jax.models import FAMILIES
 
 B, L, H, K = 4, 24, 4, 8
 
@@ -106,6 +108,9 @@ def test_the_gather_returns_segments_in_order_and_its_transpose_adds_them_up():
     np.testing.assert_array_equal(back, np.asarray(ranks) * 11_111_111)
 
 
-def test_the_config_knows_every_strategy():
-    choices = AttentionConfig.__annotations__["strategy"].__args__
-    assert set(choices) == set(STRATEGIES)
+@pytest.mark.parametrize(
+    ("section", "key", "known"),
+    [(AttentionConfig, "strategy", STRATEGIES), (ModelConfig, "family", FAMILIES), (DataConfig, "source", SOURCES)],
+)
+def test_the_config_names_what_there_is(section, key, known):
+    assert set(section.__annotations__[key].__args__) == set(known)

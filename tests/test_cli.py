@@ -18,6 +18,7 @@ from lss_jax.metrics import read_records
 
 ROOT = Path(__file__).parents[1]
 SMALL = [
+    "--config.mesh.data=2",
     "--config.model.layers=1",
     "--config.model.width=32",
     "--config.data.seq_len=64",
@@ -60,6 +61,10 @@ def test_train_then_evaluate_then_train_on(tmp_path):
     assert evaluated.stdout == (
         f"step 20  valid  loss {records[-1]['loss']:.4f} nats/byte  {records[-1]['bits_per_byte']:.4f} bits/byte\n"
     ), "another mesh gives the number that training ended with"
+
+    tested = call(command("evaluate", "--workdir", workdir, "--split", "test", "--config.data.batch_size=256"))
+    assert tested.returncode == 0, tested.stderr
+    assert [r["split"] for r in read_records(workdir / "metrics.jsonl")][-2:] == ["valid", "test"]
 
     again = call(train(workdir, "--config.optim.steps=20"))
     assert again.returncode == 0 and "going on after step 20" in again.stdout

@@ -123,6 +123,8 @@ def test_all_problems_are_told_at_once():
         ("--config.qqq=4", "unknown config key 'qqq'; known: attention.layout, "),
         ("--config.mesh.seq=four", "invalid literal for int.*give a value of the same type as the default"),
         ("--conf.seed=1", "unknown argument '--conf.seed=1'; see --help"),
+        ("--config.model=4", "config key 'model' is a group of keys; set model.NAME instead"),
+        ("--config.seed", "unknown argument '--config.seed'; see --help"),
         ("stray", "unknown argument 'stray'; see --help"),
     ],
 )
@@ -133,7 +135,7 @@ def test_bad_overrides_are_told(argument, message):
 
 def test_overrides_are_typed_and_derived_defaults_follow():
     arguments = ["--config.model.width=64", "--config.model.tied_head=false", "--config.optim.learning_rate=1"]
-    config = from_dict(override(base.get_config(), [*arguments, "--config.model.heads", "8"]))
+    config = from_dict(override(base.get_config(), [*arguments, "--config.model.heads=8"]))
     assert (config.model.width, config.model.mlp_width) == (64, 256)
     assert (config.model.heads, config.model.kv_heads) == (8, 8)
     assert config.model.tied_head is False

@@ -5,9 +5,9 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).parents[1] / "lss_jax"
 ROWS = [
-    {"config", "mesh", "distributed"},
-    {"attention"},
-    {"layers", "embeddings"},
+    {"config", "mesh"},
+    {"distributed", "attention", "embeddings"},
+    {"layers"},
     {"models", "data"},
     {"losses", "gradients", "optimizer", "state", "checkpoint", "metrics"},
     {"step"},

@@ -11,7 +11,7 @@ from helpers import small_config
 
 from lss_jax.config import ConfigError
 from lss_jax.metrics import MetricsWriter, console_line, duration, read_records
-from lss_jax.trainer import Trainer
+from lss_jax.trainer import Trainer, saved_config
 
 TEXT = bytes(np.random.default_rng(0).choice(list(b"abcdefgh     \n"), 6000))
 
@@ -40,6 +40,10 @@ def run(config, workdir, stop_after=None, devices=None):
     trainer.save()
     trainer.close()
     return jax.tree.map(np.asarray, trainer.state)
+
+
+def contents(folder):
+    return {file: file.stat().st_mtime_ns for file in folder.rglob("*")}
 
 
 def curve(workdir, split="train"):
@@ -88,9 +92,13 @@ def test_a_trainer_can_be_left_and_called_again(config, tmp_path):
         if record["step"] == 6:
             break
     assert trainer.step == 6
+    for record in trainer.fit():
+        if record["step"] == 8:
+            break  # at the training record: the evaluation that is due is made and written all the same
     list(trainer.fit())
     trainer.close()
     assert_equal(jax.tree.map(np.asarray, trainer.state), whole)
+    assert curve(tmp_path / "parts", "valid") == curve(tmp_path / "whole", "valid")
 
 
 def test_old_checkpoints_are_deleted_and_hold_global_shapes_alone(config, tmp_path):
@@ -135,7 +143,7 @@ def test_console_lines_tell_rate_and_time_left():
 
 def test_a_workdir_of_another_model_is_refused_untouched(config, tmp_path):
     run(config, tmp_path / "run", stop_after=2)
-    before = {f: f.stat().st_mtime_ns for f in (tmp_path / "run").rglob("*")}
+    before = contents(tmp_path / "run")
     other = change(config, model__width=64, model__heads=8, data__seq_len=24)
     with pytest.raises(ConfigError) as error:
         Trainer(other, tmp_path / "run")
@@ -144,7 +152,28 @@ def test_a_workdir_of_another_model_is_refused_untouched(config, tmp_path):
     assert "holds a run with model.width=32, not 64, and its parameters do not fit" in told[0]
     assert told[0].endswith("choose another --workdir, or go on with --config.model.width=32")
     assert "data.seq_len=48, not 24" in told[2], "the learned position table has a row per position"
-    assert {f: f.stat().st_mtime_ns for f in (tmp_path / "run").rglob("*")} == before
+    assert contents(tmp_path / "run") == before
+
+
+def test_a_workdir_without_a_checkpoint_takes_any_model(config, tmp_path):
+    Trainer(config, tmp_path / "run").close()
+    trainer = Trainer(change(config, model__width=64), tmp_path / "run")
+    trainer.close()
+    assert trainer.step == 0
+
+
+def test_a_run_that_goes_on_tells_what_changed(config, tmp_path):
+    run(config, tmp_path / "run", stop_after=2)
+    trainer = Trainer(change(config, optim__steps=12, log_every=1), tmp_path / "run")
+    trainer.close()
+    assert trainer.changes == {"optim.steps": (10, 12), "log_every": (2, 1)}
+
+
+def test_a_foreign_config_is_named(tmp_path):
+    for text in ("[]", "{}", "{", '{"seed": 1}'):
+        (tmp_path / "config.json").write_text(text)
+        with pytest.raises(ConfigError, match=r"config.json is not .*; .*another --workdir"):
+            saved_config(tmp_path)
 
 
 def test_a_workdir_that_cannot_be_written_is_refused(config, tmp_path):
@@ -165,5 +194,7 @@ def test_a_damaged_checkpoint_is_one_error(config, tmp_path):
     for file in (tmp_path / "run" / "checkpoints" / "2" / "params").rglob("*"):
         if file.is_file():
             file.write_bytes(b"")
+    before = contents(tmp_path / "run")
     with pytest.raises(ConfigError, match=r"checkpoints/2 cannot be restored \(.*\); delete that folder"):
-        Trainer(config, tmp_path / "run")
+        Trainer(change(config, optim__steps=12), tmp_path / "run")
+    assert contents(tmp_path / "run") == before

@@ -24,6 +24,7 @@ SCALED_DOWN = {
     "model.width": 128,
     "model.heads": 4,
     "model.dtype": "float32",
+    "model.remat": "none",
     "data.seq_len": 256,
     "data.batch_size": 16,
     "optim.steps": 600,

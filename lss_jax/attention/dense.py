@@ -10,7 +10,8 @@ def attention_rows(q_BlHK: jax.Array, k_BLGK: jax.Array, v_BLGK: jax.Array, mask
     """The rows of attention `o_BlHK` of some queries, over all `L` keys in natural order.
 
     `G` key/value heads serve `H` query heads, `R = H/G` neighbours each (Ainslie et al. 2023, arXiv 2305.13245), as
-    `m = R*l` rows of one head. Scores and softmax are float32; the output has the dtype of `q_BlHK`.
+    `m = R*l` rows of one head. Every query must see a key. Scores and softmax are float32, the output is of the dtype
+    of `q_BlHK`.
     """
     B, l, H, K = q_BlHK.shape
     G, R = k_BLGK.shape[2], H // k_BLGK.shape[2]

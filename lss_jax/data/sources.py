@@ -12,7 +12,7 @@ import pooch
 
 from lss_jax.config import ConfigError, DataConfig
 
-Splits = dict[str, np.ndarray]  # "train", "valid", "test": bytes (uint8), views of one memory-mapped file
+Splits = dict[str, np.ndarray]  # "train", "valid", "test": bytes (uint8), views of one array
 
 # enwik8 (Mahoney 2006): the first 10^8 bytes of the English Wikipedia dump of 2006-03-03.
 ENWIK8_URL = "http://mattmahoney.net/dc/enwik8.zip"
@@ -25,6 +25,7 @@ ENWIK8_SHA256 = {  # of its first so many bytes: the longest that a file covers 
     ENWIK8_BYTES: "2b49720ec4d78c3c9fabaee6e4179a5e997302b3a70029f30f2d582218c024a8",
 }
 NEEDS_NO_DOWNLOAD = "configs/default.py needs no download"
+SHORTEST = 40  # bytes: 5% are then a byte and its next one
 STDLIB_LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "idlelib"}
 
 
@@ -38,12 +39,14 @@ def open_splits(config: DataConfig) -> Splits:
     data = SOURCES[config.source](config.path)
     size = len(data)
     ends = {"train": size * 90 // 100, "valid": size * 95 // 100, "test": size}
-    if ends["train"] < config.seq_len + 1 or ends["valid"] - ends["train"] < 2:
+    shown = f"data.source={config.source!r}, data.path={config.path!r}: {size} bytes"
+    if ends["train"] < config.seq_len + 1:
         raise ConfigError(
-            f"data.source={config.source!r}, data.path={config.path!r}: {size} bytes give {ends['train']} for training "
-            f"(90%), but one window takes data.seq_len + 1 = {config.seq_len + 1}; use a longer file or a smaller "
-            f"data.seq_len"
+            f"{shown} give {ends['train']} for training (90%), but one window takes data.seq_len + 1 = "
+            f"{config.seq_len + 1}; use a longer file or a smaller data.seq_len"
         )
+    if size < SHORTEST:
+        raise ConfigError(f"{shown} are too few for a validation and a test split; use at least {SHORTEST} bytes")
     starts = [0, *ends.values()]
     return {name: data[start:end] for (name, end), start in zip(ends.items(), starts, strict=False)}
 
@@ -55,7 +58,7 @@ def stdlib(path: str) -> np.ndarray:
     """
     root = Path(sysconfig.get_path("stdlib"))
     names = [name.relative_to(root) for name in root.rglob("*.py")]
-    kept = [name for name in names if not STDLIB_LEFT_OUT & set(name.parts)]
+    kept = [name for name in names if not STDLIB_LEFT_OUT & set(name.parts) and (root / name).is_file()]
     kept.sort(key=lambda name: hashlib.sha256(name.as_posix().encode()).digest())
     if not kept:
         raise ConfigError(f'data.source="stdlib": no .py files under {root}; use data.source="text" and data.path')
@@ -114,7 +117,7 @@ def _downloaded_enwik8() -> Path:
             unfinished = archive.extract("enwik8", cache / "unfinished")
         os.replace(unfinished, raw)  # all or nothing: half a file would pass for a prefix
     except (OSError, ValueError) as error:
-        reason = str(error).split("\n")[0] if isinstance(error, ValueError) else type(error).__name__
+        reason = f"{type(error).__name__}: {error}".split("\n")[0][:300]
         raise ConfigError(
             f"enwik8 cannot be downloaded ({reason}); fetch {ENWIK8_URL} ({ENWIK8_ZIP_BYTES} "
             f"bytes, sha256 {ENWIK8_ZIP_SHA256}) elsewhere, unzip it and give data.path ({NEEDS_NO_DOWNLOAD})"

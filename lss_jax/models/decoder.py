@@ -6,8 +6,8 @@ import jax
 from flax import nnx
 
 from lss_jax.config import Config
-from lss_jax.embeddings import LearnedPositions, TokenEmbedding, rope
-from lss_jax.layers import Attend, Head, Stack, layer_norm, logits
+from lss_jax.embeddings import Head, LearnedPositions, TokenEmbedding, logits, rope
+from lss_jax.layers import Attend, Stack, layer_norm
 
 
 class Decoder(nnx.Module):
