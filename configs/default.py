@@ -18,5 +18,4 @@ def get_config() -> ConfigDict:
     config.mesh.seq = -1
     config.data.seq_len = 256
     config.data.batch_size = 8
-    config.optim.learning_rate = 3e-3
     return config

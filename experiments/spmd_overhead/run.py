@@ -5,12 +5,14 @@
 Both do the same global work (the same model, batch and sequence), so a ratio of 1 means that the cut is free. The
 meshes take turns in one process; a figure is the median over the rounds of the ratio to the whole step on one device
 in the same round. Beside the whole step stand its parts, each timed as a program of its own: the loss and gradient,
-and the optimizer, which every device repeats for the whole model because weights are replicated. Takes about six
-minutes on two cores. Writes `results.json` and `results.md` beside this file.
+and the optimizer, which every device repeats for the whole model because weights are replicated; and the CPU time of
+the whole step, outside and inside the kernel. Takes about six minutes on two cores. Writes `results.json` and
+`results.md` beside this file.
 """
 
 import argparse
 import json
+import resource
 import statistics
 import time
 from pathlib import Path
@@ -86,13 +88,17 @@ class Programs:
 def measure(size: str, rounds: int) -> dict:
     programs = {mesh: Programs(size, *mesh) for mesh in MESHES}
     seconds = {part: {mesh: [] for mesh in MESHES} for part in PARTS}
+    cpu: dict[tuple[int, int], list[tuple[float, float]]] = {mesh: [] for mesh in MESHES}
     for part in PARTS:
         for turn in range(rounds + 1):
             for mesh, program in programs.items():
-                started = time.perf_counter()
+                before, started = resource.getrusage(resource.RUSAGE_SELF), time.perf_counter()
                 jax.block_until_ready((getattr(program, part)(), program.state))
                 if turn:  # the first warms up
                     seconds[part][mesh].append(time.perf_counter() - started)
+                    after = resource.getrusage(resource.RUSAGE_SELF)
+                    if part == "step":
+                        cpu[mesh].append((after.ru_utime - before.ru_utime, after.ru_stime - before.ru_stime))
     whole = seconds["step"][MESHES[0]]
 
     def ratio(part: str, mesh: tuple[int, int]) -> float:
@@ -108,25 +114,27 @@ def measure(size: str, rounds: int) -> dict:
         "rounds": rounds,
         "seconds_of_one_device": statistics.median(whole),
         "ratios": {f"{d}x{s}": {part: ratio(part, (d, s)) for part in PARTS} for d, s in MESHES},
+        "cpu_seconds": {f"{d}x{s}": list(map(statistics.median, zip(*cpu[d, s], strict=True))) for d, s in MESHES},
     }
 
 
 def table(results: list[dict]) -> str:
     lines = [
-        "| size | parameters | tokens | mesh (data x seq) | whole step | loss and gradient | optimizer |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
+        "| size | parameters | tokens | data x seq | step | loss and gradient | optimizer | CPU s, user + kernel |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for result in results:
         tokens = f"{result['batch_size']} x {result['seq_len']:,}"
         for mesh, ratio in result["ratios"].items():
             figures = " | ".join(f"{ratio[part]:.2f}" for part in PARTS)
-            lines.append(f"| {result['size']} | {result['parameters']:,} | {tokens} | {mesh} | {figures} |")
+            cpu = " + ".join(f"{seconds:.2f}" for seconds in result["cpu_seconds"][mesh])
+            lines.append(f"| {result['size']} | {result['parameters']:,} | {tokens} | {mesh} | {figures} | {cpu} |")
     return "\n".join(lines)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=9, help="timed repetitions of each program (default: 9)")
+    parser.add_argument("--rounds", type=int, default=5, help="timed repetitions of each program (default: 5)")
     arguments = parser.parse_args()
     distributed.start()
     results = []
