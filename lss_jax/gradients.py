@@ -31,7 +31,8 @@ def varying(params: Any, specs: Any, mesh: Mesh) -> Any:
 def double_sum(partial: Any, specs: Any, mesh: Mesh) -> Any:
     """Local, partial gradients (and any sums that ride along) to finished ones: two all-reduces for the whole tree.
 
-    What has the same sums to take travels as one vector: XLA would combine separate sums as it sees fit.
+    What has the same sums to take travels as one vector, since XLA combines many separate sums as it sees fit. The one
+    vector that takes the second sum alone, the position table's rows, it combines with the other's second sum.
     """
     leaves, treedef = jax.tree.flatten(partial)
     missing = [_missing(spec, mesh) for spec in jax.tree.leaves(specs)]

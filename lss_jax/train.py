@@ -109,7 +109,7 @@ def summarize(trainer: Trainer) -> str:
     lines.append("next:")
     lines.append(f"  python -m lss_jax.evaluate --workdir {shlex.quote(str(workdir))} --split test")
     lines.append(f"  {more}   # train on")
-    lines.append(f"  tensorboard --logdir {shlex.quote(str(workdir))}")
+    lines.append(f"  pip install tensorboard && tensorboard --logdir {shlex.quote(str(workdir))}")
     return "\n".join(lines)
 
 
