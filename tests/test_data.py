@@ -1,5 +1,6 @@
 """Sources and the segment loader: the right bytes, only the bytes that are asked for, and clear errors."""
 
+import functools
 import hashlib
 import http.server
 import threading
@@ -155,12 +156,13 @@ def test_a_prefix_of_enwik8_is_checked(tmp_path, monkeypatch):
         open_splits(config_of("enwik8", file))
 
 
-def test_the_real_prefix_of_enwik8_passes_where_it_is_at_hand():
-    at_hand = ENWIK8_PREFIX.exists()
-    splits = open_splits(config_of("enwik8", ENWIK8_PREFIX) if at_hand else config_of("stdlib"))
-    first, size = (b"<mediawiki", 3_600_000) if at_hand else (splits["train"][:10].tobytes(), len(splits["train"]))
-    assert (splits["train"][:10].tobytes(), len(splits["train"])) == (first, size)
-    assert abs(len(splits["train"]) - 18 * len(splits["test"])) < 18 * 2
+def test_real_text_passes():
+    """The prefix of enwik8 where it is at hand, checked against the sums in the code; else Python's sources."""
+    config = config_of("enwik8", ENWIK8_PREFIX) if ENWIK8_PREFIX.exists() else config_of("stdlib")
+    splits = open_splits(config)
+    total = sum(map(len, splits.values()))
+    assert len(splits["train"]) == total * 90 // 100
+    assert total == 4_000_000 or config.source == "stdlib"
 
 
 @pytest.fixture
@@ -171,7 +173,7 @@ def enwik8_server(tmp_path, monkeypatch):
     zipped = tmp_path / "www" / "enwik8.zip"
     with zipfile.ZipFile(zipped, "w") as archive:
         archive.writestr("enwik8", genuine)
-    handler = lambda *args: http.server.SimpleHTTPRequestHandler(*args, directory=str(tmp_path / "www"))  # noqa: E731
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(tmp_path / "www"))
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
