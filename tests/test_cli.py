@@ -51,7 +51,7 @@ def test_train_then_evaluate_then_train_on(tmp_path):
     assert done.returncode == 0, done.stderr
     assert "devices  8 cpu, mesh data=2 x seq=4 x model=1" in done.stdout
     assert "tokens/s" in done.stdout and "left" in done.stdout
-    for told in ("done after 20 steps", "train  ", "valid  ", "speed  ", f"files  {workdir}", "next:"):
+    for told in ("done after 20 of 20 steps", "train  ", "valid  ", "speed  ", f"files  {workdir}", "next:"):
         assert told in done.stdout.split("\n\n")[1]
     records = read_records(workdir / "metrics.jsonl")
     assert records[0]["loss"] > records[-1]["loss"]
