@@ -10,7 +10,7 @@ from pathlib import Path
 from absl import flags, logging
 from ml_collections import ConfigDict, config_flags
 
-from lss_jax.config import ConfigError, keys, unknown_key
+from lss_jax.config import ConfigError, flat, unknown_key
 
 BAD_INPUT = 2
 OVERRIDES = "Any key of the config can be changed by --config.KEY=VALUE, as in --config.optim.steps=1000."
@@ -66,7 +66,7 @@ def override(config: ConfigDict, arguments: list[str]) -> ConfigDict:
     Raises:
       ConfigError: an unknown key or argument, or a value that does not parse.
     """
-    known = keys(config)
+    known = list(flat(config))
     for argument in arguments:
         match = re.fullmatch(r"--config\.([^=]+)=.*", argument, re.DOTALL)
         if not match:

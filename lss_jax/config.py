@@ -2,7 +2,6 @@
 
 import dataclasses
 import difflib
-import functools
 import typing
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -103,12 +102,12 @@ def unknown_key(key: str, known: list[str]) -> str:
     return f"unknown config key {key!r}; " + (f"did you mean {near!r}?" if near else f"known: {', '.join(known)}")
 
 
-def keys(values: Mapping[str, Any], prefix: str = "") -> list[str]:
-    """The dotted names of all leaves of a nested mapping."""
-    names = []
+def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """All leaves of a nested mapping under their dotted names."""
+    leaves: dict[str, Any] = {}
     for name, value in values.items():
-        names += keys(value, f"{prefix}{name}.") if hasattr(value, "items") else [prefix + name]
-    return names
+        leaves |= flat(value, f"{prefix}{name}.") if hasattr(value, "items") else {prefix + name: value}
+    return leaves
 
 
 def _build(cls: type, values: Mapping[str, Any], prefix: str, problems: list[str]) -> Any:
@@ -272,15 +271,9 @@ def _mesh_problems(config: Config, sizes: MeshSizes) -> Iterator[str]:
         )
 
 
-def flat(config: Config) -> dict[str, Any]:
-    """The config as dotted keys and values."""
-    nested = dataclasses.asdict(config)
-    return {key: functools.reduce(lambda inner, name: inner[name], key.split("."), nested) for key in keys(nested)}
-
-
 def changes(saved: Config, config: Config) -> dict[str, tuple[Any, Any]]:
     """What differs between the config of a run that goes on and its new one: key to (then, now)."""
-    before, after = flat(saved), flat(config)
+    before, after = flat(dataclasses.asdict(saved)), flat(dataclasses.asdict(config))
     return {key: (before[key], after[key]) for key in after if before[key] != after[key]}
 
 

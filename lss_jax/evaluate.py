@@ -7,13 +7,13 @@ import jax
 from ml_collections import ConfigDict
 
 from lss_jax import cli, distributed
-from lss_jax.config import ConfigError, check_same_model, from_dict, validate
+from lss_jax.config import ConfigError, from_dict, validate
 from lss_jax.data.sources import open_splits
 from lss_jax.mesh import make_mesh
 from lss_jax.metrics import add_record
 from lss_jax.models import build_model
 from lss_jax.step import make_eval_step
-from lss_jax.trainer import evaluate_split, restore_params, saved_config
+from lss_jax.trainer import check_workdir, evaluate_split, restore_params, saved_config
 
 
 def main() -> int:
@@ -36,7 +36,7 @@ def main() -> int:
     if arguments.batches is not None and arguments.batches < 1:
         raise ConfigError(f"--batches={arguments.batches} must be at least 1; leave it out for the whole split")
     distributed.start()
-    check_same_model(from_dict(saved_config(workdir)), config, workdir)
+    check_workdir(config, workdir)
     mesh = make_mesh(validate(config, len(jax.devices())))
     splits = open_splits(config.data)
     model = build_model(config)

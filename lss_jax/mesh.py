@@ -10,7 +10,7 @@ AXES = (DATA, SEQ, MODEL)
 
 
 def make_mesh(sizes: tuple[int, int, int], devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """The mesh of `sizes` (data, seq, model) with neighbouring devices in one sequence group (paper, Sec. 4).
+    """The mesh of `sizes` (data, seq, model) with neighbouring devices in one sequence group, as the paper has it.
 
     The last axis varies fastest over the devices, so `model`, then `seq` stay within a node where they fit.
     """
