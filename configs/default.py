@@ -4,7 +4,8 @@
 
 Reproduces: nothing of the paper's; it shows that everything works here, with each sequence over all devices.
 Cost: about two minutes on two CPU cores (8 simulated devices), compilation included.
-Expected: about 3.2 bits per byte on the validation split after 300 steps (Python 3.12's library: 3.197, measured).
+Expected: 3.2 to 3.4 bits per byte on the validation split after 300 steps; the corpus is the running Python's own
+(measured: 3.197 with the library of Python 3.12, 3.350 with that of 3.11).
 """
 
 from ml_collections import ConfigDict
