@@ -21,8 +21,19 @@ def get_config() -> ConfigDict:
     mesh.model = 1  # devices that share a layer's weights (1 for now)
 
     config.attention = attention = ConfigDict()
-    attention.strategy = "lss"  # "lss", or "dense" on an uncut sequence
-    attention.layout = "contiguous"  # which tokens a device holds: the paper's segments
+    attention.strategy = "lss"  # the paper's; or "ring", "ulysses"
+    attention.layout = (
+        "zigzag"  # early and late tokens on every device, for balance; "contiguous": the paper's segments
+    )
+    attention.window = 0  # a token sees so many, itself included; 0: all before it
+    attention.prefix = 0  # the first so many tokens see one another, and are not predicted (prefix-LM)
+    attention.kernel = (
+        "auto"  # "blockwise" (anywhere), "tokamax" (fused, NVIDIA GPUs), "dense" (l x L scores: the paper's)
+    )
+    attention.block_queries = 512  # of the blockwise kernel; by measurement, experiments/attention
+    attention.block_keys = 256
+    attention.gather_groups = 1  # "lss": key/value heads travel in so many groups, while the one before is computed
+    attention.regather = False  # move keys and values again on the way back instead of keeping them for every layer
 
     config.model = model = ConfigDict()
     model.family = "decoder"
@@ -32,9 +43,12 @@ def get_config() -> ConfigDict:
     model.heads = 4
     model.kv_heads = model.get_oneway_ref("heads")  # fewer: query heads share keys and values (GQA, MQA)
     model.mlp_width = model.get_oneway_ref("width") * 4
-    model.positions = "learned"  # "learned" (cut by segment), "rope" or "none"
+    model.positions = "learned"  # "learned" (cut by segment), "sinusoidal", "rope" or "none"
+    model.rope_base = 10_000.0
+    model.rope_scaling = "none"  # for longer contexts: "linear" (positions / factor), "ntk" (a larger base)
+    model.rope_factor = 1.0  # how many times longer
     model.tied_head = True  # the head is the transpose of the token embedding
-    model.dropout = 0.0
+    model.dropout = 0.0  # of embeddings, attention weights and both residual branches; the same on every mesh
     model.dtype = "float32"  # of activations, or "bfloat16"; parameters are float32
     model.remat = "none"  # "block": compute each block again on the way back, for memory
     model.scan_layers = True  # one compiled block for all layers; False: unrolled
@@ -42,6 +56,7 @@ def get_config() -> ConfigDict:
     config.data = data = ConfigDict()
     data.source = "stdlib"  # Python's own source files; "enwik8"; or "text", any file
     data.path = ""  # the file ("enwik8": the raw file or a prefix of it; empty: download)
+    data.separator = ""  # documents end with this string, and tokens see their own document alone; empty: one document
     data.seq_len = 512  # tokens (bytes) per sequence
     data.batch_size = 16  # whole sequences, over all devices
 

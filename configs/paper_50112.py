@@ -14,6 +14,7 @@ from configs import enwik8
 
 def get_config() -> ConfigDict:
     config = enwik8.get_config()
+    config.attention.layout = "contiguous"
     config.mesh.data = 24
     config.mesh.seq = 144
     config.data.seq_len = 50_112

@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import importlib.util
 import typing
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -21,8 +22,15 @@ class MeshConfig:
 
 @dataclasses.dataclass(frozen=True)
 class AttentionConfig:
-    strategy: Literal["lss", "dense"]
-    layout: Literal["contiguous"]
+    strategy: Literal["lss", "ring", "ulysses"]
+    layout: Literal["contiguous", "zigzag"]
+    window: int
+    prefix: int
+    kernel: Literal["auto", "blockwise", "dense", "tokamax"]
+    block_queries: int
+    block_keys: int
+    gather_groups: int
+    regather: bool
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,7 +42,10 @@ class ModelConfig:
     heads: int
     kv_heads: int
     mlp_width: int
-    positions: Literal["learned", "rope", "none"]
+    positions: Literal["learned", "sinusoidal", "rope", "none"]
+    rope_base: float
+    rope_scaling: Literal["none", "linear", "ntk"]
+    rope_factor: float
     tied_head: bool
     dropout: float
     dtype: Literal["float32", "bfloat16"]
@@ -46,6 +57,7 @@ class ModelConfig:
 class DataConfig:
     source: Literal["stdlib", "enwik8", "text"]
     path: str
+    separator: str
     seq_len: int
     batch_size: int
 
@@ -185,11 +197,12 @@ def validate(config: Config, device_count: int) -> MeshSizes:
 
 
 def _out_of_range(config: Config) -> Iterator[str]:
-    model, data, optim = config.model, config.data, config.optim
+    model, data, optim, attention = config.model, config.data, config.optim, config.attention
     at_least_1 = {
         **{f"model.{k}": getattr(model, k) for k in ("vocab", "layers", "width", "heads", "kv_heads", "mlp_width")},
         **{f"data.{k}": getattr(data, k) for k in ("seq_len", "batch_size")},
         **{f"optim.{k}": getattr(optim, k) for k in ("steps", "accumulate")},
+        **{f"attention.{k}": getattr(attention, k) for k in ("block_queries", "block_keys", "gather_groups")},
         **{k: getattr(config, k) for k in ("checkpoint_every", "checkpoints_kept", "log_every", "eval_batches")},
     }
     for key, value in at_least_1.items():
@@ -198,6 +211,8 @@ def _out_of_range(config: Config) -> Iterator[str]:
     at_least_0 = {
         "seed": config.seed,
         "eval_every": config.eval_every,
+        "attention.window": attention.window,
+        "attention.prefix": attention.prefix,
         "optim.warmup_steps": optim.warmup_steps,
         "optim.weight_decay": optim.weight_decay,
     }
@@ -206,10 +221,13 @@ def _out_of_range(config: Config) -> Iterator[str]:
     for key, number in at_least_0.items():
         if not 0 <= number < float("inf"):
             yield f"{key}={number} must be at least 0 and finite"
-    for key, number in {"optim.learning_rate": optim.learning_rate, "optim.clip_norm": optim.clip_norm}.items():
+    above_0 = {f"optim.{k}": getattr(optim, k) for k in ("learning_rate", "clip_norm")}
+    above_0 |= {f"model.{k}": getattr(model, k) for k in ("rope_base", "rope_factor")}
+    for key, number in above_0.items():
         if not 0 < number < float("inf"):
             yield f"{key}={number} must be greater than 0 and finite"
-    for key, number in {"optim.beta1": optim.beta1, "optim.beta2": optim.beta2}.items():
+    below_1 = {"optim.beta1": optim.beta1, "optim.beta2": optim.beta2, "model.dropout": model.dropout}
+    for key, number in below_1.items():
         if not 0 <= number < 1:
             yield f"{key}={number} must be at least 0 and less than 1"
 
@@ -233,11 +251,12 @@ def _cross_field(config: Config) -> Iterator[str]:
             f"model.heads={model.heads} is not divisible by model.kv_heads={model.kv_heads}; each key/value head "
             f"serves equally many query heads: use model.kv_heads={model.heads} or a divisor of it"
         )
-    if model.dropout != 0.0:
+    if model.rope_scaling == "none" and model.rope_factor != 1.0:
         yield (
-            f"model.dropout={model.dropout} is not supported yet: dropout must not depend on the mesh, "
-            f"and that is still to be built; use model.dropout=0.0"
+            f'model.rope_factor={model.rope_factor} has no use with model.rope_scaling="none"; '
+            f'use "linear" or "ntk", or model.rope_factor=1.0'
         )
+    yield from _attention_problems(config)
     if optim.warmup_steps > optim.steps > 0:
         yield (
             f"optim.warmup_steps={optim.warmup_steps} is more than optim.steps={optim.steps}; "
@@ -249,20 +268,48 @@ def _cross_field(config: Config) -> Iterator[str]:
         yield f'data.path={data.path!r} has no use with data.source="stdlib"; use data.source="text"'
 
 
+def _attention_problems(config: Config) -> Iterator[str]:
+    """Where a strategy or a kernel cannot do what another can: all such gaps are here."""
+    attention, model, length = config.attention, config.model, config.data.seq_len
+    strategy, kernel, groups = attention.strategy, attention.kernel, attention.gather_groups
+    if strategy == "ring" and kernel not in ("auto", "blockwise"):
+        yield (
+            f'attention.kernel={kernel!r} cannot take keys as they come by, which attention.strategy="ring" needs; '
+            f'use attention.kernel="blockwise"'
+        )
+    if strategy != "lss" and groups != 1:
+        yield (
+            f"attention.gather_groups={groups} has no use with attention.strategy={strategy!r}, which gathers nothing; "
+            f'use attention.gather_groups=1 or attention.strategy="lss"'
+        )
+    elif groups > 0 and model.kv_heads > 0 and model.kv_heads % groups:
+        yield (
+            f"model.kv_heads={model.kv_heads} is not divisible by attention.gather_groups={groups}; "
+            f"use attention.gather_groups={model.kv_heads} or another divisor"
+        )
+    if attention.prefix >= length > 0 and attention.prefix:
+        yield (
+            f"attention.prefix={attention.prefix} leaves nothing to predict of data.seq_len={length}; "
+            f"use a shorter prefix"
+        )
+    if kernel == "tokamax" and model.dropout:
+        yield (
+            f'attention.kernel="tokamax" has no dropout that is the same on every mesh, but model.dropout='
+            f'{model.dropout}; use attention.kernel="blockwise" or model.dropout=0.0'
+        )
+    if kernel == "tokamax" and importlib.util.find_spec("tokamax") is None:
+        yield 'attention.kernel="tokamax" needs that package; pip install tokamax, or use attention.kernel="blockwise"'
+
+
 def _mesh_problems(config: Config, sizes: MeshSizes) -> Iterator[str]:
     data, seq, model = sizes
-    length, batch, accumulate = config.data.seq_len, config.data.batch_size, config.optim.accumulate
+    batch, accumulate, heads = config.data.batch_size, config.optim.accumulate, config.model.heads
     if model != 1:
         yield f"mesh.model={model} is not supported yet; use mesh.model=1 and cut the sequence with mesh.seq"
-    if config.attention.strategy == "dense" and seq != 1:
+    if config.attention.strategy == "ulysses" and heads % seq:
         yield (
-            f'attention.strategy="dense" keeps the whole sequence on one device, but mesh.seq={seq}; '
-            f'use mesh.seq=1 or attention.strategy="lss"'
-        )
-    if length % seq:
-        yield (
-            f"data.seq_len={length} is not divisible by mesh.seq={seq}; every device holds an equal segment: "
-            f"use data.seq_len={_next_multiple(length, seq)} or another mesh.seq"
+            f'model.heads={heads} is not divisible by mesh.seq={seq}, which attention.strategy="ulysses" needs; '
+            f'use model.heads={_next_multiple(heads, seq)} or attention.strategy="lss"'
         )
     if accumulate > 0 and batch % (data * accumulate):
         yield (

@@ -1,5 +1,8 @@
 """Tokens in, positions, logits out; positions are natural (global) wherever the token lies."""
 
+from collections.abc import Callable
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -9,7 +12,7 @@ from lss_jax.config import ModelConfig
 from lss_jax.mesh import SEQ
 
 INIT_STDDEV = 0.02  # Radford et al. 2019 (GPT-2)
-ROPE_BASE = 10_000.0  # Su et al. 2021 (arXiv 2104.09864), Sec. 3.2
+SINUSOID_BASE = 10_000.0  # Vaswani et al. 2017 (arXiv 1706.03762), Sec. 3.5
 
 
 class TokenEmbedding(nnx.Module):
@@ -46,29 +49,56 @@ def logits(x_BlE: jax.Array, kernel_EV: jax.Array) -> jax.Array:
 class LearnedPositions(nnx.Module):
     """A row per position. Cut by segment like the sequence itself: a device holds, and trains, its own rows alone.
 
-    By its spec the gradient is summed over `data` and never over `seq` (the paper's double gradient averaging).
+    By its spec the gradient is summed over `data` and never over `seq` (the paper's double gradient averaging). The
+    table is in natural order, whatever the layout: `place` brings a device the rows of its tokens.
     """
 
     def __init__(self, config: ModelConfig, seq_len: int, rngs: nnx.Rngs):
         self.table_LE = nnx.Param(_normal(rngs, seq_len, config.width), spec=P(SEQ))
 
-    def __call__(self, x_BlE: jax.Array) -> jax.Array:
-        rows_lE = self.table_LE[...]
+    def __call__(self, x_BlE: jax.Array, place: Callable[[jax.Array], jax.Array]) -> jax.Array:
+        rows_lE = place(self.table_LE[...])
         assert rows_lE.shape == x_BlE.shape[1:], "the table is cut like the sequence"
         return x_BlE + rows_lE.astype(x_BlE.dtype)
 
 
-def rope(x_BlHK: jax.Array, positions_l: jax.Array) -> jax.Array:
-    """Rotary positions: pairs `(x[i], x[i + K/2])` turned by `position * base^(-2i/K)`, in float32.
+def sinusoidal(x_BlE: jax.Array, positions_l: jax.Array) -> jax.Array:
+    """Adds sines (first half of `E`) and cosines of the positions (Vaswani et al. 2017, arXiv 1706.03762, Sec. 3.5).
 
-    Source: Su et al. 2021 (arXiv 2104.09864), with the two halves of a head as the pairs.
+    Scaled to the size of the learned embeddings that they are added to.
     """
-    half = x_BlHK.shape[-1] // 2
-    frequency = ROPE_BASE ** (-jnp.arange(half, dtype=jnp.float32) / half)
-    angle_lk = positions_l[:, None].astype(jnp.float32) * frequency
-    cos, sin = jnp.cos(angle_lk)[:, None, :], jnp.sin(angle_lk)[:, None, :]
-    first, second = jnp.split(x_BlHK.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate((first * cos - second * sin, second * cos + first * sin), axis=-1).astype(x_BlHK.dtype)
+    angle_le = _angles(positions_l, x_BlE.shape[2] - x_BlE.shape[2] // 2, SINUSOID_BASE)
+    waves_lE = jnp.concatenate((jnp.sin(angle_le), jnp.cos(angle_le)), axis=-1)[:, : x_BlE.shape[2]]
+    return x_BlE + (INIT_STDDEV * waves_lE).astype(x_BlE.dtype)
+
+
+class Rope(NamedTuple):
+    """Rotary positions (Su et al. 2021, arXiv 2104.09864), scaled for contexts `factor` times longer than trained.
+
+    `linear` divides positions by the factor (Chen et al. 2023, arXiv 2306.15595); `ntk` raises the base so that the
+    slowest pair turns as far as before and the fastest as fast as ever (Peng et al. 2023, arXiv 2309.00071, Sec. 3.1).
+    """
+
+    base: float
+    scaling: str
+    factor: float
+
+    def __call__(self, x_BlHK: jax.Array, positions_l: jax.Array) -> jax.Array:
+        """Pairs `(x[i], x[i + K/2])` turned by `position * base^(-2i/K)`, in float32."""
+        K = x_BlHK.shape[-1]
+        base = self.base * (self.factor ** (K / max(K - 2, 1)) if self.scaling == "ntk" else 1.0)
+        slowed = self.factor if self.scaling == "linear" else 1.0
+        angle_lk = _angles(positions_l, K // 2, base) / slowed
+        cos, sin = jnp.cos(angle_lk)[:, None, :], jnp.sin(angle_lk)[:, None, :]
+        first, second = jnp.split(x_BlHK.astype(jnp.float32), 2, axis=-1)
+        turned = jnp.concatenate((first * cos - second * sin, second * cos + first * sin), axis=-1)
+        return turned.astype(x_BlHK.dtype)
+
+
+def _angles(positions_l: jax.Array, count: int, base: float) -> jax.Array:
+    """`position * base^(-i/count)`, float32."""
+    frequency = base ** (-jnp.arange(count, dtype=jnp.float32) / count)
+    return positions_l[:, None].astype(jnp.float32) * frequency
 
 
 def _normal(rngs: nnx.Rngs, rows: int, width: int) -> jax.Array:

@@ -13,7 +13,7 @@ from lss_jax.mesh import make_mesh
 from lss_jax.metrics import add_record
 from lss_jax.models import build_model
 from lss_jax.step import make_eval_step
-from lss_jax.trainer import check_workdir, evaluate_split, restore_params, saved_config
+from lss_jax.trainer import Split, check_workdir, evaluate_split, restore_params, saved_config
 
 
 def main() -> int:
@@ -38,11 +38,11 @@ def main() -> int:
     distributed.start()
     check_workdir(config, workdir)
     mesh = make_mesh(validate(config, len(jax.devices())))
-    splits = open_splits(config.data)
+    split = Split(open_splits(config.data)[arguments.split], config, mesh)
     model = build_model(config)
     step, params = restore_params(model, mesh, workdir)
-    eval_step, data = make_eval_step(model, mesh), splits[arguments.split]
-    record = evaluate_split(eval_step, params, data, config, mesh, arguments.split, step, arguments.batches)
+    losses = evaluate_split(make_eval_step(model, mesh), params, split, arguments.split, arguments.batches)
+    record = {"step": step, "split": arguments.split, **losses}
     if arguments.split == "test" and arguments.batches is None:
         add_record(workdir, record)
     print(

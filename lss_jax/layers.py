@@ -4,19 +4,29 @@ A spec (metadata `spec`) names the mesh axes that cut the parameter. `P()` is re
 """
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
-from lss_jax.attention.lss import GATHERED
-from lss_jax.config import ModelConfig
-from lss_jax.embeddings import INIT_STDDEV
+from lss_jax.attention import Attend
+from lss_jax.attention.setting import ATTENDED, COMMUNICATED
+from lss_jax.config import Config, ModelConfig
+from lss_jax.dropout import AFTER_ATTENTION, AFTER_MLP, ATTENTION, Dropout
+from lss_jax.embeddings import INIT_STDDEV, Rope
 
 REPLICATED = {"spec": P()}
 
-Attend = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]  # q_BlHK, k_BlGK, v_BlGK -> o_BlHK
-Rotate = Callable[[jax.Array], jax.Array]  # x_BlHK -> x_BlHK, by position
+
+class Segment(NamedTuple):
+    """What a device must know of the whole to work on its segment."""
+
+    positions_l: jax.Array  # natural
+    attend: Attend
+    place: Callable[[jax.Array], jax.Array]  # rows cut in natural order to the rows of this device's tokens
+    dropout: Dropout | None
 
 
 def layer_norm(config: ModelConfig, rngs: nnx.Rngs) -> nnx.LayerNorm:
@@ -52,14 +62,19 @@ class SelfAttention(nnx.Module):
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
         E, H, G, K = config.width, config.heads, config.kv_heads, config.width // config.heads
+        self.rope = Rope(config.rope_base, config.rope_scaling, config.rope_factor)
+        self.turned = config.positions == "rope"
         self.query = _linear(config, E, (H, K), rngs)
         self.key = _linear(config, E, (G, K), rngs, use_bias=False)  # it would shift a query's scores alike
         self.value = _linear(config, E, (G, K), rngs)
         self.out = _linear(config, (H, K), E, rngs, axis=(-2, -1), stddev=_residual_stddev(config))
 
-    def __call__(self, x_BlE: jax.Array, rotate: Rotate, attend: Attend) -> jax.Array:
-        q_BlHK, k_BlGK = rotate(self.query(x_BlE)), rotate(self.key(x_BlE))
-        return self.out(attend(q_BlHK, k_BlGK, self.value(x_BlE)))
+    def __call__(self, x_BlE: jax.Array, segment: Segment) -> jax.Array:
+        q_BlHK, k_BlGK = self.query(x_BlE), self.key(x_BlE)
+        if self.turned:
+            q_BlHK, k_BlGK = (self.rope(x_BlHK, segment.positions_l) for x_BlHK in (q_BlHK, k_BlGK))
+        dropout = segment.dropout and segment.dropout.at(ATTENTION)
+        return self.out(segment.attend(q_BlHK, k_BlGK, self.value(x_BlE), dropout))
 
 
 class Mlp(nnx.Module):
@@ -74,7 +89,7 @@ class Mlp(nnx.Module):
 
 
 class Block(nnx.Module):
-    """One pre-norm layer; only `attend` ever looks beyond this device's segment."""
+    """One pre-norm layer; only `segment.attend` ever looks beyond this device's segment."""
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
         self.attention_norm = layer_norm(config, rngs)
@@ -82,42 +97,56 @@ class Block(nnx.Module):
         self.mlp_norm = layer_norm(config, rngs)
         self.mlp = Mlp(config, rngs)
 
-    def __call__(self, x_BlE: jax.Array, rotate: Rotate, attend: Attend) -> jax.Array:
-        x_BlE = x_BlE + self.attention(self.attention_norm(x_BlE), rotate, attend)
-        return x_BlE + self.mlp(self.mlp_norm(x_BlE))
+    def __call__(self, x_BlE: jax.Array, segment: Segment) -> jax.Array:
+        attended_BlE = self.attention(self.attention_norm(x_BlE), segment)
+        x_BlE = x_BlE + drop(attended_BlE, segment.dropout, AFTER_ATTENTION)
+        return x_BlE + drop(self.mlp(self.mlp_norm(x_BlE)), segment.dropout, AFTER_MLP)
+
+
+def drop(x_BlE: jax.Array, dropout: Dropout | None, place: int) -> jax.Array:
+    """Dropout at one place of the model, if there is any."""
+    return x_BlE if dropout is None else dropout.at(place)(x_BlE)
 
 
 class Stack(nnx.Module):
     """`layers` blocks with their parameters stacked on a leading axis, applied by one scan.
 
     The program holds one block whatever the depth. `scan_layers=False` unrolls the scan, with the same parameters.
-    `remat="block"` keeps a block's input and its gathered keys and values, and computes the rest again on the way
-    back: what is kept there keeps the communication at one gather per layer.
+    `remat="block"` keeps a block's input and its rows of attention, and computes the rest again on the way back.
+    The keys and values that came from other devices are kept too, or with `attention.regather` moved again.
     """
 
-    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
-        self.unroll = 1 if config.scan_layers else config.layers
-        self.remat = config.remat == "block"
+    def __init__(self, config: Config, rngs: nnx.Rngs):
+        model = config.model
+        self.layers = model.layers
+        self.unroll = 1 if model.scan_layers else model.layers
+        self.remat = model.remat == "block"
+        self.regather = config.attention.regather
 
-        @nnx.split_rngs(splits=config.layers)
+        @nnx.split_rngs(splits=model.layers)
         @nnx.vmap
         def stacked(rngs: nnx.Rngs) -> Block:
-            return Block(config, rngs)
+            return Block(model, rngs)
 
         self.blocks = stacked(rngs)
         for _, parameter in nnx.iter_graph(self.blocks):
             if isinstance(parameter, nnx.Param):
                 parameter.set_metadata(spec=P(None, *parameter.spec))
 
-    def __call__(self, x_BlE: jax.Array, rotate: Rotate, attend: Attend) -> jax.Array:
-        def apply(block: Block, x_BlE: jax.Array) -> jax.Array:
-            return block(x_BlE, rotate, attend)
+    def __call__(self, x_BlE: jax.Array, segment: Segment) -> jax.Array:
+        if self.regather and not self.remat:
+            keep_rows = jax.checkpoint_policies.save_only_these_names(ATTENDED)
+            segment = segment._replace(attend=jax.checkpoint(segment.attend, policy=keep_rows))
+
+        def apply(block: Block, x_BlE: jax.Array, layer: jax.Array) -> jax.Array:
+            return block(x_BlE, segment._replace(dropout=segment.dropout and segment.dropout.at(layer)))
 
         if self.remat:
-            apply = nnx.remat(apply, policy=jax.checkpoint_policies.save_only_these_names(GATHERED))
+            kept = (ATTENDED,) if self.regather else (ATTENDED, COMMUNICATED)
+            apply = nnx.remat(apply, policy=jax.checkpoint_policies.save_only_these_names(*kept))
 
-        @nnx.scan(in_axes=(nnx.Carry, 0), out_axes=nnx.Carry, unroll=self.unroll)
-        def layers(x_BlE: jax.Array, block: Block) -> jax.Array:
-            return apply(block, x_BlE)
+        @nnx.scan(in_axes=(nnx.Carry, 0, 0), out_axes=nnx.Carry, unroll=self.unroll)
+        def layers(x_BlE: jax.Array, block: Block, layer: jax.Array) -> jax.Array:
+            return apply(block, x_BlE, layer)
 
-        return layers(x_BlE, self.blocks)
+        return layers(x_BlE, self.blocks, jnp.arange(self.layers))

@@ -1,5 +1,6 @@
 """One mesh, three axes: `data` x `seq` x `model`; every sharding of the project is said in these names."""
 
+import math
 from collections.abc import Sequence
 
 import jax
@@ -42,6 +43,18 @@ def over_cut_axes(spec: PartitionSpec, mesh: Mesh) -> PartitionSpec:
     return PartitionSpec(*map(keep, spec))
 
 
-def shardings(specs, mesh: Mesh):
-    """A tree of specs as a tree of shardings on `mesh`."""
-    return jax.tree.map(lambda spec: NamedSharding(mesh, over_cut_axes(spec, mesh)), specs)
+def shardings(specs, mesh: Mesh, shapes=None):
+    """A tree of specs as a tree of shardings on `mesh`.
+
+    With `shapes` (of arrays of such trees) an array whose size an axis does not divide is whole along it, everywhere.
+    """
+    if shapes is None:
+        return jax.tree.map(lambda spec: NamedSharding(mesh, over_cut_axes(spec, mesh)), specs)
+
+    def divided(spec, shape):
+        cut = over_cut_axes(spec, mesh)
+        sizes = (math.prod(mesh.shape[axis] for axis in named_axes(PartitionSpec(part))) for part in cut)
+        parts = (part if size % n == 0 else None for part, size, n in zip(cut, shape.shape, sizes, strict=False))
+        return NamedSharding(mesh, PartitionSpec(*parts))
+
+    return jax.tree.map(divided, specs, shapes)

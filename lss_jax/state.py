@@ -22,14 +22,13 @@ class TrainState(NamedTuple):
 
 def state_shardings(model: Model, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
     """Shardings like the state; the optimizer's moments lie where their parameter lies."""
+    opt_shapes = jax.eval_shape(optimizer.init, model.shapes)
     moments = optax.tree_map_params(
-        optimizer,
-        lambda _, spec: spec,
-        jax.eval_shape(optimizer.init, model.shapes),
-        model.specs,
-        transform_non_params=lambda _: P(),
+        optimizer, lambda _, spec: spec, opt_shapes, model.specs, transform_non_params=lambda _: P()
     )
-    return shardings(TrainState(P(), model.specs, moments), mesh)
+    step = jax.ShapeDtypeStruct((), jnp.int32)
+    specs, shapes = TrainState(P(), model.specs, moments), TrainState(step, model.shapes, opt_shapes)
+    return shardings(specs, mesh, shapes)
 
 
 def init_state(model: Model, optimizer: optax.GradientTransformation, mesh: Mesh, seed: int) -> TrainState:

@@ -10,12 +10,18 @@ import optax
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from lss_jax.attention import STRATEGIES
-from lss_jax.attention.mask import causal
-from lss_jax.data.loader import BATCH_SPECS, Batch
+from lss_jax.attention import make_attend
+from lss_jax.attention.kernels import chosen_kernel
+from lss_jax.attention.mask import Intervals, bidirectional, documents, prefix_causal, window
+from lss_jax.attention.setting import Setting
+from lss_jax.config import Config
+from lss_jax.data.loader import IGNORED, Batch, batch_specs
+from lss_jax.dropout import Dropout, hashed
 from lss_jax.gradients import double_sum, varying
+from lss_jax.layers import Segment
+from lss_jax.layout import Layout
 from lss_jax.losses import LossSum, cross_entropy
-from lss_jax.mesh import SEQ, cut_axes, over_cut_axes
+from lss_jax.mesh import DATA, SEQ, cut_axes, over_cut_axes
 from lss_jax.models import Model, Params
 from lss_jax.state import TrainState, state_shardings
 
@@ -27,7 +33,7 @@ def make_train_step(model: Model, optimizer: optax.GradientTransformation, mesh:
     loss_and_gradient = make_loss_and_gradient(model, mesh)
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
-        loss, gradient = loss_and_gradient(state.params, batch)
+        loss, gradient = loss_and_gradient(state.params, batch, state.step)
         updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         metrics = {"loss": loss, "grad_norm": optax.tree.norm(gradient)}
@@ -37,60 +43,125 @@ def make_train_step(model: Model, optimizer: optax.GradientTransformation, mesh:
     return jax.jit(train_step, out_shardings=(kept, None), donate_argnums=0)
 
 
-def make_loss_and_gradient(model: Model, mesh: Mesh) -> Callable[[Params, Batch], tuple[jax.Array, Params]]:
-    """Mean loss (nats per counted token of the global batch) and its gradient, from global parameters and batch."""
-    specs = on_mesh(model.specs, mesh)
+LossAndGradient = Callable[[Params, Batch, jax.Array | int], tuple[jax.Array, Params]]
 
-    @partial(jax.shard_map, mesh=mesh, in_specs=(specs, on_mesh(BATCH_SPECS, mesh)), out_specs=(P(), specs))
-    def loss_and_gradient(params: Params, batch: Batch) -> tuple[jax.Array, Params]:
+
+def make_loss_and_gradient(model: Model, mesh: Mesh) -> LossAndGradient:
+    """Mean loss (nats per counted token of the global batch) and its gradient.
+
+    From global parameters, a batch, and the number of the step, which with the seed decides what is dropped.
+    """
+    specs, of_batch = on_mesh(model.specs, mesh), batch_specs(bool(model.config.data.separator))
+
+    @partial(jax.shard_map, mesh=mesh, in_specs=(specs, on_mesh(of_batch, mesh), P()), out_specs=(P(), specs))
+    def on_segments(params: Params, batch: Batch, step: jax.Array) -> tuple[jax.Array, Params]:
         params = varying(params, model.specs, mesh)
 
         def partial_sums(batch: Batch) -> tuple[LossSum, Params]:
             def nats(params: Params) -> tuple[jax.Array, LossSum]:
-                sums = local_loss(model, mesh, params, batch)
+                sums = local_loss(model, mesh, params, batch, dropout_of(model.config, batch, step))
                 return sums.nats, sums
 
             gradient, sums = jax.grad(nats, has_aux=True)(params)
             return sums, gradient
 
-        sums, gradient = sum_over_microbatches(partial_sums, batch, model.config.optim.accumulate)
+        sums, gradient = sum_over_microbatches(partial_sums, batch, of_batch, model.config.optim.accumulate)
         sums, gradient = double_sum((sums, gradient), (SUM_SPECS, model.specs), mesh)
         return sums.mean(), jax.tree.map(lambda leaf: leaf / jnp.maximum(sums.tokens, 1.0), gradient)
+
+    def loss_and_gradient(params: Params, batch: Batch, step: jax.Array | int) -> tuple[jax.Array, Params]:
+        loss, gradient = on_segments(padded(params, model, mesh), batch, jnp.asarray(step, jnp.uint32))
+        return loss, jax.tree.map(lambda leaf, param: leaf[tuple(map(slice, param.shape))], gradient, params)
 
     return loss_and_gradient
 
 
 def make_eval_step(model: Model, mesh: Mesh) -> jax.stages.Wrapped:
     """The jitted evaluation: global parameters and batch to the batch's `LossSum`, to be added up over batches."""
+    in_specs = on_mesh((model.specs, batch_specs(bool(model.config.data.separator))), mesh)
 
-    @partial(
-        jax.shard_map, mesh=mesh, in_specs=(on_mesh(model.specs, mesh), on_mesh(BATCH_SPECS, mesh)), out_specs=SUM_SPECS
-    )
-    def eval_step(params: Params, batch: Batch) -> LossSum:
-        return double_sum(local_loss(model, mesh, params, batch), SUM_SPECS, mesh)
+    @partial(jax.shard_map, mesh=mesh, in_specs=in_specs, out_specs=SUM_SPECS)
+    def on_segments(params: Params, batch: Batch) -> LossSum:
+        return double_sum(local_loss(model, mesh, params, batch, None), SUM_SPECS, mesh)
 
-    return jax.jit(eval_step)
+    return jax.jit(lambda params, batch: on_segments(padded(params, model, mesh), batch))
 
 
-def local_loss(model: Model, mesh: Mesh, params: Params, batch: Batch) -> LossSum:
+def padded(params: Params, model: Model, mesh: Mesh) -> Params:
+    """Global parameters with rows of zeros added where a table is cut like a padded sequence."""
+    seq_len = model.config.data.seq_len
+    missing = layout_on(model.config, mesh).padded(seq_len) - seq_len
+
+    def with_rows(param: jax.Array, spec: P) -> jax.Array:
+        return jnp.pad(param, [(0, missing * (part == SEQ)) for part in (*spec, *[None] * (param.ndim - len(spec)))])
+
+    return jax.tree.map(with_rows, params, model.specs) if missing else params
+
+
+def local_loss(model: Model, mesh: Mesh, params: Params, batch: Batch, dropout: Dropout | None) -> LossSum:
     """This device's share of the loss: its own segment of its own sequences, attention apart."""
-    strategy = STRATEGIES[model.config.attention.strategy]
-    axis = SEQ if SEQ in cut_axes(mesh) else None
-    attend = partial(strategy, mask=causal(batch.positions_L), axis=axis)
-    return cross_entropy(model.apply(params, batch.tokens_BL, batch.positions_L, attend), batch.targets_BL)
+    config, setting = model.config, setting_on(model.config, mesh)
+    segment = Segment(
+        positions_l=batch.positions_L,
+        attend=make_attend(config.attention.strategy, mask_of(config, batch), setting),
+        place=partial(setting.layout.from_natural, axis=setting.axis) if setting.axis else lambda rows: rows,
+        dropout=dropout,
+    )
+    in_prefix_l = batch.positions_L < config.attention.prefix - 1  # their next token is in plain sight
+    targets_Bl = jnp.where(in_prefix_l, IGNORED, batch.targets_BL)
+    return cross_entropy(model.apply(params, batch.tokens_BL, segment), targets_Bl)
 
 
-def sum_over_microbatches(function: Callable[[Batch], Any], batch: Batch, count: int) -> Any:
+def mask_of(config: Config, batch: Batch) -> Intervals:
+    """What each local query sees: causal, narrowed or widened as the config says."""
+    positions_l, attention, seq_len = batch.positions_L, config.attention, config.data.seq_len
+    mask = prefix_causal(positions_l, attention.prefix) & bidirectional(positions_l, seq_len)
+    if attention.window:
+        mask &= window(positions_l, attention.window)
+    if batch.documents_2BL is not None:
+        mask &= documents(batch.documents_2BL)
+    return mask
+
+
+def dropout_of(config: Config, batch: Batch, step: jax.Array) -> Dropout | None:
+    """Dropout of a step for the rows and positions of a (local) batch, None if nothing is dropped."""
+    if not config.model.dropout:
+        return None
+    return Dropout(config.model.dropout, hashed(jnp.uint32(config.seed), step), batch.row_B, batch.positions_L)
+
+
+def layout_on(config: Config, mesh: Mesh) -> Layout:
+    """The token order of a config on this mesh."""
+    return Layout(config.attention.layout, mesh.shape[SEQ])
+
+
+def setting_on(config: Config, mesh: Mesh) -> Setting:
+    """The static side of attention on this mesh."""
+    attention = config.attention
+    return Setting(
+        axis=SEQ if SEQ in cut_axes(mesh) else None,
+        layout=layout_on(config, mesh),
+        kernel=chosen_kernel(attention.kernel, attention.strategy, config.model.dropout > 0),
+        block_queries=attention.block_queries,
+        block_keys=attention.block_keys,
+        gather_groups=attention.gather_groups,
+    )
+
+
+def sum_over_microbatches(function: Callable[[Batch], Any], batch: Batch, specs: Batch, count: int) -> Any:
     """`function` of the local batch, as the sum of `function` over `count` equal parts of its rows."""
     if count == 1:
         return function(batch)
 
     def micro(index: jax.Array | int) -> Batch:
-        def rows(array_BL: jax.Array) -> jax.Array:
-            size = array_BL.shape[0] // count
-            return jax.lax.dynamic_slice_in_dim(array_BL, index * size, size)
+        def rows(array: jax.Array, spec: P) -> jax.Array:
+            if DATA not in spec:
+                return array
+            axis = tuple(spec).index(DATA)
+            size = array.shape[axis] // count
+            return jax.lax.dynamic_slice_in_dim(array, index * size, size, axis)
 
-        return batch._replace(tokens_BL=rows(batch.tokens_BL), targets_BL=rows(batch.targets_BL))
+        return jax.tree.map(rows, batch, specs)
 
     def add(index: jax.Array, total: Any) -> Any:
         return jax.tree.map(jnp.add, total, function(micro(index)))

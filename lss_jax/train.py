@@ -11,9 +11,9 @@ from pathlib import Path
 
 from lss_jax import cli, distributed
 from lss_jax.config import from_dict
-from lss_jax.mesh import SEQ
 from lss_jax.metrics import console_line, read_records
 from lss_jax.models import parameter_count
+from lss_jax.step import layout_on, setting_on
 from lss_jax.trainer import Trainer
 
 
@@ -76,14 +76,16 @@ def introduce(trainer: Trainer) -> None:
     """Says what is about to run."""
     config, devices = trainer.config, trainer.mesh.devices.flat
     sizes = " x ".join(f"{axis}={size}" for axis, size in trainer.mesh.shape.items())
-    segment = config.data.seq_len // trainer.mesh.shape[SEQ]
+    layout, attention = layout_on(config, trainer.mesh), config.attention
+    segment = layout.padded(config.data.seq_len) // layout.devices
+    kernel = setting_on(config, trainer.mesh).kernel
     print(f"devices  {trainer.mesh.size} {devices[0].device_kind}, mesh {sizes}")
     print(
         f"model    {config.model.family}, {parameter_count(trainer.model):,} parameters, {config.model.dtype}, "
-        f"attention {config.attention.strategy}"
+        f"attention {attention.strategy} ({attention.layout}, {kernel})"
     )
     print(
-        f"data     {config.data.source}, {len(trainer.splits['train']):,} bytes to train on; a step is "
+        f"data     {config.data.source}, {len(trainer.splits['train'].data):,} bytes to train on; a step is "
         f"{config.data.batch_size} sequences of {config.data.seq_len:,} tokens, {segment:,} per device"
     )
     print(f"workdir  {trainer.workdir}" + (f", going on after step {trainer.step}" if trainer.step else ""), flush=True)

@@ -18,6 +18,7 @@ from lss_jax.data.loader import (
     Batch,
     batch_like,
     consecutive_starts,
+    document_starts,
     prefetched,
     read_batch,
     shuffled_starts,
@@ -30,7 +31,7 @@ from lss_jax.metrics import MetricsWriter, Record, bits_per_byte
 from lss_jax.models import Model, Params, build_model
 from lss_jax.optimizer import make_optimizer, make_schedule
 from lss_jax.state import TrainState, init_state, state_shardings
-from lss_jax.step import make_eval_step, make_train_step
+from lss_jax.step import layout_on, make_eval_step, make_train_step
 
 
 class Trainer:
@@ -57,7 +58,7 @@ class Trainer:
         self.step = saved.latest_step() or 0
         self.changes = check_workdir(config, workdir) if self.step else {}
         check_writable(workdir)
-        self.splits = open_splits(config.data)
+        self.splits = {name: Split(data, config, self.mesh) for name, data in open_splits(config.data).items()}
         self.state = self._restored(saved) if self.step else self._fresh()
         saved.close()
         self._checkpoints = open_workdir(config, workdir)
@@ -67,7 +68,8 @@ class Trainer:
         """Compiles the training step, unless that is done already; returns the seconds that it took."""
         started = time.perf_counter()
         if self._train_step is None:
-            batch = batch_like(self.config.data.batch_size, self.config.data.seq_len, self.mesh)
+            data, layout = self.config.data, layout_on(self.config, self.mesh)
+            batch = batch_like(data.batch_size, data.seq_len, self.mesh, layout, packed=bool(data.separator))
             step = make_train_step(self.model, self._optimizer, self.mesh)
             self._train_step = step.lower(self.state, batch).compile()
         return time.perf_counter() - started
@@ -109,21 +111,15 @@ class Trainer:
 
     def evaluate(self, split: str, batches: int | None = None) -> Record:
         """Loss over the first `batches` batches of a split, None for all of it."""
-        return evaluate_split(
-            self._eval_step, self.state.params, self.splits[split], self.config, self.mesh, split, self.step, batches
-        )
+        losses = evaluate_split(self._eval_step, self.state.params, self.splits[split], split, batches)
+        return {"step": self.step, "split": split, **losses}
 
     def training_batch(self, step: int) -> Batch:
         """The global batch of a step (counted from 0), which depends on the seed and the step alone."""
         data, train = self.config.data, self.splits["train"]
-        starts_B = shuffled_starts(
-            step,
-            windows=training_windows(len(train), data.seq_len),
-            batch_size=data.batch_size,
-            seq_len=data.seq_len,
-            seed=self.config.seed,
-        )
-        return read_batch(train, starts_B, data.seq_len, self.mesh)
+        windows = training_windows(len(train.data), data.seq_len)
+        order = {"batch_size": data.batch_size, "seq_len": data.seq_len, "seed": self.config.seed}
+        return train.read(shuffled_starts(step, windows=windows, **order))
 
     def save(self) -> None:
         """Starts saving the state as it is now; `close` waits for it."""
@@ -160,25 +156,30 @@ class Trainer:
         }
 
 
+class Split:
+    """A split of the data, to be read in batches for a mesh; finds the documents in it if they count."""
+
+    def __init__(self, data: np.ndarray, config: Config, mesh: Mesh):
+        self.data, self.batch_size, self.seq_len = data, config.data.batch_size, config.data.seq_len
+        self._documents = document_starts(data, config.data.separator)
+        self._mesh, self._layout = mesh, layout_on(config, mesh)
+
+    def read(self, starts_B: np.ndarray) -> Batch:
+        """The batch of the windows at `starts_B`."""
+        return read_batch(self.data, starts_B, self.seq_len, self._mesh, self._layout, self._documents)
+
+
 def evaluate_split(
-    eval_step: Callable[[Params, Batch], LossSum],
-    params: Params,
-    data: np.ndarray,
-    config: Config,
-    mesh: Mesh,
-    split: str,
-    step: int,
-    batches: int | None = None,
+    eval_step: Callable[[Params, Batch], LossSum], params: Params, split: Split, name: str, batches: int | None
 ) -> Record:
-    """The record of a split: nats and bits per byte over its first `batches` batches, None for all of it."""
-    seq_len = config.data.seq_len
-    starts = consecutive_starts(len(data), batch_size=config.data.batch_size, seq_len=seq_len)[:batches]
+    """Nats and bits per counted byte over the first `batches` batches of a split, None for all of it."""
+    starts = consecutive_starts(len(split.data), batch_size=split.batch_size, seq_len=split.seq_len)[:batches]
     nats, count = 0.0, 0.0
-    made = prefetched(lambda index: read_batch(data, starts[index], seq_len, mesh), 0, len(starts))
-    for batch in tqdm(made, desc=split, total=len(starts), unit="batch", leave=False, disable=None):
+    made = prefetched(lambda index: split.read(starts[index]), 0, len(starts))
+    for batch in tqdm(made, desc=name, total=len(starts), unit="batch", leave=False, disable=None):
         sums = eval_step(params, batch)
         nats, count = nats + float(sums.nats), count + float(sums.tokens)
-    return {"step": step, "split": split, "loss": nats / count, "bits_per_byte": bits_per_byte(nats / count)}
+    return {"loss": nats / count, "bits_per_byte": bits_per_byte(nats / count)}
 
 
 def restore_params(model: Model, mesh: Mesh, workdir: Path) -> tuple[int, Params]:
@@ -191,7 +192,7 @@ def restore_params(model: Model, mesh: Mesh, workdir: Path) -> tuple[int, Params
     step = checkpoints.latest_step()
     if step is None:
         raise ConfigError(f"{workdir} has no checkpoint yet; train there first")
-    params = checkpoints.restore(step, params=like(model.shapes, shardings(model.specs, mesh)))["params"]
+    params = checkpoints.restore(step, params=like(model.shapes, shardings(model.specs, mesh, model.shapes)))["params"]
     checkpoints.close()
     return step, params
 

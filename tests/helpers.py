@@ -5,9 +5,10 @@ import numpy as np
 
 from configs import base
 from lss_jax.config import Config, from_dict, validate
-from lss_jax.data.loader import Batch, read_batch
+from lss_jax.data.loader import Batch, document_starts, read_batch
 from lss_jax.mesh import make_mesh
 from lss_jax.models import Model, build_model
+from lss_jax.step import layout_on
 
 MESHES = [(1, 1), (8, 1), (1, 8), (2, 4), (4, 2), (2, 3)]  # data x seq
 SMALL = {
@@ -47,11 +48,19 @@ def random_bytes(count: int = 20_000, seed: int = 0) -> np.ndarray:
     return (np.cumsum(steps) % 256).astype(np.uint8)
 
 
-def batch_on(mesh: jax.sharding.Mesh, config: Config, seed: int = 0, data: np.ndarray | None = None) -> Batch:
+def batch_on(
+    mesh: jax.sharding.Mesh,
+    config: Config,
+    seed: int = 0,
+    data: np.ndarray | None = None,
+    starts_B: np.ndarray | None = None,
+) -> Batch:
+    """Windows of `data` at `starts_B`, or at random places."""
     data = random_bytes() if data is None else data
     seq_len, rows = config.data.seq_len, config.data.batch_size
-    starts_B = np.random.default_rng(seed).integers(0, len(data) - seq_len - 1, rows)
-    return read_batch(data, starts_B, seq_len, mesh)
+    if starts_B is None:
+        starts_B = np.random.default_rng(seed).integers(0, len(data) - seq_len - 1, rows)
+    return read_batch(data, starts_B, seq_len, mesh, layout_on(config, mesh), document_starts(data, config.data.separator))
 
 
 def relative_error(found, expected) -> float:

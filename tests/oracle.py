@@ -5,33 +5,50 @@ import jax.numpy as jnp
 import numpy as np
 
 
-def logits(params, tokens_BL, model):
-    """Logits `BLV`, float32; `model` is the model's section of the config."""
+def logits(params, tokens_BL, seen_BLL, model):
+    """Logits `BLV`, float32; `model` is the model's section of the config, `seen_BLL` says which keys a token sees."""
+    L = tokens_BL.shape[1]
     x_BLE = params["tokens"]["table_VE"][tokens_BL]
     if model.positions == "learned":
         x_BLE = x_BLE + params["positions"]["table_LE"]
+    if model.positions == "sinusoidal":
+        waves = jnp.exp(1j * jnp.outer(jnp.arange(L), 10_000.0 ** (-2 * jnp.arange(model.width // 2) / model.width)))
+        x_BLE = x_BLE + 0.02 * jnp.concatenate((waves.imag, waves.real), -1)
     for layer in range(model.layers):
-        x_BLE = _block(jax.tree.map(lambda leaf, i=layer: leaf[i], params["stack"]["blocks"]), x_BLE, model)
+        params_of_layer = jax.tree.map(lambda leaf, i=layer: leaf[i], params["stack"]["blocks"])
+        x_BLE = _block(params_of_layer, x_BLE, seen_BLL, model)
     x_BLE = _norm(params["final_norm"], x_BLE)
     return x_BLE @ (params["tokens"]["table_VE"].T if model.tied_head else params["head"]["kernel_EV"])
 
 
-def loss(params, tokens_BL, targets_BL, model):
+def loss(params, tokens_BL, targets_BL, seen_BLL, model):
     """Mean nats over the targets that are not -1."""
-    log_probs_BLV = jax.nn.log_softmax(logits(params, tokens_BL, model))
+    log_probs_BLV = jax.nn.log_softmax(logits(params, tokens_BL, seen_BLL, model))
     counted = targets_BL >= 0
     chosen = jnp.take_along_axis(log_probs_BLV, jnp.where(counted, targets_BL, 0)[..., None], -1)[..., 0]
     return -jnp.where(counted, chosen, 0.0).sum() / counted.sum()
 
 
-def loss_and_gradient(params, batch, model):
-    """On host copies of global arrays, on one device."""
-    params, tokens_BL, targets_BL = jax.tree.map(np.asarray, (params, batch.tokens_BL, batch.targets_BL))
+def loss_and_gradient(params, batch, config):
+    """On host copies of global arrays, put in natural order and without padding, on one device."""
+    params, batch = jax.tree.map(np.asarray, (params, batch))
+    order = np.argsort(batch.positions_L)[: config.data.seq_len]
+    tokens_BL, targets_BL = batch.tokens_BL[:, order], batch.targets_BL[:, order]
+    i, j = np.ogrid[: len(order), : len(order)]
+    prefix, window = config.attention.prefix, config.attention.window
+    seen_BLL = ((j <= i) | (j < prefix))[None]
+    if window:
+        seen_BLL = seen_BLL & (j > i - window)
+    if batch.documents_2BL is not None:
+        begin_BL = batch.documents_2BL[0][:, order]
+        seen_BLL = seen_BLL & (begin_BL[:, :, None] == begin_BL[:, None, :])
+    if prefix:
+        targets_BL = np.where(np.arange(len(order)) + 1 < prefix, -1, targets_BL)
     with jax.default_device(jax.devices()[0]):
-        return _loss_and_gradient(params, tokens_BL, targets_BL, model)
+        return _loss_and_gradient(params, tokens_BL, targets_BL, seen_BLL, config.model)
 
 
-_loss_and_gradient = jax.jit(jax.value_and_grad(loss), static_argnums=3)
+_loss_and_gradient = jax.jit(jax.value_and_grad(loss), static_argnums=4)
 
 
 def _norm(p, x):
@@ -39,23 +56,28 @@ def _norm(p, x):
     return centred / jnp.sqrt((centred**2).mean(-1, keepdims=True) + 1e-6) * p["scale"] + p["bias"]
 
 
-def _block(p, x_BLE, model):
+def _block(p, x_BLE, seen_BLL, model):
     n = _norm(p["attention_norm"], x_BLE)
     a = p["attention"]
     q = jnp.tensordot(n, a["query"]["kernel"], 1) + a["query"]["bias"]
     k = jnp.tensordot(n, a["key"]["kernel"], 1)
     v = jnp.tensordot(n, a["value"]["kernel"], 1) + a["value"]["bias"]
     if model.positions == "rope":
-        q, k = _rope(q), _rope(k)
-    o = jax.nn.dot_product_attention(q, k, v, is_causal=True)
+        q, k = _rope(q, model), _rope(k, model)
+    o = jax.nn.dot_product_attention(q, k, v, mask=seen_BLL[:, None])
     x_BLE = x_BLE + jnp.tensordot(o, a["out"]["kernel"], 2) + a["out"]["bias"]
     h = jax.nn.gelu(_norm(p["mlp_norm"], x_BLE) @ p["mlp"]["up"]["kernel"] + p["mlp"]["up"]["bias"])
     return x_BLE + h @ p["mlp"]["down"]["kernel"] + p["mlp"]["down"]["bias"]
 
 
-def _rope(x_BLHK):
+def _rope(x_BLHK, model):
     """As a product of complex numbers."""
     L, K = x_BLHK.shape[1], x_BLHK.shape[3]
-    turn_Lk = jnp.exp(1j * jnp.outer(jnp.arange(L), 10_000.0 ** (-2 * jnp.arange(K // 2) / K)))
+    position_L, base = jnp.arange(L), model.rope_base
+    if model.rope_scaling == "linear":
+        position_L = position_L / model.rope_factor
+    if model.rope_scaling == "ntk":
+        base = base * model.rope_factor ** (K / (K - 2))
+    turn_Lk = jnp.exp(1j * jnp.outer(position_L, base ** (-2 * jnp.arange(K // 2) / K)))
     z = (x_BLHK[..., : K // 2] + 1j * x_BLHK[..., K // 2 :]) * turn_Lk[:, None, :]
     return jnp.concatenate((z.real, z.imag), -1)

@@ -9,7 +9,6 @@ import oracle
 import pytest
 from helpers import MESHES, assert_close, batch_on, model_on, random_bytes, relative_error
 
-from lss_jax.data.loader import read_batch
 from lss_jax.optimizer import decayed, make_optimizer, make_schedule
 from lss_jax.state import init_state
 from lss_jax.step import make_eval_step, make_loss_and_gradient, make_train_step
@@ -23,6 +22,19 @@ VARIANTS = {
     "mqa": {"model__kv_heads": 1},
     "unrolled": {"model__scan_layers": False},
     "remat": {"model__remat": "block"},
+    "remat and regather": {"model__remat": "block", "attention__regather": True},
+    "regather": {"attention__regather": True},
+    "groups": {"attention__gather_groups": 2},
+    "linear rope": {"model__positions": "rope", "model__rope_scaling": "linear", "model__rope_factor": 4.0},
+    "ntk rope": {"model__positions": "rope", "model__rope_scaling": "ntk", "model__rope_factor": 4.0},
+    "sinusoidal": {"model__positions": "sinusoidal"},
+    "window": {"attention__window": 7},
+    "prefix": {"attention__prefix": 11},
+    "prefix and window": {"attention__prefix": 11, "attention__window": 7},
+    "documents": {"data__separator": "a"},
+    "documents and window": {"data__separator": "a", "attention__window": 7},
+    "dense": {"attention__kernel": "dense"},
+    "small blocks": {"attention__block_queries": 4, "attention__block_keys": 5},
     "wide": {"model__mlp_width": 48, "model__layers": 3},
 }
 
@@ -34,12 +46,13 @@ def perturbed_params(model, seed=1):
     return jax.tree.map(lambda leaf: leaf + 0.1 * random.standard_normal(leaf.shape, np.float32), params)
 
 
-def check_against_oracle(data, seq, bound=1e-5, batch=None, **changes):
+def check_against_oracle(data, seq, bound=1e-5, source=None, **changes):
     model, mesh = model_on(data, seq, **changes)
     params = perturbed_params(model)
-    batch = batch_on(mesh, model.config) if batch is None else batch(mesh)
-    loss, gradient = jax.jit(make_loss_and_gradient(model, mesh))(params, batch)
-    expected_loss, expected = oracle.loss_and_gradient(params, batch, model.config.model)
+    starts_B = None if source is None else np.arange(8) * model.config.data.seq_len
+    batch = batch_on(mesh, model.config, data=source, starts_B=starts_B)
+    loss, gradient = jax.jit(make_loss_and_gradient(model, mesh))(params, batch, 0)
+    expected_loss, expected = oracle.loss_and_gradient(params, batch, model.config)
     assert_close({"loss": loss, "gradient": gradient}, {"loss": expected_loss, "gradient": expected}, bound)
 
 
@@ -53,8 +66,24 @@ def test_gradient_equals_the_oracle_for_every_model(variant):
     check_against_oracle(2, 4, **VARIANTS[variant])
 
 
-def test_dense_strategy_equals_the_oracle():
-    check_against_oracle(4, 1, attention__strategy="dense")
+@pytest.mark.parametrize("layout", ["contiguous", "zigzag"])
+@pytest.mark.parametrize("strategy", ["lss", "ring", "ulysses"])
+@pytest.mark.parametrize(("data", "seq"), [(2, 4), (2, 3)])
+def test_gradient_equals_the_oracle_for_every_strategy_and_layout(data, seq, strategy, layout):
+    """With learned positions, fewer key/value heads than devices, and a length that neither 4 nor 3 divides."""
+    changes = {"model__heads": 12, "model__width": 48, "model__kv_heads": 2, "data__seq_len": 41}
+    check_against_oracle(data, seq, attention__strategy=strategy, attention__layout=layout, **changes)
+
+
+@pytest.mark.parametrize("strategy", ["lss", "ring", "ulysses"])
+def test_gradient_equals_the_oracle_for_packed_documents(strategy):
+    check_against_oracle(2, 4, attention__strategy=strategy, data__separator="a", data__seq_len=41)
+
+
+@pytest.mark.parametrize("seq_len", [3, 7, 9, 47])
+def test_any_length_on_eight_devices(seq_len):
+    """Shorter than the mesh, and with segments that are all padding."""
+    check_against_oracle(1, 8, data__seq_len=seq_len)
 
 
 @pytest.mark.parametrize(("data", "seq", "accumulate"), [(1, 1, 4), (2, 4, 2), (1, 8, 8)])
@@ -64,13 +93,9 @@ def test_accumulated_gradient_equals_the_oracle(data, seq, accumulate):
 
 def test_ignored_targets_count_nowhere():
     """The loss law: some devices count many targets, one counts none, and microbatches differ too."""
-    data = random_bytes(61)  # of 8 windows of 48, one is whole, one has 12 targets, six have none
-
-    def batch(mesh):
-        return read_batch(data, np.arange(8) * 48, 48, mesh)
-
-    check_against_oracle(2, 4, batch=batch)
-    check_against_oracle(1, 8, batch=batch, optim__accumulate=4)
+    source = random_bytes(61)  # of 8 windows of 48, one is whole, one has 12 targets, six have none
+    check_against_oracle(2, 4, source=source)
+    check_against_oracle(1, 8, source=source, optim__accumulate=4)
 
 
 def test_bfloat16_stays_near_the_float32_oracle():
@@ -90,7 +115,7 @@ def oracle_curve(steps):
     )
     opt_state, losses = optimizer.init(params), []
     for step in range(steps):
-        loss, gradient = oracle.loss_and_gradient(params, batch_on(mesh, model.config, seed=step), model.config.model)
+        loss, gradient = oracle.loss_and_gradient(params, batch_on(mesh, model.config, seed=step), model.config)
         updates, opt_state = optimizer.update(gradient, opt_state, params)
         params = optax.apply_updates(params, updates)
         losses.append(float(loss))
@@ -116,11 +141,56 @@ def test_twenty_steps_follow_the_oracle(data, seq):
 def test_evaluation_equals_the_oracle():
     model, mesh = model_on(2, 4)
     params = perturbed_params(model)
-    batch = read_batch(random_bytes(200), np.arange(8) * 48, 48, mesh)
+    batch = batch_on(mesh, model.config, data=random_bytes(200), starts_B=np.arange(8) * 48)
     sums = make_eval_step(model, mesh)(params, batch)
-    expected, _ = oracle.loss_and_gradient(params, batch, model.config.model)
+    expected, _ = oracle.loss_and_gradient(params, batch, model.config)
     assert float(sums.tokens) == 199
     assert relative_error(sums.mean(), expected) < 1e-5
+
+
+DROPPING = {"model__dropout": 0.2, "model__heads": 6, "model__width": 48, "model__kv_heads": 2}
+
+
+@functools.cache
+def curve_with_dropout(data, seq, **changes):
+    """Losses of five steps."""
+    model, mesh = model_on(data, seq, **DROPPING, **changes)
+    optimizer = make_optimizer(model.config.optim)
+    state = init_state(model, optimizer, mesh, model.config.seed)
+    train_step, losses = make_train_step(model, optimizer, mesh), []
+    for step in range(5):
+        state, metrics = train_step(state, batch_on(mesh, model.config, seed=step))
+        losses.append(float(metrics["loss"]))
+    return losses
+
+
+@pytest.mark.parametrize(
+    ("data", "seq", "changes"),
+    [
+        (1, 1, {}),
+        (8, 1, {"optim__accumulate": 1}),
+        (1, 8, {"attention__gather_groups": 2}),
+        (2, 4, {"attention__layout": "contiguous", "optim__accumulate": 4}),
+        (2, 4, {"attention__strategy": "ring", "model__remat": "block"}),
+        (1, 3, {"attention__strategy": "ulysses"}),
+    ],
+)
+def test_dropout_gives_one_curve_on_every_mesh(data, seq, changes):
+    reference = curve_with_dropout(1, 1, attention__kernel="dense", attention__layout="contiguous")
+    np.testing.assert_allclose(curve_with_dropout(data, seq, **changes), reference, rtol=1e-5)
+
+
+def test_dropout_depends_on_seed_and_step_and_spares_evaluation():
+    model, mesh = model_on(2, 4, **DROPPING)
+    params, batch = perturbed_params(model), batch_on(mesh, model.config)
+    loss_and_gradient = jax.jit(make_loss_and_gradient(model, mesh))
+    of_step = [float(loss_and_gradient(params, batch, step)[0]) for step in (0, 0, 1)]
+    other, _ = model_on(2, 4, seed=1, **DROPPING)
+    of_seed = float(jax.jit(make_loss_and_gradient(other, mesh))(params, batch, 0)[0])
+    assert of_step[0] == of_step[1]
+    assert len({*of_step, of_seed}) == 3
+    expected, _ = oracle.loss_and_gradient(params, batch, model.config)
+    assert relative_error(make_eval_step(model, mesh)(params, batch).mean(), expected) < 1e-5
 
 
 def test_every_mesh_starts_from_the_same_parameters():

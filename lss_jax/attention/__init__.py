@@ -1,10 +1,42 @@
 """Sequence-parallel attention: one file per strategy, one interface, to be read side by side.
 
-A strategy maps this device's `q_BlHK, k_BlGK, v_BlGK` to its rows `o_BlHK`, inside `shard_map`; `mask` gives each local
-query its interval of natural key positions, and `axis` is the mesh axis that cuts the sequence, or None.
+A strategy maps this device's `q_BlHK, k_BlGK, v_BlGK` to its rows `o_BlHK`, inside `shard_map`; a mask gives each local
+query its interval of natural key positions. Each says beside its collectives what the compiled program should show.
 """
 
-from lss_jax.attention.dense import dense_attention
-from lss_jax.attention.lss import lss_attention
+from collections.abc import Callable
+from typing import NamedTuple
 
-STRATEGIES = {"lss": lss_attention, "dense": dense_attention}
+import jax
+
+from lss_jax.attention import lss, ring, ulysses
+from lss_jax.attention.mask import Intervals
+from lss_jax.attention.setting import Setting
+from lss_jax.dropout import Dropout
+
+
+class Strategy(NamedTuple):
+    """A way to attend across a cut sequence, and the collectives of one layer that it takes."""
+
+    attention: Callable[..., jax.Array]
+    traffic: Callable
+
+
+STRATEGIES = {
+    "lss": Strategy(lss.lss_attention, lss.traffic),
+    "ring": Strategy(ring.ring_attention, ring.traffic),
+    "ulysses": Strategy(ulysses.ulysses_attention, ulysses.traffic),
+}
+
+Attend = Callable[..., jax.Array]  # (q_BlHK, k_BlGK, v_BlGK, dropout) -> o_BlHK
+
+
+def make_attend(strategy: str, mask: Intervals, setting: Setting) -> Attend:
+    """The attention of every layer of a step: local `q_BlHK, k_BlGK, v_BlGK` and dropout (or None) to `o_BlHK`."""
+    if strategy == "ulysses":
+        mask = ulysses.whole_mask(mask, setting)
+
+    def attend(q_BlHK: jax.Array, k_BlGK: jax.Array, v_BlGK: jax.Array, dropout: Dropout | None = None) -> jax.Array:
+        return STRATEGIES[strategy].attention(q_BlHK, k_BlGK, v_BlGK, mask, dropout, setting)
+
+    return attend

@@ -1,35 +1,54 @@
-"""Dense attention: the whole score matrix at once. Exact and simple, so the reference for every other path."""
+"""Dense attention: the whole score matrix at once, as the paper has it. Exact and simple, and `l x L` in memory."""
+
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 
 from lss_jax.attention.mask import Intervals
+from lss_jax.attention.setting import Setting
+from lss_jax.dropout import PairDropout, dropped
 
 
-def attention_rows(q_BlHK: jax.Array, k_BLGK: jax.Array, v_BLGK: jax.Array, mask: Intervals) -> jax.Array:
+def forward(
+    q_BlHK: jax.Array, kv_N2BGlK: jax.Array, mask: Intervals, dropout: PairDropout | None, setting: Setting
+) -> tuple[jax.Array, Callable]:
+    """Attention rows `o_BlHK` over the keys and values of all segments; zero for a query that sees nothing."""
+
+    def rows(q_BlHK: jax.Array, kv_N2BGlK: jax.Array) -> jax.Array:
+        return attention_rows(q_BlHK, setting.layout.natural(kv_N2BGlK, 4), mask, dropout)
+
+    return jax.vjp(rows, q_BlHK, kv_N2BGlK)
+
+
+def backward(saved: Callable, do_BlHK: jax.Array, setting: Setting) -> tuple[jax.Array, jax.Array]:
+    """`dq_BlHK`, and this device's share of `dkv_N2BGKl` in float32."""
+    dq_BlHK, dkv_N2BGlK = saved(do_BlHK)
+    return dq_BlHK, dkv_N2BGlK.swapaxes(4, 5).astype(jnp.float32)
+
+
+def attention_rows(
+    q_BlHK: jax.Array, kv_2BGLK: jax.Array, mask: Intervals, dropout: PairDropout | None = None
+) -> jax.Array:
     """The rows of attention `o_BlHK` of some queries, over all `L` keys in natural order.
 
     `G` key/value heads serve `H` query heads, `R = H/G` neighbours each (Ainslie et al. 2023, arXiv 2305.13245), as
-    `m = R*l` rows of one head. Every query must see a key. Scores and softmax are float32, the output is of the dtype
-    of `q_BlHK`.
+    `m = R*l` rows of one head. Scores and softmax are float32, the output is of the dtype of `q_BlHK`.
     """
     B, l, H, K = q_BlHK.shape
-    G, R = k_BLGK.shape[2], H // k_BLGK.shape[2]
-    q_BmGK = q_BlHK.reshape(B, l, G, R, K).transpose(0, 3, 1, 2, 4).reshape(B, R * l, G, K)
-    s_BGmL = jnp.einsum("BmGK,BLGK->BGmL", q_BmGK, k_BLGK, preferred_element_type=jnp.float32) * K**-0.5
-    key_L = jnp.arange(k_BLGK.shape[1])
-    seen_lL = (mask.start_l[:, None] <= key_L) & (key_L < mask.end_l[:, None])
-    s_BGmL = jnp.where(jnp.tile(seen_lL, (R, 1)), s_BGmL, -jnp.inf)
-    e_BGmL = jnp.exp(s_BGmL - jax.lax.stop_gradient(s_BGmL.max(axis=-1, keepdims=True)))
-    sum_BmG = jnp.einsum("BGmL->BmG", e_BGmL)
-    o_BmGK = jnp.einsum("BGmL,BLGK->BmGK", e_BGmL.astype(v_BLGK.dtype), v_BLGK, preferred_element_type=jnp.float32)
-    o_BmGK = o_BmGK / sum_BmG[..., None]  # divided last: `l x K` numbers, not `l x L`
-    return o_BmGK.reshape(B, R, l, G, K).transpose(0, 2, 3, 1, 4).reshape(B, l, H, K).astype(q_BlHK.dtype)
-
-
-def dense_attention(
-    q_BLHK: jax.Array, k_BLGK: jax.Array, v_BLGK: jax.Array, *, mask: Intervals, axis: str | None
-) -> jax.Array:
-    """The strategy of a sequence that nobody cut: all rows on one device."""
-    assert axis is None, "the config admits dense attention only on an uncut sequence"
-    return attention_rows(q_BLHK, k_BLGK, v_BLGK, mask)
+    G, R = kv_2BGLK.shape[2], H // kv_2BGLK.shape[2]
+    k_BGLK, v_BGLK = kv_2BGLK
+    key_L = jnp.arange(k_BGLK.shape[2])
+    q_BGmK = q_BlHK.reshape(B, l, G, R, K).transpose(0, 2, 3, 1, 4).reshape(B, G, R * l, K)
+    s_BGmL = jnp.einsum("BGmK,BGLK->BGmL", q_BGmK, k_BGLK, preferred_element_type=jnp.float32) * K**-0.5
+    seen = mask.sees(key_L)
+    seen_B1mL = jnp.tile(seen if seen.ndim == 3 else seen[None], (1, R, 1))[:, None]
+    max_BGm1 = jax.lax.stop_gradient(jnp.max(s_BGmL, -1, where=seen_B1mL, initial=-1e30, keepdims=True))
+    e_BGmL = jnp.exp(jnp.where(seen_B1mL, s_BGmL - max_BGm1, -jnp.inf))
+    sum_BGm = jnp.einsum("BGmL->BGm", e_BGmL)
+    if dropout is not None:
+        stream_BGm = dropout.stream_BlH.reshape(B, l, G, R).transpose(0, 2, 3, 1).reshape(B, G, R * l)
+        e_BGmL = dropped(e_BGmL, stream_BGm, key_L, dropout.rate)
+    o_BGmK = jnp.einsum("BGmL,BGLK->BGmK", e_BGmL.astype(v_BGLK.dtype), v_BGLK, preferred_element_type=jnp.float32)
+    o_BGmK = o_BGmK / jnp.where(sum_BGm > 0, sum_BGm, 1.0)[..., None]  # divided last: `l x K` numbers, not `l x L`
+    return o_BGmK.reshape(B, G, R, l, K).transpose(0, 3, 1, 2, 4).reshape(B, l, H, K).astype(q_BlHK.dtype)

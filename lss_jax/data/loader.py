@@ -5,6 +5,7 @@ with the step alone and every mesh, and every number of processes, sees the same
 """
 
 import functools
+import re
 from collections import deque
 from collections.abc import Callable, Generator
 from concurrent.futures import ThreadPoolExecutor
@@ -15,6 +16,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
+from lss_jax.layout import Layout
 from lss_jax.mesh import DATA, SEQ, shardings
 
 T = TypeVar("T")
@@ -22,17 +24,22 @@ IGNORED = -1  # a target that does not count
 
 
 class Batch(NamedTuple):
-    """Global int32 arrays, or their specs, shardings or shapes.
+    """Global int32 arrays, or their specs, shardings or shapes; `L` is padded, and in layout order.
 
     `targets_BL` holds the next byte of each token, across segment borders too.
     """
 
     tokens_BL: Any
     targets_BL: Any
-    positions_L: Any
+    positions_L: Any  # natural
+    row_B: Any
+    documents_2BL: Any  # where in the window each token's document starts and ends; None if all are one
 
 
-BATCH_SPECS = Batch(P(DATA, SEQ), P(DATA, SEQ), P(SEQ))
+def batch_specs(packed: bool) -> Batch:
+    """How a batch is cut; `packed`: with documents."""
+    whole = P(DATA, SEQ)
+    return Batch(whole, whole, P(SEQ), P(DATA), P(None, DATA, SEQ) if packed else None)
 
 
 def shuffled_starts(step: int, *, windows: int, batch_size: int, seq_len: int, seed: int) -> np.ndarray:
@@ -57,44 +64,96 @@ def consecutive_starts(length: int, *, batch_size: int, seq_len: int) -> list[np
     return list(np.arange(batches * batch_size).reshape(batches, batch_size) * seq_len)
 
 
-def read_batch(data: np.ndarray, starts_B: np.ndarray, seq_len: int, mesh: Mesh) -> Batch:
+def read_batch(
+    data: np.ndarray,
+    starts_B: np.ndarray,
+    seq_len: int,
+    mesh: Mesh,
+    layout: Layout,
+    documents: np.ndarray | None = None,
+) -> Batch:
     """The windows of `data` (bytes, memory-mapped) at `starts_B`, cut over the mesh.
 
-    What lies beyond the end of `data` is token 0 with an ignored target.
+    What lies beyond the end of `data`, or pads the window to a length that the mesh divides, is token 0 with an ignored
+    target. With `documents` (where each starts in `data`, ascending from 0) the first token of a document is no target.
     """
-    shape = (len(starts_B), seq_len)
-    placed = shardings(BATCH_SPECS, mesh)
+    like = batch_like(len(starts_B), seq_len, mesh, layout, packed=documents is not None)
+    position_L = layout.positions(like.tokens_BL.shape[1])
 
     @functools.cache  # tokens and targets share one read; so do devices that hold the same segment
     def segment(top: int, bottom: int, left: int, right: int) -> np.ndarray:
-        return np.stack([_read(data, start + left, start + right + 1) for start in starts_B[top:bottom]])
+        runs = _runs(position_L[left:right])
+        rows = [[_read(data, start, run, seq_len, documents) for run in runs] for start in starts_B[top:bottom]]
+        return np.concatenate(list(map(np.stack, zip(*rows, strict=True))), axis=2)
 
-    def array(offset: int, sharding: jax.sharding.Sharding) -> jax.Array:
-        def callback(index: Any) -> np.ndarray:  # a tuple of slices
-            (top, bottom, _), (left, right, _) = (part.indices(size) for part, size in zip(index, shape, strict=True))
-            values = segment(top, bottom, left, right)[:, offset : offset + right - left]
-            return values if offset else np.maximum(values, 0)
+    def tokens_or_targets(which: int, index: Any) -> np.ndarray:
+        (top, bottom, _), (left, right, _) = (p.indices(n) for p, n in zip(index, like.tokens_BL.shape, strict=True))
+        return segment(top, bottom, left, right)[:, which]
 
-        return jax.make_array_from_callback(shape, sharding, callback)
+    def document_bounds(index: Any) -> np.ndarray:
+        assert documents is not None
+        _, rows, places = index
+        return _bounds(documents, starts_B[rows], position_L[places], seq_len)[index[0]]
 
-    def positions(index: Any) -> np.ndarray:
-        return np.arange(*index[0].indices(seq_len), dtype=np.int32)
+    def array(shape: Any, callback: Callable[[Any], np.ndarray]) -> jax.Array | None:
+        return shape and jax.make_array_from_callback(shape.shape, shape.sharding, callback)
 
-    positions_L = jax.make_array_from_callback((seq_len,), placed.positions_L, positions)
-    return Batch(array(0, placed.tokens_BL), array(1, placed.targets_BL), positions_L)
+    return Batch(
+        tokens_BL=array(like.tokens_BL, functools.partial(tokens_or_targets, 0)),
+        targets_BL=array(like.targets_BL, functools.partial(tokens_or_targets, 1)),
+        positions_L=array(like.positions_L, lambda index: position_L[index]),
+        row_B=array(like.row_B, lambda index: np.arange(len(starts_B), dtype=np.int32)[index]),
+        documents_2BL=array(like.documents_2BL, document_bounds),
+    )
 
 
-def batch_like(batch_size: int, seq_len: int, mesh: Mesh) -> Batch:
+def batch_like(batch_size: int, seq_len: int, mesh: Mesh, layout: Layout, packed: bool) -> Batch:
     """Shapes and shardings of a batch, to compile a step before there is data."""
-    placed = shardings(BATCH_SPECS, mesh)
-    tokens_BL = jax.ShapeDtypeStruct((batch_size, seq_len), np.int32, sharding=placed.tokens_BL)
-    positions_L = jax.ShapeDtypeStruct((seq_len,), np.int32, sharding=placed.positions_L)
-    return Batch(tokens_BL, tokens_BL, positions_L)
+    B, L = batch_size, layout.padded(seq_len)
+    shapes = Batch((B, L), (B, L), (L,), (B,), (2, B, L) if packed else None)
+    placed = shardings(batch_specs(packed), mesh)
+    return Batch(*(s and jax.ShapeDtypeStruct(s, np.int32, sharding=p) for s, p in zip(shapes, placed, strict=True)))
 
 
-def _read(data: np.ndarray, start: int, stop: int) -> np.ndarray:
-    found = data[start:stop].astype(np.int32)
-    return np.pad(found, (0, stop - start - len(found)), constant_values=IGNORED)
+def document_starts(data: np.ndarray, separator: str) -> np.ndarray | None:
+    """Where documents start in `data` if each ends with `separator`; None without one, when all is one document.
+
+    Reads all of `data`, once.
+    """
+    if not separator:
+        return None
+    pattern = re.escape(separator.encode())
+    return np.array([0, *(match.end() for match in re.finditer(pattern, data.data))])
+
+
+def _runs(positions: np.ndarray) -> list[range]:
+    """The runs of consecutive positions."""
+    parts = np.split(positions, np.flatnonzero(np.diff(positions) != 1) + 1)
+    return [range(int(part[0]), int(part[-1]) + 1) for part in parts]
+
+
+def _read(data: np.ndarray, start: int, run: range, seq_len: int, documents: np.ndarray | None) -> np.ndarray:
+    """Tokens and targets, `[2, run]`, of a run of positions in the window at `start`."""
+    stop = min(run.stop, seq_len)
+    found = data[start + run.start : start + stop + 1].astype(np.int32) if run.start < stop else np.zeros(0, np.int32)
+    tokens, targets = np.zeros(len(run), np.int32), np.full(len(run), IGNORED, np.int32)
+    count = min(len(found), max(stop - run.start, 0))
+    tokens[:count] = found[:count]
+    targets[: max(len(found) - 1, 0)] = found[1:]
+    if documents is not None:
+        firsts = documents[slice(*np.searchsorted(documents, (start + run.start + 1, start + run.stop + 1)))]
+        targets[firsts - (start + run.start + 1)] = IGNORED
+    return np.stack((tokens, targets))
+
+
+def _bounds(documents: np.ndarray, starts_B: np.ndarray, position_l: np.ndarray, seq_len: int) -> np.ndarray:
+    """Start and end in the window, `[2, B, l]`, of each position's document; nothing (0, 0) for the padding."""
+    edges = np.append(documents, np.iinfo(np.int64).max)
+    place_Bl = starts_B[:, None].astype(np.int64) + position_l
+    number_Bl = np.searchsorted(edges, place_Bl, side="right")
+    bounds_2Bl = np.stack((edges[number_Bl - 1], edges[number_Bl])) - starts_B[:, None]
+    bounds_2Bl = np.where(position_l < seq_len, np.clip(bounds_2Bl, 0, seq_len), 0)
+    return bounds_2Bl.astype(np.int32)
 
 
 def prefetched(make: Callable[[int], T], first: int, stop: int, depth: int = 2) -> Generator[T, None, None]:

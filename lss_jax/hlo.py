@@ -1,4 +1,7 @@
-"""Reads the collectives out of a compiled program's text, with the trip counts of the loops they stand in."""
+"""Reads the collectives out of a compiled program's text, with the trip counts of the loops they stand in.
+
+It knows the synchronous forms, as XLA writes them for CPU.
+"""
 
 import math
 import re
@@ -6,18 +9,21 @@ from collections import Counter
 from typing import NamedTuple
 
 KINDS = "all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute|collective-broadcast"
-OP = re.compile(rf" = (?P<type>.*?) (?P<kind>{KINDS})(?:-start)?\(")
+OP = re.compile(rf" = (?P<type>.*?) (?P<kind>{KINDS})\(")
 COMPUTATION = re.compile(r"^(?P<entry>ENTRY )?%?(?P<name>[\w.-]+) \(.*\{$")
 CALLED = re.compile(r"(?:calls|to_apply|body|condition|true_computation|false_computation)=%?([\w.-]+)")
 BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
-SHAPE = re.compile(r"(?:f|bf|s|u)\d+\[([\d,]*)\]")
+SHAPE = re.compile(r"(?:f|bf|s|u)(\d+)\[([\d,]*)\]")
 
 
 class Collective(NamedTuple):
+    """One collective instruction; sizes are those of its result on one device."""
+
     kind: str
-    elements: int  # of the result, per device
-    group_size: int
+    elements: int
+    bytes: int
+    group_size: int  # devices that take part; of a permutation, how many send
     times: int  # per run of the program
 
 
@@ -26,17 +32,22 @@ def collectives(text: str) -> list[Collective]:
     bodies, entry = _computations(text)
     found: list[Collective] = []
 
-    def visit(name: str, times: int) -> None:
+    def visit(name: str, times: int | None) -> None:
         for line in bodies[name]:
             op = OP.search(line)
             if op:
-                elements = sum(math.prod(map(int, filter(None, s.split(",")))) for s in SHAPE.findall(op["type"]))
-                found.append(Collective(op["kind"], elements, _group_size(line), times))
-            is_loop = " while(" in line
-            assert not is_loop or TRIPS.search(line), f"a loop of unknown length: {line[:200]}"
-            repeats = int(TRIPS.search(line)[1]) if is_loop else 1
+                assert times is not None, f"a collective in a loop of unknown length: {line[:200]}"
+                parts = [
+                    (int(bits), math.prod(map(int, filter(None, s.split(",")))))
+                    for bits, s in SHAPE.findall(op["type"])
+                ]
+                elements, size = sum(count for _, count in parts), sum(bits // 8 * count for bits, count in parts)
+                found.append(Collective(op["kind"], elements, size, _group_size(line), times))
+            trips = TRIPS.search(line)
+            repeats = None if " while(" in line and not trips else int(trips[1]) if trips else 1
+            inside = None if times is None or repeats is None else times * repeats
             for called in CALLED.findall(line) + [n.strip(" %") for b in BRANCHES.findall(line) for n in b.split(",")]:
-                visit(called, times * repeats)
+                visit(called, inside)
 
     visit(entry, 1)
     return found
@@ -66,6 +77,9 @@ def _computations(text: str) -> tuple[dict[str, list[str]], str]:
 
 
 def _group_size(line: str) -> int:
+    pairs = re.search(r"source_target_pairs=\{(.*?)\}\}", line)
+    if pairs:
+        return pairs[1].count("{")
     listed = re.search(r"replica_groups=\{\{([\d,]+)\}", line)
     if listed:
         return listed[1].count(",") + 1

@@ -1,0 +1,33 @@
+"""Counts the blocks that the blockwise kernel computes, with the functions that cut and pick them in the kernel."""
+
+from collections.abc import Callable
+from functools import partial
+
+import jax
+import numpy as np
+
+from lss_jax.attention.blocks import chunks_of_all, cut_queries, key_blocks, too_short, touched
+from lss_jax.attention.mask import Intervals, bidirectional
+from lss_jax.layout import Layout
+
+
+def computed_blocks(
+    mask: Callable[[jax.Array], Intervals], layout: Layout, length: int, block_queries: int, block_keys: int
+) -> np.ndarray:
+    """Blocks that the kernel computes on each device, int `[N]`; `mask` takes natural positions."""
+    l = length // layout.devices
+    assert not too_short(l // layout.chunks_per_device, block_keys), "the kernel would put such short runs together"
+    keys = key_blocks(chunks_of_all(layout, l), block_keys)
+    counts = []
+    for position_l in layout.positions(length).reshape(layout.devices, l):
+        intervals = mask(position_l)
+        rows = intervals.start.shape[0] if intervals.start.ndim == 2 else 1
+        cut = cut_queries(np.empty((rows, l, 1, 1)), intervals, 1, block_queries, layout)
+        first_i, stop_i = touched(keys, cut.split_rows(intervals.start), cut.split_rows(intervals.end))
+        counts.append(int((stop_i - first_i).sum()))
+    return np.array(counts)
+
+
+def all_blocks(layout: Layout, length: int, block_queries: int, block_keys: int) -> int:
+    """The same for a mask that shows everything, summed over devices."""
+    return int(computed_blocks(partial(bidirectional, length=length), layout, length, block_queries, block_keys).sum())

@@ -1,0 +1,149 @@
+"""Blocks of queries and of keys: how they are cut, where they lie, and which of them an interval touches.
+
+Letters beside the usual: `n` segments of `s` keys; `c` runs of consecutive keys; `t` key blocks; `i` blocks of `q`
+queries;
+`b` rows of the batch in a block (one where each row has its own mask, else all); `m = R q` rows of one key/value head.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from lss_jax.attention.mask import Intervals
+from lss_jax.layout import Layout
+
+SMALLEST_BLOCK = 128  # runs shorter than this are not worth blocks of their own, unless blocks are to be smaller still
+
+
+class KeyChunks(NamedTuple):
+    """Runs of `length` consecutive keys, in the order of their positions.
+
+    Run `c` starts at natural position `start_c[c]` and lies in segment `segment_c[c]` from place `place_c[c]`.
+    """
+
+    start_c: Any
+    segment_c: Any
+    place_c: Any
+    length: int
+
+
+class KeyBlocks(NamedTuple):
+    """The key blocks in natural order, all of `size` keys, read from `place_t` of segment `segment_t`.
+
+    Block `t` answers for the keys at positions `begin_t` to `end_t` (exclusive). The last block of a run reaches back,
+    so as to be as long as the others: the first key that it reads is at position `first_t`, at or before `begin_t`.
+    """
+
+    begin_t: jax.Array
+    end_t: jax.Array
+    first_t: jax.Array
+    segment_t: jax.Array
+    place_t: jax.Array
+    size: int
+
+
+def chunks_of_all(layout: Layout, segment_length: int) -> KeyChunks:
+    """The keys of the whole sequence, the devices' segments stacked in their order."""
+    length = segment_length // layout.chunks_per_device
+    order_c = layout.chunks_NC.ravel().argsort()
+    segment_c, nth_c = order_c // layout.chunks_per_device, order_c % layout.chunks_per_device
+    return KeyChunks(jnp.arange(len(order_c)) * length, segment_c, nth_c * length, length)
+
+
+def chunks_of_device(layout: Layout, segment_length: int, device: jax.Array) -> KeyChunks:
+    """The keys of one device's segment."""
+    count = layout.chunks_per_device
+    length = segment_length // count
+    nth_c = jnp.arange(count)
+    return KeyChunks(jnp.asarray(layout.chunks_NC)[device] * length, 0 * nth_c, nth_c * length, length)
+
+
+def key_blocks(chunks: KeyChunks, target: int) -> KeyBlocks:
+    """Cuts every run into equal blocks of at most `target` keys."""
+    blocks, size = even(chunks.length, target)
+    offset_t = jnp.arange(blocks) * size
+    read_t = jnp.minimum(offset_t, chunks.length - size)
+
+    def of_all_runs(first_c: Any, offset_t: jax.Array) -> jax.Array:
+        return (jnp.asarray(first_c, jnp.int32)[:, None] + offset_t).ravel()
+
+    return KeyBlocks(
+        begin_t=of_all_runs(chunks.start_c, offset_t),
+        end_t=of_all_runs(chunks.start_c, jnp.minimum(offset_t + size, chunks.length)),
+        first_t=of_all_runs(chunks.start_c, read_t),
+        segment_t=of_all_runs(chunks.segment_c, 0 * offset_t),
+        place_t=of_all_runs(chunks.place_c, read_t),
+        size=size,
+    )
+
+
+def even(length: int, target: int) -> tuple[int, int]:
+    """The number and the size of equal blocks, at most `target` long, that cover `length`."""
+    blocks = -(-length // target)
+    return blocks, -(-length // blocks)
+
+
+def too_short(run: int, target: int) -> bool:
+    """Whether runs of this length should share blocks of up to `target`."""
+    return run < min(SMALLEST_BLOCK, target)
+
+
+def touched(keys: KeyBlocks, start_q: jax.Array, end_q: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The range (first, stop) of key blocks of which any of these queries sees anything; `[..., q]` to `[...]`."""
+    sees = start_q < end_q
+    start = jnp.min(start_q, -1, where=sees, initial=jnp.iinfo(jnp.int32).max)
+    end = jnp.max(end_q, -1, where=sees, initial=0)
+    first = jnp.sum(keys.end_t <= start[..., None], -1)
+    stop = jnp.sum(keys.begin_t < end[..., None], -1)
+    return first, jnp.maximum(first, stop)
+
+
+class QueryCut(NamedTuple):
+    """How local queries `[B, l, ...]` are cut into equal blocks; none reaches over the end of one of the `runs`."""
+
+    batch: int
+    runs: int
+    run_length: int
+    size: int
+    kv_heads: int
+    by_row: bool
+
+    def split(self, x_BlHK: jax.Array) -> jax.Array:
+        """`x_ibGmK`; the padding is zero."""
+        H, K = x_BlHK.shape[2:]
+        x = self._padded(x_BlHK, 1).reshape(self.batch, -1, self.size, self.kv_heads, H // self.kv_heads, K)
+        x = x.transpose(0, 1, 3, 4, 2, 5) if self.by_row else x.transpose(1, 0, 3, 4, 2, 5)
+        return x.reshape(-1, 1 if self.by_row else self.batch, self.kv_heads, H // self.kv_heads * self.size, K)
+
+    def join(self, x_ibGmK: jax.Array) -> jax.Array:
+        """The inverse of `split`: `x_BlHK`."""
+        m, K = x_ibGmK.shape[3:]
+        outer = (self.batch, -1) if self.by_row else (-1, self.batch)
+        x = x_ibGmK.reshape(*outer, self.kv_heads, m // self.size, self.size, K)
+        x = x.transpose(0, 1, 4, 2, 3, 5) if self.by_row else x.transpose(1, 0, 4, 2, 3, 5)
+        x = x.reshape(self.batch, self.runs, -1, self.kv_heads * m // self.size, K)[:, :, : self.run_length]
+        return x.reshape(self.batch, -1, *x.shape[3:])
+
+    def split_scalars(self, x_BlH: jax.Array) -> jax.Array:
+        """The same for a number per query and head: `x_ibGm`."""
+        return self.split(x_BlH[..., None])[..., 0]
+
+    def split_rows(self, x: jax.Array) -> jax.Array:
+        """The same for a number per query, `[l]` or `[B, l]`: `x_iq`."""
+        return self._padded(x, x.ndim - 1).reshape(-1, self.size)
+
+    def _padded(self, x: jax.Array, axis: int) -> jax.Array:
+        missing = -self.run_length % self.size
+        if not missing:
+            return x
+        before, after = x.shape[:axis], x.shape[axis + 1 :]
+        widths = [(0, 0)] * (axis + 1) + [(0, missing)] + [(0, 0)] * len(after)
+        return jnp.pad(x.reshape(*before, self.runs, -1, *after), widths).reshape(*before, -1, *after)
+
+
+def cut_queries(q_BlHK: jax.Array, mask: Intervals, kv_heads: int, target: int, layout: Layout) -> QueryCut:
+    """Equal blocks of at most `target` local queries."""
+    batch, length = q_BlHK.shape[:2]
+    runs = 1 if too_short(length // layout.chunks_per_device, target) else layout.chunks_per_device
+    return QueryCut(batch, runs, length // runs, even(length // runs, target)[1], kv_heads, mask.start.ndim == 2)

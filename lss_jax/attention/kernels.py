@@ -1,0 +1,28 @@
+"""What computes the rows of attention on one device, once all keys that they need are there.
+
+A kernel is a pair. `forward(q_BlHK, kv_N2BGlK, mask, dropout, setting)` gives `o_BlHK` and what it saves;
+`backward(saved, do_BlHK, setting)` gives `dq_BlHK` and, in float32, `dkv_N2BGKl` (keys last).
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+from lss_jax.attention import blockwise, dense
+
+
+class Kernel(NamedTuple):
+    """Rows of attention, and their gradient."""
+
+    forward: Callable
+    backward: Callable
+
+
+KERNELS = {
+    "blockwise": Kernel(blockwise.forward, blockwise.backward),
+    "dense": Kernel(dense.forward, dense.backward),
+}
+
+
+def chosen_kernel(name: str, strategy: str, drops: bool) -> str:
+    """What "auto" stands for here."""
+    return "blockwise" if name == "auto" else name

@@ -1,0 +1,112 @@
+"""Ring attention (Liu et al. 2023, arXiv 2310.01889): keys and values go round, every device adds what it sees of them.
+
+Per layer and training step `N - 1` sends of a segment's pair forward; on the way back as many again, and `N` of its
+gradient, which goes along with it and comes home in the end. Two segments' pairs are held at a time.
+"""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+
+from lss_jax.attention.blocks import KeyBlocks, chunks_of_device, key_blocks
+from lss_jax.attention.blockwise import (
+    Gradients,
+    accumulate,
+    cotangents,
+    cut_and_blocks,
+    differentiate,
+    finish,
+    no_gradients,
+    nothing_yet,
+    varying_like,
+)
+from lss_jax.attention.mask import Intervals
+from lss_jax.attention.setting import ATTENDED, Setting, Sizes, Traffic, stacked
+from lss_jax.dropout import Dropout, PairDropout
+
+
+def ring_attention(
+    q_BlHK: jax.Array, k_BlGK: jax.Array, v_BlGK: jax.Array, mask: Intervals, dropout: Dropout | None, setting: Setting
+) -> jax.Array:
+    """This segment's rows of attention, `o_BlHK`, from local `q, k, v`, inside `shard_map` over `setting.axis`.
+
+    Blocks of keys that the mask rules out cost no work; the pair travels all the same, since another device may see it.
+    """
+    pair_dropout = dropout and dropout.of_heads(jnp.arange(q_BlHK.shape[2]))
+    return _ring(q_BlHK, stacked(k_BlGK, v_BlGK), mask, pair_dropout, setting)
+
+
+def traffic(sizes: Sizes, setting: Setting, regather: bool) -> dict[str, list[Traffic]]:
+    """What one layer moves; nothing is kept of what came by, so `regather` makes no difference."""
+    N = setting.layout.devices
+    pair = Traffic("collective-permute", N - 1, sizes.pair * sizes.itemsize)
+    return {"forward": [pair], "backward": [pair, Traffic("collective-permute", N, sizes.pair * 4)]}
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _ring(
+    q_BlHK: jax.Array, kv_2BGlK: jax.Array, mask: Intervals, dropout: PairDropout | None, setting: Setting
+) -> jax.Array:
+    return _forward(q_BlHK, kv_2BGlK, mask, dropout, setting)[0]
+
+
+def _forward(q_BlHK, kv_2BGlK, mask, dropout, setting):
+    cut, queries = cut_and_blocks(q_BlHK, mask, dropout, kv_2BGlK.shape[2], setting)
+
+    def attend(turn, kv_2BGlK, softmax):
+        return accumulate(queries, kv_2BGlK[None], _keys_in_turn(turn, kv_2BGlK, setting), softmax)
+
+    def one_turn(turn, carry):
+        kv_2BGlK, softmax = carry
+        arriving_2BGlK = _send_on(kv_2BGlK, setting)  # travels while this segment's keys are attended to
+        return arriving_2BGlK, attend(turn, kv_2BGlK, softmax)
+
+    last = setting.layout.devices - 1
+    start = varying_like((kv_2BGlK, nothing_yet(queries)), (queries, kv_2BGlK))
+    kv_last_2BGlK, softmax = jax.lax.fori_loop(0, last, one_turn, start)
+    o_ibGmK, lse_ibGm = finish(attend(last, kv_last_2BGlK, softmax))
+    o_BlHK, lse_ibGm = checkpoint_name((cut.join(o_ibGmK).astype(q_BlHK.dtype), lse_ibGm), ATTENDED)
+    return o_BlHK, (q_BlHK, kv_2BGlK, mask, dropout, o_BlHK, lse_ibGm)
+
+
+def _backward(setting, saved, do_BlHK):
+    q_BlHK, kv_2BGlK, mask, dropout, o_BlHK, lse_ibGm = saved
+    cut, queries = cut_and_blocks(q_BlHK, mask, dropout, kv_2BGlK.shape[2], setting)
+    back = cotangents(cut, o_BlHK, do_BlHK, lse_ibGm)
+
+    def attend(turn, kv_2BGlK, gradients):
+        keys = _keys_in_turn(turn, kv_2BGlK, setting)
+        dq_ibGmK, dkv_12BGKl = differentiate(queries, kv_2BGlK[None], keys, back, gradients)
+        return Gradients(dq_ibGmK, _send_on(dkv_12BGKl, setting))  # to where its keys are by then
+
+    def one_turn(turn, carry):
+        kv_2BGlK, gradients = carry
+        arriving_2BGlK = _send_on(kv_2BGlK, setting)
+        return arriving_2BGlK, attend(turn, kv_2BGlK, gradients)
+
+    last = setting.layout.devices - 1
+    start = varying_like((kv_2BGlK, no_gradients(queries, kv_2BGlK[None])), (queries, kv_2BGlK, back))
+    kv_last_2BGlK, gradients = jax.lax.fori_loop(0, last, one_turn, start)
+    dq_ibGmK, dkv_12BGKl = attend(last, kv_last_2BGlK, gradients)  # after N sends every gradient is at home
+    dkv_2BGlK = dkv_12BGKl[0].swapaxes(3, 4)
+    return cut.join(dq_ibGmK).astype(q_BlHK.dtype), dkv_2BGlK.astype(kv_2BGlK.dtype), None, None
+
+
+_ring.defvjp(_forward, _backward)
+
+
+def _send_on(x: jax.Array, setting: Setting) -> jax.Array:
+    """To the next device, from the one before."""
+    if setting.axis is None:
+        return x
+    count = setting.layout.devices
+    return jax.lax.ppermute(x, setting.axis, [(device, (device + 1) % count) for device in range(count)])
+
+
+def _keys_in_turn(turn: jax.Array | int, kv_2BGlK: jax.Array, setting: Setting) -> KeyBlocks:
+    """The blocks of the segment that this device holds in a turn: that of the device `turn` places before it."""
+    here = jax.lax.axis_index(setting.axis) if setting.axis else jnp.zeros((), jnp.int32)
+    source = (here - turn) % setting.layout.devices
+    return key_blocks(chunks_of_device(setting.layout, kv_2BGlK.shape[3], source), setting.block_keys)

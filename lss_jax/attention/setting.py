@@ -1,0 +1,62 @@
+"""What the strategies share: the static side of attention, and names for what they leave to the backward pass."""
+
+import dataclasses
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from lss_jax.layout import Layout
+
+COMMUNICATED = "attention_communicated"  # keys and values from other devices: kept, or moved again on the way back
+ATTENDED = "attention_rows"  # rows and their log-sum-exp: with these kept, no score is computed again but in blocks
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """What is known of attention at compile time.
+
+    `axis` is the mesh axis that cuts the sequence, None if nothing does.
+    """
+
+    axis: str | None
+    layout: Layout
+    kernel: str
+    block_queries: int
+    block_keys: int
+    gather_groups: int
+
+    @property
+    def uncut(self) -> "Setting":
+        """The same for whole sequences in natural order, as a device has them after an exchange of heads."""
+        return dataclasses.replace(self, axis=None, layout=Layout("contiguous", 1))
+
+
+def stacked(k_BlGK: jax.Array, v_BlGK: jax.Array) -> jax.Array:
+    """The pair as one array for one collective, in the kernels' order: `kv_2BGlK`."""
+    return jnp.stack((k_BlGK, v_BlGK)).swapaxes(2, 3)
+
+
+class Traffic(NamedTuple):
+    """A collective that a strategy asks for, per layer and microbatch, as the compiled program should show it."""
+
+    kind: str  # as XLA calls it
+    times: int
+    bytes: int  # of its result on one device
+
+
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+    """Of one call of attention on one device: `l` is the (padded) segment, `itemsize` that of the compute dtype."""
+
+    B: int
+    l: int
+    H: int
+    G: int
+    K: int
+    itemsize: int
+
+    @property
+    def pair(self) -> int:
+        """Numbers in this segment's keys and values."""
+        return 2 * self.B * self.l * self.G * self.K

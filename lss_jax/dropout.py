@@ -1,0 +1,69 @@
+"""Dropout that does not depend on the mesh: each element's fate is a hash of what it is, not of where it is computed.
+
+An element is known by the seed, the step, the layer, the place in the block, the row of the batch, its natural
+positions, and its head or feature. Every mesh, layout and strategy therefore drops the same elements, and the backward
+pass, or a rematerialized block, drops them again without having kept anything.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+EMBEDDING, ATTENTION, AFTER_ATTENTION, AFTER_MLP = range(4)  # the places
+
+
+class Dropout(NamedTuple):
+    """Dropout of this step over this device's rows and positions; `key` is a hash of everything above them."""
+
+    rate: Any  # of the elements that become zero
+    key: jax.Array  # uint32
+    row_B: jax.Array  # in the global batch
+    position_l: jax.Array  # natural
+
+    def at(self, *coordinates: int | jax.Array) -> "Dropout":
+        """The same, further down: in this layer, at this place."""
+        return self._replace(key=hashed(self.key, *coordinates))
+
+    def of_heads(self, head_H: jax.Array) -> "PairDropout":
+        """For the attention weights of these heads (their numbers in the whole model)."""
+        return PairDropout(
+            self.rate, hashed(self.key, self.row_B[:, None, None], self.position_l[:, None], head_H[None, None])
+        )
+
+    def __call__(self, x_BlE: jax.Array) -> jax.Array:
+        """`x_BlE` with some elements zero and the others larger by `1 / (1 - rate)`."""
+        stream_Bl = hashed(self.key, self.row_B[:, None], self.position_l)
+        return dropped(x_BlE, stream_Bl, jnp.arange(x_BlE.shape[2]), self.rate)
+
+
+class PairDropout(NamedTuple):
+    """Dropout of attention weights: a hash for each query, to be met with the natural position of each key."""
+
+    rate: Any
+    stream_BlH: jax.Array
+
+
+def dropped(x: jax.Array, stream: jax.Array, last_coordinate: jax.Array, rate: Any) -> jax.Array:
+    """Drops elements of `x` by the hashes of its leading axes (`stream`) and the coordinates along its last axis."""
+    bits = mixed(stream[..., None] ^ mixed(last_coordinate))
+    keeps = bits >= (jnp.float32(rate) * 2.0**32).astype(jnp.uint32)
+    return jnp.where(keeps, x / (1.0 - jnp.asarray(rate, x.dtype)), 0)
+
+
+def hashed(key: jax.Array | int, *coordinates: int | jax.Array) -> jax.Array:
+    """A hash of the coordinates, uint32, of their broadcast shape."""
+    for coordinate in coordinates:
+        key = mixed(key ^ mixed(coordinate))
+    return jnp.asarray(key)
+
+
+def mixed(x: Any) -> jax.Array:
+    """Mixes 32 bits: each bit of the input changes each bit of the output with probability one half.
+
+    Source: the finalizer of MurmurHash3 (Appleby 2011), after adding the golden ratio so that zero moves too.
+    """
+    x = jnp.asarray(x).astype(jnp.uint32) + jnp.uint32(0x9E3779B9)
+    x = (x ^ (x >> 16)) * jnp.uint32(0x85EBCA6B)
+    x = (x ^ (x >> 13)) * jnp.uint32(0xC2B2AE35)
+    return x ^ (x >> 16)
