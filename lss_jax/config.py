@@ -2,7 +2,6 @@
 
 import dataclasses
 import difflib
-import importlib.util
 import typing
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -26,7 +25,7 @@ class AttentionConfig:
     layout: Literal["contiguous", "zigzag"]
     window: int
     prefix: int
-    kernel: Literal["auto", "blockwise", "dense", "tokamax"]
+    kernel: Literal["auto", "blockwise", "dense"]
     block_queries: int
     block_keys: int
     gather_groups: int
@@ -292,13 +291,6 @@ def _attention_problems(config: Config) -> Iterator[str]:
             f"attention.prefix={attention.prefix} leaves nothing to predict of data.seq_len={length}; "
             f"use a shorter prefix"
         )
-    if kernel == "tokamax" and model.dropout:
-        yield (
-            f'attention.kernel="tokamax" has no dropout that is the same on every mesh, but model.dropout='
-            f'{model.dropout}; use attention.kernel="blockwise" or model.dropout=0.0'
-        )
-    if kernel == "tokamax" and importlib.util.find_spec("tokamax") is None:
-        yield 'attention.kernel="tokamax" needs that package; pip install tokamax, or use attention.kernel="blockwise"'
 
 
 def _mesh_problems(config: Config, sizes: MeshSizes) -> Iterator[str]:

@@ -1,6 +1,5 @@
 """Tokens in, positions, logits out; positions are natural (global) wherever the token lies."""
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -49,15 +48,15 @@ def logits(x_BlE: jax.Array, kernel_EV: jax.Array) -> jax.Array:
 class LearnedPositions(nnx.Module):
     """A row per position. Cut by segment like the sequence itself: a device holds, and trains, its own rows alone.
 
-    By its spec the gradient is summed over `data` and never over `seq` (the paper's double gradient averaging). The
-    table is in natural order, whatever the layout: `place` brings a device the rows of its tokens.
+    By its spec the gradient is summed over `data` and never over `seq` (the paper's double gradient averaging). Here
+    the rows are those of this device's tokens; in the training state they are in natural order, whatever the layout.
     """
 
     def __init__(self, config: ModelConfig, seq_len: int, rngs: nnx.Rngs):
         self.table_LE = nnx.Param(_normal(rngs, seq_len, config.width), spec=P(SEQ))
 
-    def __call__(self, x_BlE: jax.Array, place: Callable[[jax.Array], jax.Array]) -> jax.Array:
-        rows_lE = place(self.table_LE[...])
+    def __call__(self, x_BlE: jax.Array) -> jax.Array:
+        rows_lE = self.table_LE[...]
         assert rows_lE.shape == x_BlE.shape[1:], "the table is cut like the sequence"
         return x_BlE + rows_lE.astype(x_BlE.dtype)
 

@@ -3,7 +3,6 @@
 A spec (metadata `spec`) names the mesh axes that cut the parameter. `P()` is replicated, as all weights are here.
 """
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -25,7 +24,6 @@ class Segment(NamedTuple):
 
     positions_l: jax.Array  # natural
     attend: Attend
-    place: Callable[[jax.Array], jax.Array]  # rows cut in natural order to the rows of this device's tokens
     dropout: Dropout | None
 
 

@@ -6,6 +6,7 @@ and `2N-1-i`, an early and a late one, so that a causal mask gives every device 
 """
 
 import dataclasses
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -70,13 +71,33 @@ class Layout:
         """
         if self.name == "contiguous":
             return rows_l
-        holder_c = {chunk: device for device, chunks in enumerate(self.chunks_NC) for chunk in chunks}
         even, odd = (
-            jax.lax.ppermute(rows, axis, [(device, holder_c[2 * device + which]) for device in range(self.devices)])
-            for which, rows in enumerate(jnp.split(rows_l, 2))
+            jax.lax.ppermute(rows, axis, moves) for rows, moves in zip(jnp.split(rows_l, 2), self._moves, strict=True)
         )
-        early_is_even = jax.lax.axis_index(axis) % 2 == 0
-        return jnp.concatenate((jnp.where(early_is_even, even, odd), jnp.where(early_is_even, odd, even)))
+        return jnp.concatenate(_swapped_on_odd_devices((even, odd), axis))
+
+    def to_natural(self, rows_l: jax.Array, axis: str) -> jax.Array:
+        """The inverse of `from_natural`."""
+        if self.name == "contiguous":
+            return rows_l
+        even_and_odd = _swapped_on_odd_devices(jnp.split(rows_l, 2), axis)
+        back = [[(there, here) for here, there in moves] for moves in self._moves]
+        return jnp.concatenate(
+            [jax.lax.ppermute(rows, axis, moves) for rows, moves in zip(even_and_odd, back, strict=True)]
+        )
+
+    @property
+    def _moves(self) -> list[list[tuple[int, int]]]:
+        """From where to where the even chunks go, and the odd ones, from natural order to zigzag."""
+        holder_c = {chunk: device for device, chunks in enumerate(self.chunks_NC.tolist()) for chunk in chunks}
+        return [[(device, holder_c[2 * device + odd]) for device in range(self.devices)] for odd in (0, 1)]
+
+
+def _swapped_on_odd_devices(pair: Sequence[jax.Array], axis: str) -> tuple[jax.Array, jax.Array]:
+    """Even and odd chunk to early and late, and back: on device `i` the early one is chunk `i`."""
+    first, second = pair
+    odd = jax.lax.axis_index(axis) % 2 == 1
+    return jnp.where(odd, second, first), jnp.where(odd, first, second)
 
 
 def _merge(x: jax.Array, axis: int) -> jax.Array:

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from lss_jax.attention import make_attend
@@ -21,7 +21,7 @@ from lss_jax.gradients import double_sum, varying
 from lss_jax.layers import Segment
 from lss_jax.layout import Layout
 from lss_jax.losses import LossSum, cross_entropy
-from lss_jax.mesh import DATA, SEQ, cut_axes, over_cut_axes
+from lss_jax.mesh import DATA, SEQ, cut_axes, named_axes, over_cut_axes
 from lss_jax.models import Model, Params
 from lss_jax.state import TrainState, state_shardings
 
@@ -55,7 +55,7 @@ def make_loss_and_gradient(model: Model, mesh: Mesh) -> LossAndGradient:
 
     @partial(jax.shard_map, mesh=mesh, in_specs=(specs, on_mesh(of_batch, mesh), P()), out_specs=(P(), specs))
     def on_segments(params: Params, batch: Batch, step: jax.Array) -> tuple[jax.Array, Params]:
-        params = varying(params, model.specs, mesh)
+        params = in_layout_order(varying(params, model.specs, mesh), model, mesh)
 
         def partial_sums(batch: Batch) -> tuple[LossSum, Params]:
             def nats(params: Params) -> tuple[jax.Array, LossSum]:
@@ -66,12 +66,13 @@ def make_loss_and_gradient(model: Model, mesh: Mesh) -> LossAndGradient:
             return sums, gradient
 
         sums, gradient = sum_over_microbatches(partial_sums, batch, of_batch, model.config.optim.accumulate)
+        gradient = in_layout_order(gradient, model, mesh, back=True)
         sums, gradient = double_sum((sums, gradient), (SUM_SPECS, model.specs), mesh)
         return sums.mean(), jax.tree.map(lambda leaf: leaf / jnp.maximum(sums.tokens, 1.0), gradient)
 
     def loss_and_gradient(params: Params, batch: Batch, step: jax.Array | int) -> tuple[jax.Array, Params]:
         loss, gradient = on_segments(padded(params, model, mesh), batch, jnp.asarray(step, jnp.uint32))
-        return loss, jax.tree.map(lambda leaf, param: leaf[tuple(map(slice, param.shape))], gradient, params)
+        return loss, cropped(gradient, model, mesh)
 
     return loss_and_gradient
 
@@ -82,29 +83,54 @@ def make_eval_step(model: Model, mesh: Mesh) -> jax.stages.Wrapped:
 
     @partial(jax.shard_map, mesh=mesh, in_specs=in_specs, out_specs=SUM_SPECS)
     def on_segments(params: Params, batch: Batch) -> LossSum:
+        params = in_layout_order(params, model, mesh)
         return double_sum(local_loss(model, mesh, params, batch, None), SUM_SPECS, mesh)
 
     return jax.jit(lambda params, batch: on_segments(padded(params, model, mesh), batch))
 
 
+def in_layout_order(params: Params, model: Model, mesh: Mesh, back: bool = False) -> Params:
+    """Local parameters (or gradients) with the rows of cut tables where their tokens are, or `back` where they lie."""
+    setting = setting_on(model.config, mesh)
+    if setting.axis is None:
+        return params
+    move = setting.layout.to_natural if back else setting.layout.from_natural
+    return jax.tree.map(lambda p, spec: move(p, SEQ) if SEQ in named_axes(spec) else p, params, model.specs)
+
+
 def padded(params: Params, model: Model, mesh: Mesh) -> Params:
     """Global parameters with rows of zeros added where a table is cut like a padded sequence."""
-    seq_len = model.config.data.seq_len
-    missing = layout_on(model.config, mesh).padded(seq_len) - seq_len
+    missing = _missing_rows(model, mesh)
 
     def with_rows(param: jax.Array, spec: P) -> jax.Array:
-        return jnp.pad(param, [(0, missing * (part == SEQ)) for part in (*spec, *[None] * (param.ndim - len(spec)))])
+        return jnp.pad(param, ((0, missing), (0, 0))) if SEQ in named_axes(spec) else param
 
     return jax.tree.map(with_rows, params, model.specs) if missing else params
 
 
+def cropped(gradient: Params, model: Model, mesh: Mesh) -> Params:
+    """The inverse of `padded`. What the mesh does not divide is whole on every device, so it is first gathered."""
+    missing = _missing_rows(model, mesh)
+
+    def without_rows(leaf: jax.Array, spec: P) -> jax.Array:
+        if SEQ not in named_axes(spec):
+            return leaf
+        return jax.lax.with_sharding_constraint(leaf, NamedSharding(mesh, P()))[:-missing]
+
+    return jax.tree.map(without_rows, gradient, model.specs) if missing else gradient
+
+
+def _missing_rows(model: Model, mesh: Mesh) -> int:
+    seq_len = model.config.data.seq_len
+    return layout_on(model.config, mesh).padded(seq_len) - seq_len
+
+
 def local_loss(model: Model, mesh: Mesh, params: Params, batch: Batch, dropout: Dropout | None) -> LossSum:
     """This device's share of the loss: its own segment of its own sequences, attention apart."""
-    config, setting = model.config, setting_on(model.config, mesh)
+    config = model.config
     segment = Segment(
         positions_l=batch.positions_L,
-        attend=make_attend(config.attention.strategy, mask_of(config, batch), setting),
-        place=partial(setting.layout.from_natural, axis=setting.axis) if setting.axis else lambda rows: rows,
+        attend=make_attend(config.attention.strategy, mask_of(config, batch), setting_on(config, mesh)),
         dropout=dropout,
     )
     in_prefix_l = batch.positions_L < config.attention.prefix - 1  # their next token is in plain sight

@@ -21,8 +21,9 @@ from lss_jax.layout import Layout
 from lss_jax.mesh import DATA, SEQ, over_cut_axes
 
 B, H, K = 2, 24, 8  # 2, 3, 4 and 8 devices divide the heads, for Ulysses
-TOKENS = 93  # and with them are as many as three devices divide, and no other number here does
-BOUNDS = {"float32": 1e-5, "bfloat16": 2e-2}  # of errors relative to the largest entry
+TOKENS = 93  # which 3 devices divide; 2, 4 and 8, and all in zigzag, need padding
+QUICK = {"xla_backend_optimization_level": 0}  # of what LLVM does to a kernel: most of a test's time is compilation
+BOUNDS = {"float32": 1e-5, "bfloat16": 2e-2}  # relative to the largest entry; over the grid: 1.1e-6 and 1.0e-2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,10 +59,10 @@ class Case:
 class Results(NamedTuple):
     """Attention and its gradients, whole and in natural order."""
 
-    o: jax.Array
-    dq: jax.Array
-    dk: jax.Array
-    dv: jax.Array
+    o: np.ndarray
+    dq: np.ndarray
+    dk: np.ndarray
+    dv: np.ndarray
 
 
 @cache
@@ -78,7 +79,7 @@ def program(case: Case):
         o_BlHK, transpose = jax.vjp(attend, q_BlHK, k_BlGK, v_BlGK)
         return Results(o_BlHK, *transpose(do_BlHK))
 
-    @jax.jit
+    @partial(jax.jit, compiler_options=QUICK)
     def on_mesh(q, k, v, do, mask, dropout):
         mask_spec = sequence_spec if mask.start.ndim == 1 else x_spec
         dropout_spec = dropout and Dropout(P(), P(), rows_spec, sequence_spec)
@@ -106,19 +107,24 @@ def arrays_of(length: int, kv_heads: int, dtype: str = "float32") -> list[np.nda
     return [random.standard_normal(shape, np.float32).astype(jnp.dtype(dtype)) for shape in shapes]
 
 
-@jax.jit
 def oracle(q_BLHK, k_BLGK, v_BLGK, do_BLHK, seen_BLL, factor_BHLL=1.0) -> Results:
     """Dense float32 attention as the textbook has it; `factor_BHLL` is what dropout multiplies the weights by."""
+    repeats = q_BLHK.shape[2] // k_BLGK.shape[2]
+    k_BLHK, v_BLHK = (np.repeat(x, repeats, axis=2) for x in (k_BLGK, v_BLGK))
+    wide = [np.asarray(x, np.float32) for x in (q_BLHK, k_BLHK, v_BLHK, do_BLHK)]
+    o_BLHK, dq_BLHK, dk_BLHK, dv_BLHK = map(np.asarray, _oracle(*wide, seen_BLL, factor_BHLL))
+    return Results(o_BLHK, dq_BLHK, *(dx.reshape(*k_BLGK.shape[:3], repeats, -1).sum(3) for dx in (dk_BLHK, dv_BLHK)))
 
-    def attention(q_BLHK, k_BLGK, v_BLGK):
-        repeats = q_BLHK.shape[2] // k_BLGK.shape[2]
-        k_BLHK, v_BLHK = (jnp.repeat(x, repeats, axis=2) for x in (k_BLGK, v_BLGK))
+
+@jax.jit
+def _oracle(q_BLHK, k_BLHK, v_BLHK, do_BLHK, seen_BLL, factor_BHLL):
+    def attention(q_BLHK, k_BLHK, v_BLHK):
         s_BHLL = jnp.einsum("bqhk,bshk->bhqs", q_BLHK, k_BLHK) / jnp.sqrt(q_BLHK.shape[3])
         p_BHLL = jax.nn.softmax(jnp.where(seen_BLL[:, None], s_BHLL, -1e30)) * seen_BLL[:, None]
         return jnp.einsum("bhqs,bshk->bqhk", p_BHLL * factor_BHLL, v_BLHK)
 
-    o_BLHK, transpose = jax.vjp(attention, *(x.astype(jnp.float32) for x in (q_BLHK, k_BLGK, v_BLGK)))
-    return Results(o_BLHK, *transpose(do_BLHK.astype(jnp.float32)))
+    o_BLHK, transpose = jax.vjp(attention, q_BLHK, k_BLHK, v_BLHK)
+    return o_BLHK, *transpose(do_BLHK)
 
 
 def shared_masks(length: int) -> dict[str, Intervals]:
@@ -174,7 +180,7 @@ def expected(length: int, kv_heads: int, dtype: str, by_row: bool) -> dict[str, 
     """The oracle's results by the name of the mask."""
     masks = masks_by_row(length) if by_row else shared_masks(length)
     arrays = arrays_of(length, kv_heads, dtype)
-    return {name: jax.tree.map(np.asarray, oracle(*arrays, seen_by(mask))._asdict()) for name, mask in masks.items()}
+    return {name: oracle(*arrays, seen_by(mask))._asdict() for name, mask in masks.items()}
 
 
 def check(case: Case) -> None:

@@ -60,7 +60,8 @@ def batch_on(
     seq_len, rows = config.data.seq_len, config.data.batch_size
     if starts_B is None:
         starts_B = np.random.default_rng(seed).integers(0, len(data) - seq_len - 1, rows)
-    return read_batch(data, starts_B, seq_len, mesh, layout_on(config, mesh), document_starts(data, config.data.separator))
+    documents = document_starts(data, config.data.separator)
+    return read_batch(data, starts_B, seq_len, mesh, layout_on(config, mesh), documents)
 
 
 def relative_error(found, expected) -> float:

@@ -1,4 +1,4 @@
-"""Attention alone: each strategy inside `shard_map` against `jax.nn.dot_product_attention` on whole arrays."""
+"""The parts of attention one by one: masks, token order, blocks, dropout's hash, and what each collective moves."""
 
 from functools import partial
 
@@ -6,111 +6,312 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from attention_cases import Case, attended
 from helpers import assert_close, mesh_of, relative_error
 from jax.sharding import PartitionSpec as P
 
-from lss_jax.attention import STRATEGIES
+from lss_jax.attention import STRATEGIES, ring, ulysses
+from lss_jax.attention.blocks import KeyBlocks, QueryCut, chunks_of_all, chunks_of_device, even, key_blocks, touched
 from lss_jax.attention.dense import attention_rows
-from lss_jax.attention.lss import fused_all_gather
-from lss_jax.attention.mask import Intervals, causal
+from lss_jax.attention.mask import Intervals, bidirectional, causal, documents, prefix_causal, window
+from lss_jax.attention.setting import Setting, stacked
 from lss_jax.config import AttentionConfig, DataConfig, ModelConfig
 from lss_jax.data.sources import SOURCES
-from lss_jax.mesh import DATA, SEQ, over_cut_axes
+from lss_jax.dropout import Dropout, hashed, mixed
+from lss_jax.layout import CHUNKS_PER_DEVICE, Layout
+from lss_jax.mesh import SEQ
 from lss_jax.models import FAMILIES
 
-B, L, H, K = 4, 24, 4, 8
+LAYOUTS = [Layout(name, devices) for name in CHUNKS_PER_DEVICE for devices in (1, 2, 3, 5, 8)]
+by_layout = pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: f"{layout.name}-{layout.devices}")
 
 
-def inputs(kv_heads=H, dtype=jnp.float32):
-    keys = jax.random.split(jax.random.key(0), 4)
-    shapes = [(B, L, H, K), (B, L, kv_heads, K), (B, L, kv_heads, K), (B, L, H, K)]
-    return [jax.random.normal(key, shape, jnp.float32).astype(dtype) for key, shape in zip(keys, shapes, strict=True)]
+# Masks
 
 
-def on_mesh(strategy, data, seq):
-    """The strategy as a function of whole arrays."""
-    mesh = mesh_of(data, seq)
-    spec = over_cut_axes(P(DATA, SEQ), mesh)
-    positions_spec = over_cut_axes(P(SEQ), mesh)
-
-    @partial(jax.shard_map, mesh=mesh, in_specs=(spec, spec, spec, positions_spec), out_specs=spec)
-    def attention(q, k, v, positions_l):
-        return STRATEGIES[strategy](q, k, v, mask=causal(positions_l), axis=SEQ if seq > 1 else None)
-
-    return lambda q, k, v: attention(q, k, v, jnp.arange(L))
-
-
-def values_and_gradients(attention, q, k, v, weights):
-    def scalar(q, k, v):
-        o = attention(q, k, v)
-        return jnp.sum(o.astype(jnp.float32) * weights.astype(jnp.float32)), o
-
-    gradients, o = jax.jit(jax.grad(scalar, argnums=(0, 1, 2), has_aux=True))(q, k, v)
-    return dict(zip(("o", "dq", "dk", "dv"), (o, *gradients), strict=True))
+QUERY, KEY = np.arange(12)[:, None], np.arange(12)
+START_OF_DOCUMENT, END_OF_DOCUMENT = np.repeat([0, 3, 4], [3, 1, 8]), np.repeat([3, 4, 12], [3, 1, 8])
+MASKS = {
+    "causal": (causal(KEY), KEY <= QUERY),
+    "bidirectional": (bidirectional(KEY, 9), (KEY < 9) & (QUERY < 9)),
+    "prefix": (prefix_causal(KEY, 5), (KEY <= QUERY) | (KEY < 5)),
+    "window": (causal(KEY) & window(KEY, 3), (KEY <= QUERY) & (KEY > QUERY - 3)),
+    "window of one": (causal(KEY) & window(KEY, 1), KEY == QUERY),
+    "documents": (
+        documents(np.stack((START_OF_DOCUMENT, END_OF_DOCUMENT))),
+        START_OF_DOCUMENT[:, None] == START_OF_DOCUMENT,
+    ),
+    "reversed": (Intervals(KEY + 1, KEY), np.zeros((12, 12), bool)),
+}
 
 
-def reference(kv_heads):
-    return values_and_gradients(partial(jax.nn.dot_product_attention, is_causal=True), *inputs(kv_heads))
+@pytest.mark.parametrize("name", MASKS)
+def test_a_mask_shows_what_its_definition_says(name):
+    mask, expected_LL = MASKS[name]
+    np.testing.assert_array_equal(mask.sees(KEY), expected_LL)
 
 
-@pytest.mark.parametrize("kv_heads", [H, 2, 1])
-@pytest.mark.parametrize(("data", "seq"), [(1, 1), (1, 2), (1, 3), (2, 3), (2, 4), (1, 8)])
-def test_lss_equals_attention_on_whole_arrays(data, seq, kv_heads):
-    assert_close(values_and_gradients(on_mesh("lss", data, seq), *inputs(kv_heads)), reference(kv_heads), 1e-5)
-
-
-@pytest.mark.parametrize("kv_heads", [H, 2])
-def test_dense_equals_attention_on_whole_arrays(kv_heads):
-    assert_close(values_and_gradients(on_mesh("dense", 4, 1), *inputs(kv_heads)), reference(kv_heads), 1e-5)
-
-
-def test_bfloat16_inputs_accumulate_in_float32():
-    """Inputs rounded to 8 bits: each result within 2% of float32 attention over the same rounded inputs."""
-    rounded = inputs(dtype=jnp.bfloat16)
-    found = values_and_gradients(on_mesh("lss", 1, 4), *rounded)
-    assert all(value.dtype == jnp.bfloat16 for value in found.values())
-    exact = values_and_gradients(
-        partial(jax.nn.dot_product_attention, is_causal=True), *(x.astype(jnp.float32) for x in rounded)
-    )
-    assert_close(found, exact, 2e-2)
+def test_masks_meet_in_what_both_show():
+    for mask, shown_LL in MASKS.values():
+        for other, shown_by_other_LL in MASKS.values():
+            np.testing.assert_array_equal((mask & other).sees(KEY), shown_LL & shown_by_other_LL)
 
 
 def test_intervals_are_half_open_and_in_natural_positions():
-    q, k, v, _ = inputs()
-    start, end = jnp.arange(L) // 3, jnp.arange(L) // 2 + 12
-    found = attention_rows(q, k, v, Intervals(start, end))
-    seen = (start[:, None] <= jnp.arange(L)) & (jnp.arange(L) < end[:, None])
+    random = np.random.default_rng(0)
+    q, k, v = (random.standard_normal((2, 24, 4, 8), np.float32) for _ in range(3))
+    start, end = np.arange(24) // 3, np.arange(24) // 2 + 12
+    found = jax.jit(attention_rows)(q, stacked(k, v), Intervals(start, end))
+    seen = (start[:, None] <= np.arange(24)) & (np.arange(24) < end[:, None])
     assert relative_error(found, jax.nn.dot_product_attention(q, k, v, mask=seen[None, None])) < 1e-5
 
 
-def test_no_output_depends_on_a_later_token():
-    q, k, v, _ = inputs()
-    jacobian = jax.jacobian(lambda k, v: on_mesh("lss", 1, 4)(q, k, v).sum((0, 2, 3)), argnums=(0, 1))(k, v)
-    for derivative in jacobian:
-        size_LL = np.abs(np.asarray(derivative)).sum((1, 3, 4))
-        assert np.all(size_LL[np.triu_indices(L, 1)] == 0)
-        assert np.all(size_LL[:, 0][1:] > 0), "and every output does depend on the first"
+# Token order
 
 
-def test_the_gather_returns_segments_in_order_and_its_transpose_adds_them_up():
-    """Rank-coded: device i holds i; it gets all of them, and the sum of what all devices say of its own."""
-    mesh = mesh_of(1, 8)
-    ranks = jnp.broadcast_to(jnp.arange(8.0).repeat(2)[:, None, None], (2, 1, 16, 1, 1))
+def test_zigzag_gives_each_device_an_early_and_a_late_chunk():
+    np.testing.assert_array_equal(Layout("zigzag", 2).positions(8), [0, 1, 6, 7, 2, 3, 4, 5])
+    np.testing.assert_array_equal(Layout("zigzag", 3).positions(6), [0, 5, 1, 4, 2, 3])
+    np.testing.assert_array_equal(Layout("contiguous", 3).positions(6), np.arange(6))
 
-    @partial(jax.shard_map, mesh=mesh, in_specs=P(None, None, SEQ), out_specs=(P(SEQ), P(None, None, SEQ)))
-    def gather_and_back(x):
-        whole, transpose = jax.vjp(lambda x: fused_all_gather(x, SEQ), x)
-        weight = 10.0 ** jax.lax.axis_index(SEQ)
-        return whole[None, 0, 0, :, 0, 0], transpose(whole * weight)[0]
 
-    whole, back = gather_and_back(ranks)
-    np.testing.assert_array_equal(whole, np.tile(np.arange(8.0).repeat(2), (8, 1)))
-    np.testing.assert_array_equal(back, np.asarray(ranks) * 11_111_111)
+@by_layout
+def test_natural_and_segments_are_inverse_and_agree_with_positions(layout):
+    length = layout.padded(37)
+    segments_Nl = layout.positions(length).reshape(layout.devices, -1)
+    x_NalbE = jnp.asarray(segments_Nl)[:, None, :, None, None] * jnp.arange(1, 7).reshape(1, 2, 1, 1, 3)
+    x_aLbE = layout.natural(x_NalbE, 2)
+    np.testing.assert_array_equal(x_aLbE[0, :, 0, 0], np.arange(length))
+    np.testing.assert_array_equal(x_aLbE[1, :, 0, 2], np.arange(length) * 6)
+    np.testing.assert_array_equal(layout.segments(x_aLbE, 1), x_NalbE)
+
+
+@by_layout
+def test_padding_is_the_least_that_cuts_into_equal_chunks(layout):
+    chunks = layout.devices * layout.chunks_per_device
+    for length in range(1, 50):
+        padded = layout.padded(length)
+        assert padded % chunks == 0 and length <= padded < length + chunks
+
+
+@pytest.mark.parametrize("devices", [2, 3, 5, 8])
+def test_zigzag_balances_a_causal_mask(devices):
+    keys_seen_Nl = Layout("zigzag", devices).positions(16 * devices).reshape(devices, -1) + 1
+    assert len(set(keys_seen_Nl.sum(1))) == 1
+
+
+# Blocks
+
+
+@pytest.mark.parametrize("target", [1, 4, 5, 7, 64])
+@by_layout
+def test_key_blocks_hold_each_position_once(layout, target):
+    length = layout.devices * layout.chunks_per_device * 11
+    position_Nl = layout.positions(length).reshape(layout.devices, -1)
+
+    def answered_for(keys: KeyBlocks, position_nl) -> np.ndarray:
+        assert 1 <= keys.size <= target
+        begin_t, end_t, first_t, segment_t, place_t = (np.asarray(x) for x in keys[:5])
+        assert np.all((first_t <= begin_t) & (begin_t < end_t) & (end_t <= first_t + keys.size))
+        assert np.all(begin_t[1:] >= end_t[:-1]), "the blocks are in natural order"
+        for first, segment, place in zip(first_t, segment_t, place_t, strict=True):
+            read_k = position_nl[segment, place : place + keys.size]
+            np.testing.assert_array_equal(read_k, first + np.arange(keys.size))
+        return np.concatenate([np.arange(begin, end) for begin, end in zip(begin_t, end_t, strict=True)])
+
+    of_all = answered_for(key_blocks(chunks_of_all(layout, position_Nl.shape[1]), target), position_Nl)
+    np.testing.assert_array_equal(of_all, np.arange(length))
+    for device, position_l in enumerate(position_Nl):
+        keys = key_blocks(chunks_of_device(layout, len(position_l), jnp.int32(device)), target)
+        np.testing.assert_array_equal(answered_for(keys, position_l[None]), np.sort(position_l))
+
+
+@pytest.mark.parametrize("target", [1, 4, 5, 64])
+def test_the_blocks_touched_are_those_with_a_key_that_is_seen(target):
+    layout, segment_length = Layout("zigzag", 3), 14
+    length = layout.devices * segment_length
+    keys = key_blocks(chunks_of_all(layout, segment_length), target)
+    block_L = np.searchsorted(np.asarray(keys.end_t), np.arange(length), side="right")
+    start_iq, end_iq = np.random.default_rng(0).integers(0, length + 1, (2, 500, 3))
+    start_iq[:100, 1:] = end_iq[:100, 1:]  # one query of three sees something, or none
+    first_i, stop_i = map(np.asarray, touched(keys, jnp.asarray(start_iq), jnp.asarray(end_iq)))
+    for start_q, end_q, first, stop in zip(start_iq, end_iq, first_i, stop_i, strict=True):
+        seen = [block_L[start:end] for start, end in zip(start_q, end_q, strict=True) if start < end]
+        if seen:
+            blocks = np.concatenate(seen)
+            assert (first, stop) == (blocks.min(), blocks.max() + 1)
+        else:
+            assert first == stop
+
+
+def test_the_blocks_touched_of_one_device_leave_out_no_key_that_is_seen():
+    layout, segment_length = Layout("zigzag", 3), 14
+    start_iq, end_iq = np.random.default_rng(0).integers(0, 43, (2, 500, 2))
+    end_iq = np.minimum(end_iq, start_iq + 9)
+    for device in range(layout.devices):
+        keys = key_blocks(chunks_of_device(layout, segment_length, jnp.int32(device)), 4)
+        first_i1, stop_i1 = (np.asarray(x)[:, None] for x in touched(keys, jnp.asarray(start_iq), jnp.asarray(end_iq)))
+        begin_t, end_t = np.asarray(keys.begin_t), np.asarray(keys.end_t)
+        seen_iqt = np.maximum(begin_t, start_iq[..., None]) < np.minimum(end_t, end_iq[..., None])
+        t = np.arange(len(begin_t))
+        assert not np.any(seen_iqt.any(1) & ((t < first_i1) | (t >= stop_i1)))
+
+
+@pytest.mark.parametrize("length", range(1, 12))
+def test_even_blocks_cover_a_length(length):
+    for target in range(1, 14):
+        blocks, size = even(length, target)
+        assert size <= target and (blocks - 1) * size < length <= blocks * size
+
+
+@pytest.mark.parametrize("by_row", [False, True])
+@pytest.mark.parametrize(("runs", "run_length", "size"), [(1, 12, 4), (1, 11, 4), (2, 7, 3), (2, 5, 5)])
+def test_queries_are_cut_and_put_together_again(runs, run_length, size, by_row):
+    """Each query is coded by its row, place and head, from one on: zero is the padding."""
+    batch, kv_heads, repeats, length = 2, 3, 2, runs * run_length
+    cut = QueryCut(batch, runs, run_length, size, kv_heads, by_row)
+    row, place, head = np.indices((batch, length, kv_heads * repeats))
+    x_BlHK = jnp.asarray(1 + row * 10_000 + place * 100 + head)[..., None] * jnp.array([1, -1])
+    x_ibGmK = cut.split(x_BlHK)
+    np.testing.assert_array_equal(cut.join(x_ibGmK), x_BlHK)
+    np.testing.assert_array_equal(cut.split_scalars(x_BlHK[..., 0]), x_ibGmK[..., 0])
+
+    of_rows = jnp.asarray(1 + row * 10_000 + place * 100)[..., 0]
+    place_iq = np.asarray(cut.split_rows(of_rows if by_row else of_rows[0]))
+    blocks, _, _, m, _ = x_ibGmK.shape
+    assert m == repeats * size and place_iq.shape == (blocks, size)
+    for (i, b, g, m), code in np.ndenumerate(np.asarray(x_ibGmK[..., 0])):
+        of_query = place_iq[i, m % size]
+        assert code == (of_query and of_query + b * 10_000 + g * repeats + m // size)
+
+
+# Dropout's hash
+
+
+def test_each_bit_changes_each_bit_half_of_the_time():
+    x = np.random.default_rng(0).integers(0, 2**32, 20_000, np.uint32)
+    for bit in range(32):
+        changed = np.asarray(mixed(x) ^ mixed(x ^ np.uint32(1 << bit)))
+        often = ((changed[:, None] >> np.arange(32, dtype=np.uint32)) & 1).mean(0)
+        assert np.abs(often - 0.5).max() < 0.03, (bit, often)
+
+
+def test_no_two_small_numbers_have_one_hash():
+    assert len(np.unique(mixed(jnp.arange(100_000)))) == 100_000
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.int16, np.int32, np.uint32, np.int64])
+def test_a_hash_does_not_depend_on_the_dtype_of_a_coordinate(dtype):
+    one, two = np.arange(100), np.arange(100)[::-1]
+    expected = hashed(1, jnp.asarray(one, jnp.int32), jnp.asarray(two, jnp.int32))
+    np.testing.assert_array_equal(hashed(jnp.uint32(1), one.astype(dtype), two.astype(dtype)), expected)
+    assert hashed(1, 0, 99) == expected[0], "Python's numbers too"
+
+
+def test_the_order_and_the_number_of_coordinates_count():
+    coordinates = [(2, 3), (3, 2), (1, 2), (1, 2, 0), (1, 2, 0, 0)]
+    assert len({int(hashed(0, *numbers)) for numbers in coordinates}) == len(coordinates)
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.1, 0.5, 0.9])
+def test_dropout_of_activations_drops_at_its_rate(rate):
+    x_BlE = jnp.ones((4, 64, 128))
+    found = np.asarray(Dropout(rate, hashed(0, 1), jnp.arange(4), jnp.arange(64))(x_BlE))
+    noise = (rate * (1 - rate) / found.size) ** 0.5
+    assert abs((found == 0).mean() - rate) <= 5 * noise
+    np.testing.assert_allclose(found[found > 0], 1 / (1 - rate), rtol=1e-6)
+
+
+def test_dropout_of_a_part_is_that_part_of_dropout():
+    x_BlE = jax.random.normal(jax.random.key(0), (4, 12, 16))
+    whole = Dropout(0.5, hashed(0, 1), jnp.arange(4), jnp.arange(12))
+    place_l = np.array([9, 2, 3])
+    part = whole._replace(row_B=jnp.arange(2, 4), position_l=place_l)
+    np.testing.assert_array_equal(part(x_BlE[2:, place_l]), whole(x_BlE)[2:, place_l])
+    assert not np.array_equal(whole.at(1)(x_BlE), whole.at(2)(x_BlE)), "another layer drops others"
+
+
+# What collectives move
+
+
+def setting_on(layout: Layout) -> Setting:
+    return Setting(SEQ if layout.devices > 1 else None, layout, "blockwise", 8, 8, gather_groups=1)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_each_device_gets_another_one_s_keys_and_gives_back_their_gradients(strategy):
+    """Rank-coded: device i sees the keys of device i + 3, whose values are their rank; its cotangents are 10**i."""
+    case = Case(strategy, seq=8)
+    rank_L = np.arange(8).repeat(case.length // 8)
+    asked_L = (rank_L + 3) % 8
+    zeros = np.zeros((1, case.length, 8, 1), np.float32)
+    ranks, powers = (zeros + x[:, None, None].astype(np.float32) for x in (rank_L, 10.0**rank_L))
+    mask = Intervals(*((asked_L + side) * (case.length // 8) for side in (0, 1)))
+    results = attended(case, (zeros, zeros, ranks, powers), mask)
+    np.testing.assert_allclose(results.o, zeros + asked_L[:, None, None], rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(results.dv, zeros + 10.0 ** ((rank_L - 3) % 8)[:, None, None], rtol=1e-5)
+
+
+@pytest.mark.parametrize("layout", CHUNKS_PER_DEVICE)
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_no_output_depends_on_a_later_token(strategy, layout):
+    case = Case(strategy, layout, seq=4, kv_heads=1)
+    random = np.random.default_rng(0)
+    q, k, v = (random.standard_normal((1, case.length, heads, 8), np.float32) for heads in (4, 1, 1))
+    for token in (0, 1, 11, 12, 50, case.length - 1):
+        do = np.zeros_like(q)
+        do[:, token] = 1.0
+        results = attended(case, (q, k, v, do), causal(np.arange(case.length)))
+        assert not results.dk[:, token + 1 :].any() and not results.dv[:, token + 1 :].any()
+        assert results.dv[:, : token + 1].all(), "and it does depend on every earlier one"
+        assert not np.delete(results.dq, token, axis=1).any()
+
+
+def test_the_ring_sends_to_the_next_device_and_comes_home():
+    setting = setting_on(Layout("contiguous", 8))
+
+    @jax.jit
+    @partial(jax.shard_map, mesh=mesh_of(1, 8), in_specs=P(SEQ), out_specs=(P(SEQ), P(SEQ)))
+    def sent(x):
+        once = ring._send_on(x, setting)
+        for _ in range(7):
+            x = ring._send_on(x, setting)
+        return once, ring._send_on(x, setting)
+
+    once, home = sent(jnp.arange(8))
+    np.testing.assert_array_equal(once, (np.arange(8) - 1) % 8)
+    np.testing.assert_array_equal(home, np.arange(8))
+
+
+@pytest.mark.parametrize("name", CHUNKS_PER_DEVICE)
+def test_ulysses_exchanges_a_part_of_the_sequence_for_a_part_of_the_heads(name):
+    """Coded by position and head: whole sequences in natural order, in between; the inverse brings all back."""
+    layout = Layout(name, 3)
+    setting, position_L = setting_on(layout), layout.positions(12)
+    coded = [jnp.broadcast_to(position_L[:, None] * 100 + jnp.arange(heads), (2, 12, heads)) for heads in (6, 3)]
+    by_sequence, by_heads = P(None, SEQ), P(None, None, SEQ)
+
+    @jax.jit
+    @partial(jax.shard_map, mesh=mesh_of(1, 3), in_specs=by_sequence, out_specs=(by_heads, by_sequence))
+    def there_and_back(arrays_BlHK):
+        exchanged = ulysses._to_heads(arrays_BlHK, setting)
+        return exchanged, ulysses._to_sequence(exchanged, setting)
+
+    arrays = tuple(x[..., None] for x in coded)
+    there, back = there_and_back(arrays)
+    for exchanged, x in zip(there, arrays, strict=True):
+        np.testing.assert_array_equal(exchanged, x[:, np.argsort(position_L)])
+    assert_close(back, arrays, 1e-9)
 
 
 @pytest.mark.parametrize(
     ("section", "key", "known"),
-    [(AttentionConfig, "strategy", STRATEGIES), (ModelConfig, "family", FAMILIES), (DataConfig, "source", SOURCES)],
+    [
+        (AttentionConfig, "strategy", STRATEGIES),
+        (AttentionConfig, "layout", CHUNKS_PER_DEVICE),
+        (ModelConfig, "family", FAMILIES),
+        (DataConfig, "source", SOURCES),
+    ],
 )
 def test_the_config_names_what_there_is(section, key, known):
     assert set(section.__annotations__[key].__args__) == set(known)

@@ -116,7 +116,7 @@ def test_a_signal_ends_the_run_after_the_step_and_the_same_command_goes_on(tmp_p
 
 BAD = {
     "--config.mesh.data=1 --config.mesh.seq=3": "needs 3 devices, but 8 are found",
-    "--config.data.seq_len=66": "data.seq_len=66 is not divisible by mesh.seq=4",
+    "--config.data.batch_size=3": "data.batch_size=3 is not divisible by mesh.data=2",
     "--config.model.heads=5": "model.width=32 is not divisible by model.heads=5",
     "--config.modle.heads=5": "did you mean 'model.heads'?",
     "--config.data.source=text --config.data.path=nothing": "data.path='nothing' is not a file",

@@ -18,7 +18,7 @@ from lss_jax.mesh import AXES, make_mesh
 from lss_jax.models import build_model, parameter_count
 from lss_jax.optimizer import decayed, make_optimizer, make_schedule
 from lss_jax.state import init_state
-from lss_jax.step import make_loss_and_gradient
+from lss_jax.step import layout_on, make_loss_and_gradient
 
 CONFIGS = sorted(Path(__file__).parents[1].joinpath("configs").glob("*.py"))
 
@@ -46,8 +46,9 @@ def test_the_papers_largest_run_traces_on_its_mesh():
     assert sizes == (24, 144, 1)
     mesh = AbstractMesh(sizes, AXES, axis_types=(AxisType.Auto,) * 3)
     model = build_model(config)
-    batch = batch_like(config.data.batch_size, config.data.seq_len, mesh)
-    loss, gradient = jax.eval_shape(make_loss_and_gradient(model, mesh), model.shapes, batch)
+    layout = layout_on(config, mesh)
+    batch = batch_like(config.data.batch_size, config.data.seq_len, mesh, layout, packed=False)
+    loss, gradient = jax.eval_shape(make_loss_and_gradient(model, mesh), model.shapes, batch, 0)
     assert loss.shape == ()
     assert jax.tree.map(lambda g: g.shape, gradient) == jax.tree.map(lambda p: p.shape, model.shapes)
     assert gradient["positions"]["table_LE"].shape == (50_112, 512)
@@ -78,17 +79,26 @@ BAD = {
     "mesh.seq=3": r"needs a multiple of 3 devices, but 8 are found; .*JAX_NUM_CPU_DEVICES=3",
     "mesh.seq=5 mesh.data=1": r"mesh.data=1, mesh.seq=5, mesh.model=1 needs 5 devices, but 8 are found",
     "mesh.model=2": r"mesh.model=2 is not supported yet; use mesh.model=1",
-    "data.seq_len=50 mesh.seq=4": r"data.seq_len=50 is not divisible by mesh.seq=4; .* use data.seq_len=52",
     "data.batch_size=12": r"data.batch_size=12 is not divisible by mesh.data=8 times optim.accumulate=1; .*=16",
     "optim.accumulate=3": r"is not divisible by mesh.data=8 times optim.accumulate=3; use data.batch_size=24",
     "model.width=30": r"model.width=30 is not divisible by model.heads=4; use model.width=32",
     "model.kv_heads=3": r"model.heads=4 is not divisible by model.kv_heads=3; .* use model.kv_heads=4 or a divisor",
     "model.positions='rope' model.width=12": r"head width model.width/model.heads=3 is odd, but rope rotates pairs",
     "model.vocab=100": r"model.vocab=100 is less than 256, which byte-level data needs; use model.vocab=256",
-    "model.dropout=0.1": r"model.dropout=0.1 is not supported yet: .* use model.dropout=0.0",
-    "model.positions='sinus'": r"model.positions='sinus' is not known; choose one of 'learned', 'rope', 'none'",
-    "attention.strategy='lsa'": r"attention.strategy='lsa' is not known; choose one of 'lss', 'dense'",
-    "attention.strategy='dense' mesh.seq=2": r'strategy="dense" keeps the whole sequence on one device, but mesh.seq=2',
+    "model.dropout=1.0": r"model.dropout=1.0 must be at least 0 and less than 1",
+    "model.positions='sinus'": r"model.positions='sinus' is not known; choose one of 'learned', 'sinusoidal', 'rope', ",
+    "model.rope_factor=2.0": r'model.rope_factor=2.0 has no use with model.rope_scaling="none"; use "linear" or "ntk"',
+    "model.rope_base=0.0": r"model.rope_base=0.0 must be greater than 0 and finite",
+    "attention.strategy='lsa'": r"attention.strategy='lsa' is not known; choose one of 'lss', 'ring', 'ulysses'",
+    "attention.strategy='ring' attention.kernel='dense'": r"kernel='dense' cannot take keys as they come by, .*block",
+    "attention.strategy='ulysses' mesh.seq=8": r"heads=4 is not divisible by mesh.seq=8, .*use model.heads=8 or .*lss",
+    "attention.strategy='ring' attention.gather_groups=2": r"gather_groups=2 has no use with attention.strategy='ring'",
+    "attention.gather_groups=3": r"kv_heads=4 is not divisible by attention.gather_groups=3; use .*gather_groups=4",
+    "attention.gather_groups=0": r"attention.gather_groups=0 must be at least 1",
+    "attention.block_keys=0": r"attention.block_keys=0 must be at least 1",
+    "attention.window=-1": r"attention.window=-1 must be at least 0",
+    "attention.prefix=48": r"attention.prefix=48 leaves nothing to predict of data.seq_len=48; use a shorter prefix",
+    "attention.kernel='tokamax' model.dropout=0.1": r'kernel="tokamax" has no dropout that is the same on every mesh',
     "model.layers=0": r"model.layers=0 must be at least 1",
     "log_every=0": r"log_every=0 must be at least 1",
     "seed=-1": r"seed=-1 must be at least 0",
@@ -110,7 +120,7 @@ def test_bad_values_are_told_with_rule_and_remedy(changes):
 
 def test_all_problems_are_told_at_once():
     with pytest.raises(ConfigError) as error:
-        validate(small_config(**{"log_every": 0, "model.width": 30, "data.seq_len": 50, "mesh.seq": 4}), 8)
+        validate(small_config(**{"log_every": 0, "model.width": 30, "data.batch_size": 3, "mesh.seq": 4}), 8)
     assert len(str(error.value).split("\n")) == 3
 
 
@@ -120,7 +130,7 @@ def test_all_problems_are_told_at_once():
         ("--config.model.widht=4", "unknown config key 'model.widht'; did you mean 'model.width'?"),
         ("--config.modle.heads=4", "unknown config key 'modle.heads'; did you mean 'model.heads'?"),
         ("--config.heads=4", "unknown config key 'heads'; did you mean 'model.heads'?"),
-        ("--config.qqq=4", "unknown config key 'qqq'; known: attention.layout, "),
+        ("--config.qqq=4", "unknown config key 'qqq'; known: attention.block_keys, "),
         ("--config.mesh.seq=four", "invalid literal for int.*give a value of the same type as the default"),
         ("--conf.seed=1", "unknown argument '--conf.seed=1'; see --help"),
         ("--config.model=4", "config key 'model' is a group of keys; set model.NAME instead"),

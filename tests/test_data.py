@@ -13,11 +13,23 @@ import pytest
 from helpers import mesh_of, random_bytes, small_config
 
 from lss_jax.config import ConfigError
-from lss_jax.data import sources
-from lss_jax.data.loader import IGNORED, consecutive_starts, prefetched, read_batch, shuffled_starts, training_windows
+from lss_jax.data import loader, sources
+from lss_jax.data.loader import (
+    IGNORED,
+    consecutive_starts,
+    document_starts,
+    prefetched,
+    shuffled_starts,
+    training_windows,
+)
 from lss_jax.data.sources import open_splits
+from lss_jax.layout import Layout
 
 ENWIK8_PREFIX = Path(__file__).parents[2] / "shared" / "data" / "enwik8-first-4MB"
+
+
+def read_batch(data, starts_B, seq_len, mesh, layout="contiguous", documents=None):
+    return loader.read_batch(data, starts_B, seq_len, mesh, Layout(layout, mesh.shape["seq"]), documents)
 
 
 class Watched:
@@ -48,6 +60,57 @@ def test_a_device_reads_its_own_segments_and_one_byte_more():
     read_batch(watched, np.array([0, 1000, 2000, 3000]), 48, mesh_of(2, 4))
     expected = [(start + 12 * part, start + 12 * part + 13) for start in (0, 1000, 2000, 3000) for part in range(4)]
     assert sorted(watched.reads) == expected, "each once, though tokens and targets both need it"
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "zigzag"])
+@pytest.mark.parametrize(("data", "seq"), [(1, 1), (2, 4), (1, 8), (2, 3)])
+def test_a_batch_of_any_length_in_any_layout(data, seq, layout):
+    """Put in natural order it is the windows, then padding: token 0, no target, no document."""
+    source, starts_B, L = random_bytes(), np.array([5, 100, 3, 19_990]), 45
+    batch = read_batch(source, starts_B, L, mesh_of(data, seq), layout)
+    order = np.argsort(batch.positions_L)
+    np.testing.assert_array_equal(np.asarray(batch.positions_L)[order], np.arange(Layout(layout, seq).padded(L)))
+    np.testing.assert_array_equal(batch.positions_L, Layout(layout, seq).positions(len(order)))
+    np.testing.assert_array_equal(batch.row_B, np.arange(4))
+    for row, start in enumerate(starts_B):
+        tokens, targets = (np.asarray(array)[row, order] for array in (batch.tokens_BL, batch.targets_BL))
+        there = min(L, len(source) - start)
+        np.testing.assert_array_equal(tokens[:there], source[start : start + there])
+        np.testing.assert_array_equal(targets[: min(L, len(source) - start - 1)], source[start + 1 : start + L + 1])
+        assert np.all(tokens[there:] == 0)
+        assert np.all(targets[min(L, len(source) - start - 1) :] == IGNORED)
+
+
+def test_zigzag_reads_its_two_chunks_and_one_byte_more_of_each():
+    watched = Watched(random_bytes())
+    read_batch(watched, np.array([1000]), 48, mesh_of(1, 4), "zigzag")
+    chunks = [(0, 1), (1, 2), (2, 3), (3, 5), (5, 6), (6, 7), (7, 8)]  # device 3 has two that are neighbours
+    assert sorted(watched.reads) == [(1000 + 6 * first, 1000 + 6 * stop + 1) for first, stop in chunks]
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "zigzag"])
+def test_documents_have_bounds_and_their_first_bytes_are_no_targets(layout):
+    text = b"one. three. four. a much longer document, wider than a window of sixteen. last"
+    data, L, starts_B = np.frombuffer(text, np.uint8), 17, np.array([0, 17, 34, 68])
+    documents = document_starts(data, ". ")
+    assert [text[i:].split()[0] for i in documents] == [b"one.", b"three.", b"four.", b"a", b"last"]
+    batch = read_batch(data, starts_B, L, mesh_of(2, 3), layout, documents)
+    order = np.argsort(batch.positions_L)
+    for row, start in enumerate(starts_B):
+        begin, end = np.asarray(batch.documents_2BL)[:, row, order]
+        targets = np.asarray(batch.targets_BL)[row, order]
+        for p in range(L):
+            mine = max(d for d in documents if d <= start + p)
+            following = min([d for d in documents if d > start + p], default=10**6)
+            assert (begin[p], end[p]) == (max(mine - start, 0), min(following - start, L))
+            if start + p + 1 < len(text):
+                assert targets[p] == (IGNORED if start + p + 1 in documents else text[start + p + 1])
+        assert np.all(begin[L:] == 0) and np.all(end[L:] == 0), "the padding sees nothing"
+
+
+def test_without_a_separator_all_is_one_document():
+    assert document_starts(random_bytes(), "") is None
+    assert read_batch(random_bytes(), np.array([0]), 48, mesh_of(1, 4)).documents_2BL is None
 
 
 def test_what_lies_beyond_the_end_is_not_counted():
@@ -222,4 +285,4 @@ def test_no_whole_batch_is_made_on_the_way(monkeypatch):
 
     monkeypatch.setattr(jax, "make_array_from_callback", watched)
     read_batch(random_bytes(), np.arange(8) * 48, 48, mesh_of(2, 4))
-    assert set(shapes) == {(4, 12), (12,)}
+    assert set(shapes) == {(4, 12), (12,), (4,)}

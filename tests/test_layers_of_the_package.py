@@ -5,7 +5,7 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).parents[1] / "lss_jax"
 ROWS = [
-    {"config", "mesh"},
+    {"config", "mesh", "layout", "dropout", "hlo"},
     {"distributed", "attention", "embeddings"},
     {"layers"},
     {"models", "data"},

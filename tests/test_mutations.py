@@ -17,15 +17,19 @@ from lss_jax.mesh import DATA, SEQ
 REAL_PSUM = jax.lax.psum
 
 
-def own_segment_everywhere(x, axis_name, *, axis, tiled):
+def own_segment_everywhere(x, axis_name):
     """In place of an all-gather."""
-    return jnp.concatenate([x] * jax.lax.axis_size(axis_name), axis=axis)
+    return jnp.stack([x] * jax.lax.axis_size(axis_name))
 
 
-def own_share_of_own_segment(x, axis_name, *, scatter_dimension, tiled):
+def own_share_of_own_segment(x, axis_name):
     """In place of a reduce-scatter."""
-    size = x.shape[scatter_dimension] // jax.lax.axis_size(axis_name)
-    return jax.lax.dynamic_slice_in_dim(x, jax.lax.axis_index(axis_name) * size, size, scatter_dimension)
+    return x[jax.lax.axis_index(axis_name)]
+
+
+def stays_at_home(x, axis_name, perm):
+    """In place of a permutation: here, of the position table's chunks into their layout."""
+    return x
 
 
 def first_share_of(dropped):
@@ -42,6 +46,7 @@ def first_share_of(dropped):
 DROPPED = {
     "gather of keys and values": ("all_gather", own_segment_everywhere),
     "scatter of their gradients": ("psum_scatter", own_share_of_own_segment),
+    "exchange of position rows": ("ppermute", stays_at_home),
     "average inside the sequence group": ("psum", first_share_of(SEQ)),
     "average across the data groups": ("psum", first_share_of(DATA)),
 }

@@ -13,7 +13,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from lss_jax.attention.kernels import KERNELS
 from lss_jax.attention.mask import Intervals
-from lss_jax.attention.setting import COMMUNICATED, Setting, Sizes, Traffic, stacked
+from lss_jax.attention.setting import ATTENDED, COMMUNICATED, Setting, Sizes, Traffic, stacked
 from lss_jax.dropout import Dropout, PairDropout
 
 
@@ -61,7 +61,7 @@ def _forward(q_BlHK, k_BlgK, v_BlgK, mask, dropout, setting):
     q_BLhK, k_BLhK, v_BLhK = checkpoint_name(_to_heads((q_BlHK, k_BlgK, v_BlgK), setting), COMMUNICATED)
     forward = KERNELS[setting.kernel].forward
     o_BLhK, saved = forward(q_BLhK, stacked(k_BLhK, v_BLhK)[None], mask, dropout, setting.uncut)
-    return _to_sequence((o_BLhK,), setting)[0], saved
+    return checkpoint_name(_to_sequence((o_BLhK,), setting)[0], ATTENDED), saved
 
 
 def _backward(setting, saved, do_BlHK):

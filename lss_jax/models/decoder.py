@@ -27,7 +27,7 @@ class Decoder(nnx.Module):
         """Logits `BlV` (float32) of the token after each of `tokens_Bl`, which stand at `segment.positions_l`."""
         x_BlE = self.tokens(tokens_Bl)
         if hasattr(self, "positions"):
-            x_BlE = self.positions(x_BlE, segment.place)
+            x_BlE = self.positions(x_BlE)
         if self.sinusoidal:
             x_BlE = sinusoidal(x_BlE, segment.positions_l)
         x_BlE = self.stack(drop(x_BlE, segment.dropout, EMBEDDING), segment)
