@@ -27,9 +27,7 @@ def get_config() -> ConfigDict:
     )
     attention.window = 0  # a token sees so many, itself included; 0: all before it
     attention.prefix = 0  # the first so many tokens see one another, and are not predicted (prefix-LM)
-    attention.kernel = (
-        "auto"  # "blockwise" (anywhere), "tokamax" (fused, NVIDIA GPUs), "dense" (l x L scores: the paper's)
-    )
+    attention.kernel = "auto"  # "blockwise", or "dense" (the paper's l x L scores); "auto": the best that there is here
     attention.block_queries = 512  # of the blockwise kernel; by measurement, experiments/attention
     attention.block_keys = 256
     attention.gather_groups = 1  # "lss": key/value heads travel in so many groups, while the one before is computed

@@ -167,7 +167,7 @@ def setting_on(config: Config, mesh: Mesh) -> Setting:
     return Setting(
         axis=SEQ if SEQ in cut_axes(mesh) else None,
         layout=layout_on(config, mesh),
-        kernel=chosen_kernel(attention.kernel, attention.strategy, config.model.dropout > 0),
+        kernel=chosen_kernel(attention.kernel),
         block_queries=attention.block_queries,
         block_keys=attention.block_keys,
         gather_groups=attention.gather_groups,

@@ -98,7 +98,6 @@ BAD = {
     "attention.block_keys=0": r"attention.block_keys=0 must be at least 1",
     "attention.window=-1": r"attention.window=-1 must be at least 0",
     "attention.prefix=48": r"attention.prefix=48 leaves nothing to predict of data.seq_len=48; use a shorter prefix",
-    "attention.kernel='tokamax' model.dropout=0.1": r'kernel="tokamax" has no dropout that is the same on every mesh',
     "model.layers=0": r"model.layers=0 must be at least 1",
     "log_every=0": r"log_every=0 must be at least 1",
     "seed=-1": r"seed=-1 must be at least 0",
