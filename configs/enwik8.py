@@ -3,9 +3,9 @@
     python -m lss_jax.train --config configs/enwik8.py --config.mesh.seq=8
 
 Reproduces: the setting of the paper's experiments (arXiv 2311.02382, Results), at a sequence that one node holds.
-Cost: made for accelerators. A step is 32,768 tokens, about 4.1e12 operations for the weights and 4.9e12 for dense
-attention, a third more with blocks computed twice; a device holds the scores of one block at a time, 4 bytes x 8
-sequences x 8 heads x l x 4,096 in several copies. Nobody has timed the whole run yet.
+Cost: made for accelerators. A step is 32,768 tokens, by arithmetic about 4.1e12 operations for the weights (a third
+more, since blocks are computed twice) and 2.9e12 for causal attention, whose rows are kept. Nobody has timed the whole
+run yet.
 Expected: unknown for the whole run. Scaled down to two CPU cores, see experiments/same_curve.
 """
 

@@ -281,7 +281,12 @@ def _attention_problems(config: Config) -> Iterator[str]:
             f"attention.gather_groups={groups} has no use with attention.strategy={strategy!r}, which gathers nothing; "
             f'use attention.gather_groups=1 or attention.strategy="lss"'
         )
-    elif groups > 0 and model.kv_heads > 0 and model.kv_heads % groups:
+    if attention.regather and (strategy != "lss" or kernel == "dense"):
+        yield (
+            f"attention.regather=True has no use with attention.strategy={strategy!r}, attention.kernel={kernel!r}: "
+            f'only "lss" keeps gathered pairs, and "dense" keeps its scores as well; use attention.regather=False'
+        )
+    if strategy == "lss" and groups > 0 and model.kv_heads > 0 and model.kv_heads % groups:
         yield (
             f"model.kv_heads={model.kv_heads} is not divisible by attention.gather_groups={groups}; "
             f"use attention.gather_groups={model.kv_heads} or another divisor"

@@ -48,7 +48,7 @@ def dropped(x: jax.Array, stream: jax.Array, last_coordinate: jax.Array, rate: A
     """Drops elements of `x` by the hashes of its leading axes (`stream`) and the coordinates along its last axis."""
     bits = mixed(stream[..., None] ^ mixed(last_coordinate))
     keeps = bits >= (jnp.float32(rate) * 2.0**32).astype(jnp.uint32)
-    return jnp.where(keeps, x / (1.0 - jnp.asarray(rate, x.dtype)), 0)
+    return jnp.where(keeps, x.astype(jnp.float32) / (1.0 - jnp.float32(rate)), 0.0).astype(x.dtype)
 
 
 def hashed(key: jax.Array | int, *coordinates: int | jax.Array) -> jax.Array:

@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 
 from lss_jax.attention import Attend
 from lss_jax.attention.setting import ATTENDED, COMMUNICATED
-from lss_jax.config import Config, ModelConfig
+from lss_jax.config import ModelConfig
 from lss_jax.dropout import AFTER_ATTENTION, AFTER_MLP, ATTENTION, Dropout
 from lss_jax.embeddings import INIT_STDDEV, Rope
 
@@ -110,16 +110,14 @@ class Stack(nnx.Module):
     """`layers` blocks with their parameters stacked on a leading axis, applied by one scan.
 
     The program holds one block whatever the depth. `scan_layers=False` unrolls the scan, with the same parameters.
-    `remat="block"` keeps a block's input and its rows of attention, and computes the rest again on the way back.
-    The keys and values that came from other devices are kept too, or with `attention.regather` moved again.
+    `remat="block"` keeps a block's input, its rows of attention and what came from other devices for them (if attention
+    keeps that at all), and computes the rest again on the way back.
     """
 
-    def __init__(self, config: Config, rngs: nnx.Rngs):
-        model = config.model
+    def __init__(self, model: ModelConfig, rngs: nnx.Rngs):
         self.layers = model.layers
         self.unroll = 1 if model.scan_layers else model.layers
         self.remat = model.remat == "block"
-        self.regather = config.attention.regather
 
         @nnx.split_rngs(splits=model.layers)
         @nnx.vmap
@@ -132,16 +130,12 @@ class Stack(nnx.Module):
                 parameter.set_metadata(spec=P(None, *parameter.spec))
 
     def __call__(self, x_BlE: jax.Array, segment: Segment) -> jax.Array:
-        if self.regather and not self.remat:
-            keep_rows = jax.checkpoint_policies.save_only_these_names(ATTENDED)
-            segment = segment._replace(attend=jax.checkpoint(segment.attend, policy=keep_rows))
-
         def apply(block: Block, x_BlE: jax.Array, layer: jax.Array) -> jax.Array:
             return block(x_BlE, segment._replace(dropout=segment.dropout and segment.dropout.at(layer)))
 
         if self.remat:
-            kept = (ATTENDED,) if self.regather else (ATTENDED, COMMUNICATED)
-            apply = nnx.remat(apply, policy=jax.checkpoint_policies.save_only_these_names(*kept))
+            kept = jax.checkpoint_policies.save_only_these_names(ATTENDED, COMMUNICATED)
+            apply = nnx.remat(apply, policy=kept)
 
         @nnx.scan(in_axes=(nnx.Carry, 0, 0), out_axes=nnx.Carry, unroll=self.unroll)
         def layers(x_BlE: jax.Array, block: Block, layer: jax.Array) -> jax.Array:

@@ -171,6 +171,7 @@ def setting_on(config: Config, mesh: Mesh) -> Setting:
         block_queries=attention.block_queries,
         block_keys=attention.block_keys,
         gather_groups=attention.gather_groups,
+        regather=attention.regather,
     )
 
 

@@ -4,7 +4,7 @@ Masks are data: one compiled program takes any intervals, so a test may run many
 """
 
 import dataclasses
-from functools import cache, partial
+from functools import cache, lru_cache, partial
 from typing import NamedTuple
 
 import jax
@@ -39,6 +39,7 @@ class Case:
     kernel: str = "blockwise"
     blocks: tuple[int, int] = (8, 8)  # of queries, of keys
     gather_groups: int = 1
+    regather: bool = False
     by_row: bool = False  # whether each row of the batch has a mask of its own
 
     def __str__(self) -> str:
@@ -65,13 +66,13 @@ class Results(NamedTuple):
     dv: np.ndarray
 
 
-@cache
+@lru_cache(maxsize=2)  # a program on 8 devices takes 150 of the 65,530 memory maps that Linux gives to a process
 def program(case: Case):
     """The strategy inside `shard_map`: global arrays in layout order, intervals and dropout (or None) to `Results`."""
     mesh = mesh_of(case.data, case.seq)
     x_spec, rows_spec, sequence_spec = (over_cut_axes(spec, mesh) for spec in (P(DATA, SEQ), P(DATA), P(SEQ)))
     setting = Setting(
-        SEQ if case.seq > 1 else None, case.order, case.kernel, *case.blocks, gather_groups=case.gather_groups
+        SEQ if case.seq > 1 else None, case.order, case.kernel, *case.blocks, case.gather_groups, case.regather
     )
 
     def on_device(q_BlHK, k_BlGK, v_BlGK, do_BlHK, mask, dropout):

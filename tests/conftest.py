@@ -10,10 +10,18 @@ os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.5"
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")  # small programs, many: compiling is the cost
 
 import jax
+import pytest
 
 from lss_jax import distributed
 
 distributed.start()
+
+
+@pytest.fixture(autouse=True, scope="module")
+def few_programs_at_a_time():
+    """A program on 8 devices takes some 150 of the 65,530 memory maps that Linux gives to a process."""
+    yield
+    jax.clear_caches()
 
 
 def pytest_sessionstart(session):

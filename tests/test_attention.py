@@ -10,7 +10,7 @@ from attention_cases import Case, attended
 from helpers import assert_close, mesh_of, relative_error
 from jax.sharding import PartitionSpec as P
 
-from lss_jax.attention import STRATEGIES, ring, ulysses
+from lss_jax.attention import STRATEGIES, make_attend, ring, ulysses
 from lss_jax.attention.blocks import KeyBlocks, QueryCut, chunks_of_all, chunks_of_device, even, key_blocks, touched
 from lss_jax.attention.dense import attention_rows
 from lss_jax.attention.mask import Intervals, bidirectional, causal, documents, prefix_causal, window
@@ -235,7 +235,7 @@ def test_dropout_of_a_part_is_that_part_of_dropout():
 
 
 def setting_on(layout: Layout) -> Setting:
-    return Setting(SEQ if layout.devices > 1 else None, layout, "blockwise", 8, 8, gather_groups=1)
+    return Setting(SEQ if layout.devices > 1 else None, layout, "blockwise", 8, 8, gather_groups=1, regather=False)
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
@@ -302,6 +302,26 @@ def test_ulysses_exchanges_a_part_of_the_sequence_for_a_part_of_the_heads(name):
     for exchanged, x in zip(there, arrays, strict=True):
         np.testing.assert_array_equal(exchanged, x[:, np.argsort(position_L)])
     assert_close(back, arrays, 1e-9)
+
+
+def test_of_many_groups_two_are_held_at_a_time():
+    """Of the compiled program: gathering in 8 groups saves more than half of the gathered pair."""
+    L, heads, width = 4096, 8, 32
+    shape = jax.ShapeDtypeStruct((1, L, heads, width), jnp.float32)
+    shapes = (shape,) * 3
+    pair = 2 * L * heads * width * 4
+
+    def temporary_bytes(groups):
+        setting = Setting(SEQ, Layout("zigzag", 8), "blockwise", 256, 256, gather_groups=groups, regather=False)
+
+        @partial(jax.shard_map, mesh=mesh_of(1, 8), in_specs=P(None, SEQ), out_specs=P(None, SEQ))
+        def rows(q_BlHK, k_BlHK, v_BlHK):
+            mask = bidirectional(jax.lax.axis_index(SEQ) * (L // 8) + jnp.arange(L // 8), L)
+            return make_attend("lss", mask, setting)(q_BlHK, k_BlHK, v_BlHK)
+
+        return jax.jit(rows).lower(*shapes).compile().memory_analysis().temp_size_in_bytes
+
+    assert temporary_bytes(1) - temporary_bytes(8) > pair / 2
 
 
 @pytest.mark.parametrize(

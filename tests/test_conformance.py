@@ -199,12 +199,12 @@ class TestLss(Conformance):
         uncut = Case(cls.STRATEGY, kv_heads=8, kernel="dense")
         return [*super().dropout_cases(), uncut, Case(cls.STRATEGY, "contiguous", 1, 4, 8, gather_groups=4)]
 
-    @pytest.mark.parametrize("groups", [1, 2, 3, 6])
-    def test_gathers_in_groups(self, groups):
-        case = Case(self.STRATEGY, "zigzag", 2, 2, 6, blocks=(64, 64), gather_groups=groups)
+    @pytest.mark.parametrize(("groups", "regather"), [(2, False), (3, False), (6, False), (1, True), (3, True)])
+    def test_gathers_in_groups_and_again(self, groups, regather):
+        case = Case(self.STRATEGY, "zigzag", 2, 2, 6, blocks=(64, 64), gather_groups=groups, regather=regather)
         check(case)
         arrays, mask = arrays_of(case.length, 6), shared_masks(case.length)["causal"]
-        ungrouped = attended(dataclasses.replace(case, gather_groups=1), arrays, mask)
+        ungrouped = attended(dataclasses.replace(case, gather_groups=1, regather=False), arrays, mask)
         assert_close(attended(case, arrays, mask)._asdict(), ungrouped._asdict(), 1e-6)
 
     @pytest.mark.parametrize("ends", [(1, 0), (0, -1)], ids=["first", "last"])
@@ -347,7 +347,7 @@ SHAPES = [
 def kernel_alone(shape: Shape, q_BlHK, k_BLGK, v_BLGK, do_BlHK, mask) -> Results:
     """A kernel as one device runs it, outside `shard_map`: whole keys in natural order to `Results`."""
     layout = Layout(shape.layout, shape.segments)
-    setting = Setting(None, layout, shape.kernel, *shape.blocks, gather_groups=1)
+    setting = Setting(None, layout, shape.kernel, *shape.blocks, gather_groups=1, regather=False)
     kernel = KERNELS[shape.kernel]
     kv_N2BGlK = layout.segments(stacked(k_BLGK, v_BLGK), 3)
     o_BlHK, saved = kernel.forward(q_BlHK, kv_N2BGlK, mask, None, setting)

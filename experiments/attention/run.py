@@ -15,8 +15,8 @@ those that the strategy predicts (the run stops if not).
 
 Goals: LSS (blockwise, zigzag) takes at most 0.12 of the partitioner's time and 0.08 of its temporary memory at 8k;
 temporary memory of LSS is at most 1.3 of the arrays that must exist; a causal mask takes at most 0.55 of the time of a
-bidirectional one, and a window of L/16 at most 0.15. `results.md` says of each whether it was met. Takes about an hour
-on two cores, most of it for 32k. Writes `results.json` and `results.md` beside this file, after each table.
+bidirectional one, and a window of L/16 at most 0.15. `results.md` says of each whether it was met. Takes half an hour
+on two cores. Writes `results.json` and `results.md` beside this file, after each table.
 """
 
 import argparse
@@ -37,7 +37,7 @@ from experiments.balance.count import all_blocks, computed_blocks
 from lss_jax import distributed
 from lss_jax.attention import STRATEGIES, make_attend
 from lss_jax.attention.mask import Intervals, bidirectional, causal, window
-from lss_jax.attention.setting import ATTENDED, Setting, Sizes
+from lss_jax.attention.setting import Setting, Sizes
 from lss_jax.hlo import collectives
 from lss_jax.layout import Layout
 from lss_jax.mesh import SEQ, make_mesh
@@ -68,6 +68,7 @@ class Variant(NamedTuple):
     layout: str = "contiguous"
     kernel: str = "blockwise"
     groups: int = 1
+    regather: bool = False
 
     @property
     def name(self) -> str:
@@ -141,30 +142,29 @@ def attention_of(
     mesh: Mesh,
     mask: Callable[[jax.Array], Intervals] = causal,
     blocks: tuple[int, int] = (BLOCK_QUERIES, BLOCK_KEYS),
-    wrap: Callable[..., Any] = lambda attend: attend,
 ) -> Callable[..., jax.Array]:
-    """Attention over whole arrays in layout order, cut over the mesh; `wrap` goes around the local part."""
+    """Attention over whole arrays in layout order, cut over the mesh."""
     if variant == PARTITIONER:
         return partial(jax.nn.dot_product_attention, is_causal=True)
     position_L = Layout(variant.layout, DEVICES).positions(length)
 
     @partial(jax.shard_map, mesh=mesh, in_specs=(P(None, SEQ),) * 3 + (P(SEQ),), out_specs=P(None, SEQ))
     def attention(q_BlHK, k_BlHK, v_BlHK, position_l):
-        attend = wrap(make_attend(variant.strategy, mask(position_l), setting_of(variant, blocks)))
+        attend = make_attend(variant.strategy, mask(position_l), setting_of(variant, blocks))
         return attend(q_BlHK, k_BlHK, v_BlHK)
 
     return lambda q_BLHK, k_BLHK, v_BLHK: attention(q_BLHK, k_BLHK, v_BLHK, position_L)
 
 
 def setting_of(variant: Variant, blocks: tuple[int, int]) -> Setting:
-    return Setting(SEQ, Layout(variant.layout, DEVICES), variant.kernel, *blocks, variant.groups)
+    return Setting(SEQ, Layout(variant.layout, DEVICES), variant.kernel, *blocks, variant.groups, variant.regather)
 
 
-def predicted(variant: Variant, length: int, regather: bool = False) -> Counter:
+def predicted(variant: Variant, length: int) -> Counter:
     """The collectives of one layer as `Program.traffic` counts them."""
     sizes = Sizes(B=B, l=length // DEVICES, H=H, G=H, K=K, itemsize=ITEMSIZE)
     setting = setting_of(variant, (BLOCK_QUERIES, BLOCK_KEYS))
-    layer = STRATEGIES[variant.strategy].traffic(sizes, setting, regather)
+    layer = STRATEGIES[variant.strategy].traffic(sizes, setting)
     expected: Counter = Counter()
     for one in layer["forward"] + layer["backward"]:
         expected[one.kind, one.bytes] += one.times
@@ -341,16 +341,12 @@ def tune_table(rows: list[dict]) -> str:
 
 
 def regather(length: int, rounds: int, mesh: Mesh) -> list[dict]:
-    keep_rows = jax.checkpoint_policies.save_only_these_names(ATTENDED)
-    attentions = {
-        "gathered pair kept": attention_of(LSS_ZIGZAG, length, mesh),
-        "gathered again": attention_of(LSS_ZIGZAG, length, mesh, wrap=partial(jax.checkpoint, policy=keep_rows)),
-    }
-    programs = {name: Halves(attention, length, mesh) for name, attention in attentions.items()}
+    variants = {"gathered pair kept": LSS_ZIGZAG, "gathered again": LSS_ZIGZAG._replace(regather=True)}
+    programs = {name: Halves(attention_of(variant, length, mesh), length, mesh) for name, variant in variants.items()}
     seconds = take_turns(programs, rounds)
     rows = []
     for name, program in programs.items():
-        found, expected = program.traffic(), predicted(LSS_ZIGZAG, length, regather=name == "gathered again")
+        found, expected = program.traffic(), predicted(variants[name], length)
         assert found == expected, f"{name}: {found} in the program, predicted {expected}"
         rows.append(
             {
@@ -366,10 +362,7 @@ def regather(length: int, rounds: int, mesh: Mesh) -> list[dict]:
 
 
 class Halves:
-    """Forward and backward of one layer as two programs, as the loops over layers of a whole model have them.
-
-    In one program XLA on CPU would find the second gather to be the first, and keep its result after all.
-    """
+    """Forward and backward of one layer as two programs, as the loops over layers of a whole model have them."""
 
     def __init__(self, attention: Callable[..., jax.Array], length: int, mesh: Mesh):
         *self.qkv, self.do_BLHK = inputs(length, mesh)
@@ -467,7 +460,12 @@ def main() -> None:
     parser.add_argument("--lengths", type=int, nargs="*", default=LENGTHS, help="L of the first table")
     parser.add_argument("--area-lengths", type=int, nargs="*", default=AREA_LENGTHS, help="L of the second table")
     parser.add_argument("--tuning-length", type=int, default=TUNING_LENGTH, help="L of the third and fourth table")
-    parser.add_argument("--rounds", type=int, default=3, help="timed repetitions of each program (default: 3)")
+    parser.add_argument(
+        "--rounds",
+        type=int,
+        default=3,
+        help=f"timed repetitions of each program (default: 3; above {GOAL_LENGTH:,} tokens always 1)",
+    )
     arguments = parser.parse_args()
     distributed.start()
     mesh = make_mesh((1, DEVICES, 1), jax.devices()[:DEVICES])
@@ -476,7 +474,7 @@ def main() -> None:
     tasks += [("area", area, length) for length in arguments.area_lengths]
     tasks += [("blocks", tune, arguments.tuning_length), ("regather", regather, arguments.tuning_length)]
     for key, measure, length in tasks:
-        rows = measure(length, arguments.rounds, mesh)
+        rows = measure(length, arguments.rounds if length <= GOAL_LENGTH else 1, mesh)
         results[key] += rows
         print(TABLES[key][1](rows), end="\n\n", flush=True)
         write(results)

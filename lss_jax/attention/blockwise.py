@@ -21,35 +21,35 @@ from lss_jax.attention.setting import ATTENDED, Setting
 from lss_jax.dropout import PairDropout, dropped
 
 
-class Saved(NamedTuple):
-    """What the backward pass needs; nothing here is of size `l x L`."""
-
-    q_BlHK: jax.Array
-    kv_N2BGlK: jax.Array
-    o_BlHK: jax.Array
-    lse_ibGm: jax.Array
-    mask: Intervals
-    dropout: PairDropout | None
-
-
 def forward(
     q_BlHK: jax.Array, kv_N2BGlK: jax.Array, mask: Intervals, dropout: PairDropout | None, setting: Setting
-) -> tuple[jax.Array, Saved]:
-    """Attention rows `o_BlHK` over the keys and values of all segments; zero for a query that sees nothing."""
+) -> tuple[jax.Array, jax.Array]:
+    """Attention rows `o_BlHK` over the keys and values of all segments, and the log-sum-exp of each.
+
+    A query that sees nothing has a row of zeros.
+    """
     kv_n2BGsK, keys = _ordered(kv_N2BGlK, setting)
     cut, queries = cut_and_blocks(q_BlHK, mask, dropout, kv_N2BGlK.shape[3], setting)
     o_ibGmK, lse_ibGm = finish(accumulate(queries, kv_n2BGsK, keys, nothing_yet(queries)))
-    o_BlHK, lse_ibGm = checkpoint_name((cut.join(o_ibGmK).astype(q_BlHK.dtype), lse_ibGm), ATTENDED)
-    return o_BlHK, Saved(q_BlHK, kv_N2BGlK, o_BlHK, lse_ibGm, mask, dropout)
+    return checkpoint_name((cut.join(o_ibGmK).astype(q_BlHK.dtype), lse_ibGm), ATTENDED)
 
 
-def backward(saved: Saved, do_BlHK: jax.Array, setting: Setting) -> tuple[jax.Array, jax.Array]:
+def backward(
+    q_BlHK: jax.Array,
+    kv_N2BGlK: jax.Array,
+    mask: Intervals,
+    dropout: PairDropout | None,
+    o_BlHK: jax.Array,
+    lse_ibGm: jax.Array,
+    do_BlHK: jax.Array,
+    setting: Setting,
+) -> tuple[jax.Array, jax.Array]:
     """`dq_BlHK`, and this device's share of `dkv_N2BGKl` in float32."""
-    kv_n2BGsK, keys = _ordered(saved.kv_N2BGlK, setting)
-    cut, queries = cut_and_blocks(saved.q_BlHK, saved.mask, saved.dropout, saved.kv_N2BGlK.shape[3], setting)
-    back = cotangents(cut, saved.o_BlHK, do_BlHK, saved.lse_ibGm)
+    kv_n2BGsK, keys = _ordered(kv_N2BGlK, setting)
+    cut, queries = cut_and_blocks(q_BlHK, mask, dropout, kv_N2BGlK.shape[3], setting)
+    back = cotangents(cut, o_BlHK, do_BlHK, lse_ibGm)
     dq_ibGmK, dkv_n2BGKs = differentiate(queries, kv_n2BGsK, keys, back, no_gradients(queries, kv_n2BGsK))
-    if _scattered(saved.kv_N2BGlK.shape[4], setting):
+    if _scattered(kv_N2BGlK.shape[4], setting):
         dkv_n2BGKs = setting.layout.segments(dkv_n2BGKs[0], 4)
     return cut.join(dq_ibGmK).astype(do_BlHK.dtype), dkv_n2BGKs
 

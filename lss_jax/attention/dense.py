@@ -13,7 +13,10 @@ from lss_jax.dropout import PairDropout, dropped
 def forward(
     q_BlHK: jax.Array, kv_N2BGlK: jax.Array, mask: Intervals, dropout: PairDropout | None, setting: Setting
 ) -> tuple[jax.Array, Callable]:
-    """Attention rows `o_BlHK` over the keys and values of all segments; zero for a query that sees nothing."""
+    """Attention rows `o_BlHK` over the keys and values of all segments, and their transpose.
+
+    A query that sees nothing has a row of zeros.
+    """
 
     def rows(q_BlHK: jax.Array, kv_N2BGlK: jax.Array) -> jax.Array:
         return attention_rows(q_BlHK, setting.layout.natural(kv_N2BGlK, 4), mask, dropout)
@@ -21,9 +24,18 @@ def forward(
     return jax.vjp(rows, q_BlHK, kv_N2BGlK)
 
 
-def backward(saved: Callable, do_BlHK: jax.Array, setting: Setting) -> tuple[jax.Array, jax.Array]:
-    """`dq_BlHK`, and this device's share of `dkv_N2BGKl` in float32."""
-    dq_BlHK, dkv_N2BGlK = saved(do_BlHK)
+def backward(
+    q_BlHK: jax.Array,
+    kv_N2BGlK: jax.Array,
+    mask: Intervals,
+    dropout: PairDropout | None,
+    o_BlHK: jax.Array,
+    transpose: Callable,
+    do_BlHK: jax.Array,
+    setting: Setting,
+) -> tuple[jax.Array, jax.Array]:
+    """`dq_BlHK`, and this device's share of `dkv_N2BGKl` in float32; `transpose` holds all that is needed."""
+    dq_BlHK, dkv_N2BGlK = transpose(do_BlHK)
     return dq_BlHK, dkv_N2BGlK.swapaxes(4, 5).astype(jnp.float32)
 
 

@@ -1,7 +1,8 @@
 """What computes the rows of attention on one device, once all keys that they need are there.
 
-A kernel is a pair. `forward(q_BlHK, kv_N2BGlK, mask, dropout, setting)` gives `o_BlHK` and what it saves;
-`backward(saved, do_BlHK, setting)` gives `dq_BlHK` and, in float32, `dkv_N2BGKl` (keys last).
+A kernel is a pair. `forward(q_BlHK, kv_N2BGlK, mask, dropout, setting)` gives `o_BlHK` and what else it saves;
+`backward(q_BlHK, kv_N2BGlK, mask, dropout, o_BlHK, saved, do_BlHK, setting)` gives `dq_BlHK` and, in float32,
+`dkv_N2BGKl` (keys last).
 """
 
 from collections.abc import Callable

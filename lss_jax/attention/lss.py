@@ -4,6 +4,7 @@ Two collectives per layer and training step: one gather of keys and values on th
 gradients on the way back. Nvidia's sequence parallelism needs eight.
 """
 
+from collections.abc import Iterator
 from functools import partial
 
 import jax
@@ -12,7 +13,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from lss_jax.attention.kernels import KERNELS
 from lss_jax.attention.mask import Intervals
-from lss_jax.attention.setting import COMMUNICATED, Setting, Sizes, Traffic, stacked
+from lss_jax.attention.setting import COMMUNICATED, Setting, Sizes, Traffic, after, stacked
 from lss_jax.dropout import Dropout, PairDropout
 
 
@@ -21,53 +22,82 @@ def lss_attention(
 ) -> jax.Array:
     """This segment's rows of attention, `o_BlHK`, from local `q, k, v`, inside `shard_map` over `setting.axis`.
 
-    The key/value heads travel in `gather_groups` groups, with one collective each: while one group's rows are computed
-    the next group may travel. A group starts when the one before the last is done, so that two are held at a time; on
-    the way back the same holds in reverse.
+    The key/value heads travel in `gather_groups` groups (the paper: one), with one collective each: while the rows of
+    one are computed the next may travel. A group starts when the one before the last is done, so that two are held.
     """
-    heads, groups = q_BlHK.shape[2], setting.gather_groups
-    q_of_group = jnp.split(q_BlHK, groups, axis=2)
-    kv_of_group = jnp.split(stacked(k_BlGK, v_BlGK), groups, axis=2)
-    head_of_group = jnp.split(jnp.arange(heads), groups)
-    rows: list[jax.Array] = []
-    for group, (q, kv, head) in enumerate(zip(q_of_group, kv_of_group, head_of_group, strict=True)):
-        if group >= 2:
-            kv, rows[group - 2] = jax.lax.optimization_barrier((kv, rows[group - 2]))
-        rows.append(own_rows(q, kv, mask, dropout and dropout.of_heads(head), setting))
-    return jnp.concatenate(rows, axis=2)
+    return _own_rows(q_BlHK, stacked(k_BlGK, v_BlGK), mask, dropout, setting)
 
 
-def traffic(sizes: Sizes, setting: Setting, regather: bool) -> dict[str, list[Traffic]]:
+def traffic(sizes: Sizes, setting: Setting) -> dict[str, list[Traffic]]:
     """What one layer moves: gradients travel in float32, so that the sum over devices rounds once."""
     N, groups = setting.layout.devices, setting.gather_groups
     gather = Traffic("all-gather", groups, N * sizes.pair // groups * sizes.itemsize)
     scatter = Traffic("reduce-scatter", groups, sizes.pair // groups * 4)
-    return {"forward": [gather], "backward": [gather, scatter] if regather else [scatter]}
+    return {"forward": [gather], "backward": [gather, scatter] if setting.regather else [scatter]}
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(4,))
-def own_rows(
-    q_BlHK: jax.Array, kv_2BGlK: jax.Array, mask: Intervals, dropout: PairDropout | None, setting: Setting
+def _own_rows(
+    q_BlHK: jax.Array, kv_2BGlK: jax.Array, mask: Intervals, dropout: Dropout | None, setting: Setting
 ) -> jax.Array:
-    """`l` queries against all `L` keys: `o_BlHK`."""
+    """`l` queries against all `L` keys."""
     return _forward(q_BlHK, kv_2BGlK, mask, dropout, setting)[0]
 
 
 def _forward(q_BlHK, kv_2BGlK, mask, dropout, setting):
-    kv_N2BGlK = kv_2BGlK[None]
-    if setting.axis:
-        kv_N2BGlK = jax.lax.all_gather(kv_2BGlK, setting.axis)  # every query needs every key
-    kv_N2BGlK = checkpoint_name(kv_N2BGlK, COMMUNICATED)
-    return KERNELS[setting.kernel].forward(q_BlHK, kv_N2BGlK, mask, dropout, setting)
+    kernel = KERNELS[setting.kernel]
+    rows: list[jax.Array] = []
+    saved = []
+    for group, (q, kv, pair_dropout) in enumerate(_groups(q_BlHK, kv_2BGlK, dropout, setting)):
+        if group >= 2:
+            kv = after(rows[group - 2], kv)
+        kv_N2BGlK = _gathered(kv, setting)
+        o, kept = kernel.forward(q, kv_N2BGlK, mask, pair_dropout, setting)
+        rows.append(o)
+        saved.append((kept, None if setting.regather else kv_N2BGlK))
+    o_BlHK = jnp.concatenate(rows, axis=2)
+    return o_BlHK, (q_BlHK, kv_2BGlK, mask, dropout, o_BlHK, saved)
 
 
-def _backward(setting, saved, do_BlHK):
-    dq_BlHK, dkv_N2BGKl = KERNELS[setting.kernel].backward(saved, do_BlHK, setting)
-    dkv_2BGKl = dkv_N2BGKl[0]
-    if setting.axis:
-        # Every device holds its rows' share of all gradients: the sum over devices, each keeping its own segment.
-        dkv_2BGKl = jax.lax.psum_scatter(dkv_N2BGKl, setting.axis)
-    return dq_BlHK, dkv_2BGKl.swapaxes(3, 4).astype(do_BlHK.dtype), None, None
+def _backward(setting, residuals, do_BlHK):
+    q_BlHK, kv_2BGlK, mask, dropout, o_BlHK, saved = residuals
+    kernel = KERNELS[setting.kernel]
+    dq: list[jax.Array] = []
+    dkv: list[jax.Array] = []
+    o_and_do = zip(*(jnp.split(x, setting.gather_groups, axis=2) for x in (o_BlHK, do_BlHK)), strict=True)
+    groups = zip(_groups(q_BlHK, kv_2BGlK, dropout, setting), o_and_do, saved, strict=True)
+    for group, ((q, kv, pair_dropout), (o, do), (kept, kv_N2BGlK)) in enumerate(groups):
+        if group >= 2:
+            do = after(dkv[group - 2], do)
+        if setting.regather:
+            kv_N2BGlK = _gathered(after(do, kv), setting)
+        dq_of_group, dkv_N2BGKl = kernel.backward(q, kv_N2BGlK, mask, pair_dropout, o, kept, do, setting)
+        dq.append(dq_of_group)
+        dkv.append(_scattered(dkv_N2BGKl, setting).swapaxes(3, 4).astype(kv.dtype))
+    return jnp.concatenate(dq, axis=2), jnp.concatenate(dkv, axis=2), None, None
 
 
-own_rows.defvjp(_forward, _backward)
+_own_rows.defvjp(_forward, _backward)
+
+
+def _gathered(kv_2BGlK: jax.Array, setting: Setting) -> jax.Array:
+    """Every query needs every key: all segments' keys and values, `kv_N2BGlK`."""
+    if setting.axis is None:
+        return kv_2BGlK[None]
+    return checkpoint_name(jax.lax.all_gather(kv_2BGlK, setting.axis), COMMUNICATED)
+
+
+def _scattered(dkv_N2BGKl: jax.Array, setting: Setting) -> jax.Array:
+    """Every device has its rows' share of all gradients: the sum over devices, each keeping its own segment."""
+    if setting.axis is None:
+        return dkv_N2BGKl[0]
+    return jax.lax.psum_scatter(dkv_N2BGKl, setting.axis)
+
+
+def _groups(
+    q_BlHK: jax.Array, kv_2BGlK: jax.Array, dropout: Dropout | None, setting: Setting
+) -> Iterator[tuple[jax.Array, jax.Array, PairDropout | None]]:
+    """The queries, own keys and values, and dropout of each group of heads."""
+    arrays = (q_BlHK, kv_2BGlK, jnp.arange(q_BlHK.shape[2])[None, None])  # heads on axis 2
+    for q, kv, head in zip(*(jnp.split(x, setting.gather_groups, axis=2) for x in arrays), strict=True):
+        yield q, kv, dropout and dropout.of_heads(head[0, 0])

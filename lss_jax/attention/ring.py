@@ -38,8 +38,8 @@ def ring_attention(
     return _ring(q_BlHK, stacked(k_BlGK, v_BlGK), mask, pair_dropout, setting)
 
 
-def traffic(sizes: Sizes, setting: Setting, regather: bool) -> dict[str, list[Traffic]]:
-    """What one layer moves; nothing is kept of what came by, so `regather` makes no difference."""
+def traffic(sizes: Sizes, setting: Setting) -> dict[str, list[Traffic]]:
+    """What one layer moves."""
     N = setting.layout.devices
     pair = Traffic("collective-permute", N - 1, sizes.pair * sizes.itemsize)
     return {"forward": [pair], "backward": [pair, Traffic("collective-permute", N, sizes.pair * 4)]}

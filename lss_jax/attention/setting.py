@@ -25,6 +25,7 @@ class Setting:
     block_queries: int
     block_keys: int
     gather_groups: int
+    regather: bool
 
     @property
     def uncut(self) -> "Setting":
@@ -35,6 +36,16 @@ class Setting:
 def stacked(k_BlGK: jax.Array, v_BlGK: jax.Array) -> jax.Array:
     """The pair as one array for one collective, in the kernels' order: `kv_2BGlK`."""
     return jnp.stack((k_BlGK, v_BlGK)).swapaxes(2, 3)
+
+
+def after(done: jax.Array, x: jax.Array) -> jax.Array:
+    """`x`, but not before `done` has been computed.
+
+    No number is greater than infinity, but XLA does not know it. (On CPU it forgets `optimization_barrier` before it
+    decides on an order.)
+    """
+    never = done[(0,) * done.ndim] > jnp.inf
+    return jnp.where(never, 0, x)
 
 
 class Traffic(NamedTuple):

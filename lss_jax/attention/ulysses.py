@@ -36,12 +36,12 @@ def ulysses_attention(
     return _exchanged(q_BlHK, k_BlgK, v_BlgK, mask, pair_dropout, setting)
 
 
-def traffic(sizes: Sizes, setting: Setting, regather: bool) -> dict[str, list[Traffic]]:
+def traffic(sizes: Sizes, setting: Setting) -> dict[str, list[Traffic]]:
     """What one layer moves."""
     G = math.lcm(sizes.G, setting.layout.devices)
     token = sizes.B * sizes.l * sizes.K * sizes.itemsize
     inward, outward = (Traffic("all-to-all", 1, token * heads) for heads in (sizes.H + 2 * G, sizes.H))
-    return {"forward": [inward, outward], "backward": [*[inward] * regather, outward, inward]}
+    return {"forward": [inward, outward], "backward": [outward, inward]}
 
 
 def whole_mask(mask: Intervals, setting: Setting) -> Intervals:
@@ -59,14 +59,15 @@ def _exchanged(q_BlHK, k_BlgK, v_BlgK, mask, dropout: PairDropout | None, settin
 
 def _forward(q_BlHK, k_BlgK, v_BlgK, mask, dropout, setting):
     q_BLhK, k_BLhK, v_BLhK = checkpoint_name(_to_heads((q_BlHK, k_BlgK, v_BlgK), setting), COMMUNICATED)
-    forward = KERNELS[setting.kernel].forward
-    o_BLhK, saved = forward(q_BLhK, stacked(k_BLhK, v_BLhK)[None], mask, dropout, setting.uncut)
-    return checkpoint_name(_to_sequence((o_BLhK,), setting)[0], ATTENDED), saved
+    kv_12BhLK = stacked(k_BLhK, v_BLhK)[None]
+    o_BLhK, kept = KERNELS[setting.kernel].forward(q_BLhK, kv_12BhLK, mask, dropout, setting.uncut)
+    o_BlHK = checkpoint_name(_to_sequence((o_BLhK,), setting)[0], ATTENDED)
+    return o_BlHK, (q_BLhK, kv_12BhLK, mask, dropout, o_BLhK, kept)
 
 
 def _backward(setting, saved, do_BlHK):
     do_BLhK = _to_heads((do_BlHK,), setting)[0]
-    dq_BLhK, dkv_12BhKL = KERNELS[setting.kernel].backward(saved, do_BLhK, setting.uncut)
+    dq_BLhK, dkv_12BhKL = KERNELS[setting.kernel].backward(*saved, do_BLhK, setting.uncut)
     dk_BLhK, dv_BLhK = dkv_12BhKL[0].astype(do_BlHK.dtype).transpose(0, 1, 4, 2, 3)
     return *_to_sequence((dq_BLhK, dk_BLhK, dv_BLhK), setting), None, None
 

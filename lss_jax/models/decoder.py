@@ -18,7 +18,7 @@ class Decoder(nnx.Module):
         self.tokens = TokenEmbedding(model, rngs)
         if model.positions == "learned":
             self.positions = LearnedPositions(model, config.data.seq_len, rngs)
-        self.stack = Stack(config, rngs)
+        self.stack = Stack(model, rngs)
         self.final_norm = layer_norm(model, rngs)
         if not model.tied_head:
             self.head = Head(model, rngs)
