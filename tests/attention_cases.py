@@ -71,9 +71,9 @@ def program(case: Case):
     """The strategy inside `shard_map`: global arrays in layout order, intervals and dropout (or None) to `Results`."""
     mesh = mesh_of(case.data, case.seq)
     x_spec, rows_spec, sequence_spec = (over_cut_axes(spec, mesh) for spec in (P(DATA, SEQ), P(DATA), P(SEQ)))
-    setting = Setting(
-        SEQ if case.seq > 1 else None, case.order, case.kernel, *case.blocks, case.gather_groups, case.regather
-    )
+    axis = SEQ if case.seq > 1 else None
+    blocks = (*case.blocks, 2)  # two key/value heads, where there are so many
+    setting = Setting(axis, case.order, case.kernel, *blocks, case.gather_groups, case.regather)
 
     def on_device(q_BlHK, k_BlGK, v_BlGK, do_BlHK, mask, dropout):
         attend = partial(make_attend(case.strategy, mask, setting), dropout=dropout)

@@ -11,7 +11,16 @@ from helpers import assert_close, mesh_of, relative_error
 from jax.sharding import PartitionSpec as P
 
 from lss_jax.attention import STRATEGIES, make_attend, ring, ulysses
-from lss_jax.attention.blocks import KeyBlocks, QueryCut, chunks_of_all, chunks_of_device, even, key_blocks, touched
+from lss_jax.attention.blocks import (
+    KeyBlocks,
+    QueryCut,
+    chunks_of_all,
+    chunks_of_device,
+    cut_queries,
+    even,
+    key_blocks,
+    touched,
+)
 from lss_jax.attention.dense import attention_rows
 from lss_jax.attention.mask import Intervals, bidirectional, causal, documents, prefix_causal, window
 from lss_jax.attention.setting import Setting, stacked
@@ -164,25 +173,31 @@ def test_even_blocks_cover_a_length(length):
         assert size <= target and (blocks - 1) * size < length <= blocks * size
 
 
-@pytest.mark.parametrize("by_row", [False, True])
+@pytest.mark.parametrize("block_heads", [1, 3])
 @pytest.mark.parametrize(("runs", "run_length", "size"), [(1, 12, 4), (1, 11, 4), (2, 7, 3), (2, 5, 5)])
-def test_queries_are_cut_and_put_together_again(runs, run_length, size, by_row):
+def test_queries_are_cut_and_put_together_again(runs, run_length, size, block_heads):
     """Each query is coded by its row, place and head, from one on: zero is the padding."""
     batch, kv_heads, repeats, length = 2, 3, 2, runs * run_length
-    cut = QueryCut(batch, runs, run_length, size, kv_heads, by_row)
+    cut = QueryCut(batch, runs, run_length, size, kv_heads, block_heads)
     row, place, head = np.indices((batch, length, kv_heads * repeats))
     x_BlHK = jnp.asarray(1 + row * 10_000 + place * 100 + head)[..., None] * jnp.array([1, -1])
-    x_ibGmK = cut.split(x_BlHK)
-    np.testing.assert_array_equal(cut.join(x_ibGmK), x_BlHK)
-    np.testing.assert_array_equal(cut.split_scalars(x_BlHK[..., 0]), x_ibGmK[..., 0])
+    x_igmK = cut.split(x_BlHK)
+    np.testing.assert_array_equal(cut.join(x_igmK), x_BlHK)
+    np.testing.assert_array_equal(cut.split_scalars(x_BlHK[..., 0]), x_igmK[..., 0])
 
-    of_rows = jnp.asarray(1 + row * 10_000 + place * 100)[..., 0]
-    place_iq = np.asarray(cut.split_rows(of_rows if by_row else of_rows[0]))
-    blocks, _, _, m, _ = x_ibGmK.shape
-    assert m == repeats * size and place_iq.shape == (blocks, size)
-    for (i, b, g, m), code in np.ndenumerate(np.asarray(x_ibGmK[..., 0])):
-        of_query = place_iq[i, m % size]
-        assert code == (of_query and of_query + b * 10_000 + g * repeats + m // size)
+    row_i, head_i = map(np.asarray, cut.first_rows_and_heads())
+    of_places = jnp.asarray(1 + place * 100)[..., 0]
+    for of_rows in (of_places[0], of_places):
+        place_iq = np.asarray(cut.split_rows(of_rows))
+        assert x_igmK.shape[:3] == (len(row_i), block_heads, repeats * size)
+        for (i, g, m), code in np.ndenumerate(np.asarray(x_igmK[..., 0])):
+            of_query = place_iq[i, m % size]
+            assert code == (of_query and of_query + row_i[i] * 10_000 + (head_i[i] + g) * repeats + m // size)
+
+
+def test_a_block_has_as_many_heads_as_divide_them():
+    of_heads = [cut_queries(1, 8, heads, Layout("contiguous", 1), 8, 4).block_heads for heads in (1, 2, 3, 6, 8)]
+    assert of_heads == [1, 2, 3, 3, 4]
 
 
 # Dropout's hash
@@ -235,7 +250,9 @@ def test_dropout_of_a_part_is_that_part_of_dropout():
 
 
 def setting_on(layout: Layout) -> Setting:
-    return Setting(SEQ if layout.devices > 1 else None, layout, "blockwise", 8, 8, gather_groups=1, regather=False)
+    return Setting(
+        SEQ if layout.devices > 1 else None, layout, "blockwise", 8, 8, block_heads=1, gather_groups=1, regather=False
+    )
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
@@ -312,7 +329,7 @@ def test_of_many_groups_two_are_held_at_a_time():
     pair = 2 * L * heads * width * 4
 
     def temporary_bytes(groups):
-        setting = Setting(SEQ, Layout("zigzag", 8), "blockwise", 256, 256, gather_groups=groups, regather=False)
+        setting = Setting(SEQ, Layout("zigzag", 8), "blockwise", 256, 256, 1, gather_groups=groups, regather=False)
 
         @partial(jax.shard_map, mesh=mesh_of(1, 8), in_specs=P(None, SEQ), out_specs=P(None, SEQ))
         def rows(q_BlHK, k_BlHK, v_BlHK):

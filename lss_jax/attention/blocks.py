@@ -1,8 +1,7 @@
 """Blocks of queries and of keys: how they are cut, where they lie, and which of them an interval touches.
 
-Letters beside the usual: `n` segments of `s` keys; `c` runs of consecutive keys; `t` key blocks; `i` blocks of `q`
-queries;
-`b` rows of the batch in a block (one where each row has its own mask, else all); `m = R q` rows of one key/value head.
+Letters beside the usual: `n` segments of `s` keys; `c` runs of consecutive keys; `t` blocks of `k` keys; `i` blocks of
+queries, each of one row of the batch, `g` key/value heads and `q` neighbours, that is `m = R q` rows of each head.
 """
 
 from typing import Any, NamedTuple
@@ -10,7 +9,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from lss_jax.attention.mask import Intervals
 from lss_jax.layout import Layout
 
 SMALLEST_BLOCK = 128  # runs shorter than this are not worth blocks of their own, unless blocks are to be smaller still
@@ -100,38 +98,49 @@ def touched(keys: KeyBlocks, start_q: jax.Array, end_q: jax.Array) -> tuple[jax.
 
 
 class QueryCut(NamedTuple):
-    """How local queries `[B, l, ...]` are cut into equal blocks; none reaches over the end of one of the `runs`."""
+    """How local queries `[B, l, H, K]` are cut into equal blocks; none reaches over the end of one of the `runs`."""
 
     batch: int
     runs: int
     run_length: int
-    size: int
+    size: int  # q
     kv_heads: int
-    by_row: bool
+    block_heads: int  # g
 
     def split(self, x_BlHK: jax.Array) -> jax.Array:
-        """`x_ibGmK`; the padding is zero."""
+        """`x_igmK`; the padding is zero."""
         H, K = x_BlHK.shape[2:]
-        x = self._padded(x_BlHK, 1).reshape(self.batch, -1, self.size, self.kv_heads, H // self.kv_heads, K)
-        x = x.transpose(0, 1, 3, 4, 2, 5) if self.by_row else x.transpose(1, 0, 3, 4, 2, 5)
-        return x.reshape(-1, 1 if self.by_row else self.batch, self.kv_heads, H // self.kv_heads * self.size, K)
+        g, R = self.block_heads, H // self.kv_heads
+        x = self._padded(x_BlHK, 1).reshape(self.batch, -1, self.size, self.kv_heads // g, g, R, K)
+        return x.transpose(0, 3, 1, 4, 5, 2, 6).reshape(-1, g, R * self.size, K)
 
-    def join(self, x_ibGmK: jax.Array) -> jax.Array:
+    def join(self, x_igmK: jax.Array) -> jax.Array:
         """The inverse of `split`: `x_BlHK`."""
-        m, K = x_ibGmK.shape[3:]
-        outer = (self.batch, -1) if self.by_row else (-1, self.batch)
-        x = x_ibGmK.reshape(*outer, self.kv_heads, m // self.size, self.size, K)
-        x = x.transpose(0, 1, 4, 2, 3, 5) if self.by_row else x.transpose(1, 0, 4, 2, 3, 5)
-        x = x.reshape(self.batch, self.runs, -1, self.kv_heads * m // self.size, K)[:, :, : self.run_length]
-        return x.reshape(self.batch, -1, *x.shape[3:])
+        _, g, m, K = x_igmK.shape
+        x = x_igmK.reshape(self.batch, self.kv_heads // g, -1, g, m // self.size, self.size, K)
+        x = x.transpose(0, 2, 5, 1, 3, 4, 6).reshape(self.batch, self.runs, -1, self.kv_heads * m // self.size, K)
+        return x[:, :, : self.run_length].reshape(self.batch, -1, *x.shape[3:])
 
     def split_scalars(self, x_BlH: jax.Array) -> jax.Array:
-        """The same for a number per query and head: `x_ibGm`."""
+        """The same for a number per query and head: `x_igm`."""
         return self.split(x_BlH[..., None])[..., 0]
 
     def split_rows(self, x: jax.Array) -> jax.Array:
         """The same for a number per query, `[l]` or `[B, l]`: `x_iq`."""
-        return self._padded(x, x.ndim - 1).reshape(-1, self.size)
+        x_1iq = self._padded(x, x.ndim - 1).reshape(-1, 1, self.runs * self._blocks, self.size)
+        return jnp.broadcast_to(x_1iq, (self.batch, self.kv_heads // self.block_heads, *x_1iq.shape[2:])).reshape(
+            -1, self.size
+        )
+
+    def first_rows_and_heads(self) -> tuple[jax.Array, jax.Array]:
+        """The row of the batch and the first key/value head of each block: `row_i, head_i`."""
+        head_groups = self.kv_heads // self.block_heads
+        index_i = jnp.arange(self.batch * head_groups * self.runs * self._blocks) // (self.runs * self._blocks)
+        return index_i // head_groups, index_i % head_groups * self.block_heads
+
+    @property
+    def _blocks(self) -> int:
+        return -(-self.run_length // self.size)
 
     def _padded(self, x: jax.Array, axis: int) -> jax.Array:
         missing = -self.run_length % self.size
@@ -142,8 +151,11 @@ class QueryCut(NamedTuple):
         return jnp.pad(x.reshape(*before, self.runs, -1, *after), widths).reshape(*before, -1, *after)
 
 
-def cut_queries(q_BlHK: jax.Array, mask: Intervals, kv_heads: int, target: int, layout: Layout) -> QueryCut:
-    """Equal blocks of at most `target` local queries."""
-    batch, length = q_BlHK.shape[:2]
-    runs = 1 if too_short(length // layout.chunks_per_device, target) else layout.chunks_per_device
-    return QueryCut(batch, runs, length // runs, even(length // runs, target)[1], kv_heads, mask.start.ndim == 2)
+def cut_queries(
+    batch: int, length: int, kv_heads: int, layout: Layout, block_queries: int, block_heads: int
+) -> QueryCut:
+    """Equal blocks of at most `block_queries` local queries and `block_heads` key/value heads."""
+    runs = 1 if too_short(length // layout.chunks_per_device, block_queries) else layout.chunks_per_device
+    size = even(length // runs, block_queries)[1]
+    heads = max(heads for heads in range(1, kv_heads + 1) if kv_heads % heads == 0 and heads <= block_heads)
+    return QueryCut(batch, runs, length // runs, size, kv_heads, heads)

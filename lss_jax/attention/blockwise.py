@@ -30,8 +30,8 @@ def forward(
     """
     kv_n2BGsK, keys = _ordered(kv_N2BGlK, setting)
     cut, queries = cut_and_blocks(q_BlHK, mask, dropout, kv_N2BGlK.shape[3], setting)
-    o_ibGmK, lse_ibGm = finish(accumulate(queries, kv_n2BGsK, keys, nothing_yet(queries)))
-    return checkpoint_name((cut.join(o_ibGmK).astype(q_BlHK.dtype), lse_ibGm), ATTENDED)
+    o_igmK, lse_igm = finish(accumulate(queries, kv_n2BGsK, keys, nothing_yet(queries)))
+    return checkpoint_name((cut.join(o_igmK).astype(q_BlHK.dtype), lse_igm), ATTENDED)
 
 
 def backward(
@@ -40,18 +40,18 @@ def backward(
     mask: Intervals,
     dropout: PairDropout | None,
     o_BlHK: jax.Array,
-    lse_ibGm: jax.Array,
+    lse_igm: jax.Array,
     do_BlHK: jax.Array,
     setting: Setting,
 ) -> tuple[jax.Array, jax.Array]:
     """`dq_BlHK`, and this device's share of `dkv_N2BGKl` in float32."""
     kv_n2BGsK, keys = _ordered(kv_N2BGlK, setting)
     cut, queries = cut_and_blocks(q_BlHK, mask, dropout, kv_N2BGlK.shape[3], setting)
-    back = cotangents(cut, o_BlHK, do_BlHK, lse_ibGm)
-    dq_ibGmK, dkv_n2BGKs = differentiate(queries, kv_n2BGsK, keys, back, no_gradients(queries, kv_n2BGsK))
+    back = cotangents(cut, o_BlHK, do_BlHK, lse_igm)
+    dq_igmK, dkv_n2BGKs = differentiate(queries, kv_n2BGsK, keys, back, no_gradients(queries, kv_n2BGsK))
     if _scattered(kv_N2BGlK.shape[4], setting):
         dkv_n2BGKs = setting.layout.segments(dkv_n2BGKs[0], 4)
-    return cut.join(dq_ibGmK).astype(do_BlHK.dtype), dkv_n2BGKs
+    return cut.join(dq_igmK).astype(do_BlHK.dtype), dkv_n2BGKs
 
 
 def _ordered(kv_N2BGlK: jax.Array, setting: Setting) -> tuple[jax.Array, KeyBlocks]:
@@ -70,11 +70,12 @@ def _scattered(segment_length: int, setting: Setting) -> bool:
 class QueryBlocks(NamedTuple):
     """Queries in blocks of neighbours, with what goes with them; one scan takes them in turn."""
 
-    q_ibGmK: jax.Array
+    q_igmK: jax.Array
     start_iq: jax.Array  # the intervals; empty for the padding
     end_iq: jax.Array
-    row_i: jax.Array  # of the batch, the first in the block
-    stream_ibGm: jax.Array | None  # for dropout
+    row_i: jax.Array  # of the batch
+    head_i: jax.Array  # the first of the key/value heads in the block
+    stream_igm: jax.Array | None  # for dropout
     rate_i: jax.Array | None
 
 
@@ -82,29 +83,28 @@ def cut_and_blocks(
     q_BlHK: jax.Array, mask: Intervals, dropout: PairDropout | None, kv_heads: int, setting: Setting
 ) -> tuple[QueryCut, QueryBlocks]:
     """How the local queries are cut, and their blocks."""
-    cut = cut_queries(q_BlHK, mask, kv_heads, setting.block_queries, setting.layout)
-    q_ibGmK = cut.split(q_BlHK)
-    index_i = jnp.arange(q_ibGmK.shape[0])
-    row_i = index_i // (len(index_i) // cut.batch) if cut.by_row else 0 * index_i
-    intervals_iq = (cut.split_rows(mask.start), cut.split_rows(mask.end))
-    if dropout is None:
-        return cut, QueryBlocks(q_ibGmK, *intervals_iq, row_i, None, None)
-    stream_ibGm, rate_i = cut.split_scalars(dropout.stream_BlH), jnp.full(len(index_i), dropout.rate, jnp.float32)
-    return cut, QueryBlocks(q_ibGmK, *intervals_iq, row_i, stream_ibGm, rate_i)
+    batch, length = q_BlHK.shape[:2]
+    cut = cut_queries(batch, length, kv_heads, setting.layout, setting.block_queries, setting.block_heads)
+    row_i, head_i = cut.first_rows_and_heads()
+    stream_igm, rate_i = None, None
+    if dropout is not None:
+        stream_igm, rate_i = cut.split_scalars(dropout.stream_BlH), jnp.full(len(row_i), dropout.rate, jnp.float32)
+    intervals = (cut.split_rows(mask.start), cut.split_rows(mask.end))
+    return cut, QueryBlocks(cut.split(q_BlHK), *intervals, row_i, head_i, stream_igm, rate_i)
 
 
 class Softmax(NamedTuple):
     """The running softmax of each query over the keys so far, float32: at the end divide `o` by `sum`."""
 
-    o_ibGmK: jax.Array
-    max_ibGm: jax.Array
-    sum_ibGm: jax.Array
+    o_igmK: jax.Array
+    max_igm: jax.Array
+    sum_igm: jax.Array
 
 
 def nothing_yet(queries: QueryBlocks) -> Softmax:
     """The running softmax before any key."""
-    o_ibGmK = jnp.zeros_like(queries.q_ibGmK, jnp.float32)
-    return Softmax(o_ibGmK, jnp.full_like(o_ibGmK[..., 0], -jnp.inf), o_ibGmK[..., 0])
+    o_igmK = jnp.zeros_like(queries.q_igmK, jnp.float32)
+    return Softmax(o_igmK, jnp.full_like(o_igmK[..., 0], -jnp.inf), o_igmK[..., 0])
 
 
 def accumulate(queries: QueryBlocks, kv_n2BGsK: jax.Array, keys: KeyBlocks, softmax: Softmax) -> Softmax:
@@ -114,16 +114,16 @@ def accumulate(queries: QueryBlocks, kv_n2BGsK: jax.Array, keys: KeyBlocks, soft
         queries, softmax = inputs
 
         def one_block_of_keys(t, softmax):
-            o_bGmK, max_bGm, sum_bGm = softmax
-            k_bGkK, v_bGkK = _read(kv_n2BGsK, keys, t, queries)
-            s_bGmk = _scores(queries, k_bGkK, keys, t)
-            new_max_bGm = jnp.maximum(max_bGm, s_bGmk.max(-1))
-            shift_bGm = jnp.where(new_max_bGm == -jnp.inf, 0.0, new_max_bGm)  # a row that has seen nothing yet
-            p_bGmk = jnp.exp(s_bGmk - shift_bGm[..., None])
-            shrink_bGm = jnp.exp(max_bGm - shift_bGm)
-            sum_bGm = sum_bGm * shrink_bGm + p_bGmk.sum(-1)
-            weighted_bGmK = _product("bGmk,bGkK->bGmK", _dropped(p_bGmk, queries, keys, t), v_bGkK)
-            return Softmax(o_bGmK * shrink_bGm[..., None] + weighted_bGmK, new_max_bGm, sum_bGm)
+            o_gmK, max_gm, sum_gm = softmax
+            k_gkK, v_gkK = _read(kv_n2BGsK, keys, t, queries)
+            s_gmk = _scores(queries, k_gkK, keys, t)
+            new_max_gm = jnp.maximum(max_gm, s_gmk.max(-1))
+            shift_gm = jnp.where(new_max_gm == -jnp.inf, 0.0, new_max_gm)  # a row that has seen nothing yet
+            p_gmk = jnp.exp(s_gmk - shift_gm[..., None])
+            shrink_gm = jnp.exp(max_gm - shift_gm)
+            sum_gm = sum_gm * shrink_gm + p_gmk.sum(-1)
+            weighted_gmK = _product("gmk,gkK->gmK", _dropped(p_gmk, queries, keys, t), v_gkK)
+            return Softmax(o_gmK * shrink_gm[..., None] + weighted_gmK, new_max_gm, sum_gm)
 
         return None, _over_touched(keys, queries, kv_n2BGsK, one_block_of_keys, softmax)
 
@@ -131,19 +131,19 @@ def accumulate(queries: QueryBlocks, kv_n2BGsK: jax.Array, keys: KeyBlocks, soft
 
 
 def finish(softmax: Softmax) -> tuple[jax.Array, jax.Array]:
-    """Attention rows and log-sum-exp, float32: `o_ibGmK, lse_ibGm`; both zero for a query that saw nothing."""
-    seen_ibGm = softmax.sum_ibGm > 0
-    sum_ibGm = jnp.where(seen_ibGm, softmax.sum_ibGm, 1.0)
-    lse_ibGm = jnp.where(seen_ibGm, softmax.max_ibGm, 0.0) + jnp.log(sum_ibGm)
-    return softmax.o_ibGmK / sum_ibGm[..., None], lse_ibGm
+    """Attention rows and log-sum-exp, float32: `o_igmK, lse_igm`; both zero for a query that saw nothing."""
+    seen_igm = softmax.sum_igm > 0
+    sum_igm = jnp.where(seen_igm, softmax.sum_igm, 1.0)
+    lse_igm = jnp.where(seen_igm, softmax.max_igm, 0.0) + jnp.log(sum_igm)
+    return softmax.o_igmK / sum_igm[..., None], lse_igm
 
 
 class Cotangents(NamedTuple):
     """What the backward pass knows of each query: `do`, the log-sum-exp, and the sum of `o * do` over `K`."""
 
-    do_ibGmK: jax.Array
-    lse_ibGm: jax.Array
-    odo_ibGm: jax.Array
+    do_igmK: jax.Array
+    lse_igm: jax.Array
+    odo_igm: jax.Array
 
 
 class Gradients(NamedTuple):
@@ -153,21 +153,19 @@ class Gradients(NamedTuple):
     time for the transposition of the larger factor (XLA on CPU).
     """
 
-    dq_ibGmK: jax.Array
+    dq_igmK: jax.Array
     dkv_n2BGKs: jax.Array
 
 
 def no_gradients(queries: QueryBlocks, kv_n2BGsK: jax.Array) -> Gradients:
     """Before any block."""
-    return Gradients(
-        jnp.zeros_like(queries.q_ibGmK, jnp.float32), jnp.zeros_like(kv_n2BGsK.swapaxes(4, 5), jnp.float32)
-    )
+    return Gradients(jnp.zeros_like(queries.q_igmK, jnp.float32), jnp.zeros_like(kv_n2BGsK.swapaxes(4, 5), jnp.float32))
 
 
-def cotangents(cut: QueryCut, o_BlHK: jax.Array, do_BlHK: jax.Array, lse_ibGm: jax.Array) -> Cotangents:
+def cotangents(cut: QueryCut, o_BlHK: jax.Array, do_BlHK: jax.Array, lse_igm: jax.Array) -> Cotangents:
     """By block, as the queries are."""
     odo_BlH = jnp.einsum("BlHK,BlHK->BlH", o_BlHK, do_BlHK, preferred_element_type=jnp.float32)
-    return Cotangents(cut.split(do_BlHK), lse_ibGm, cut.split_scalars(odo_BlH))
+    return Cotangents(cut.split(do_BlHK), lse_igm, cut.split_scalars(odo_BlH))
 
 
 def differentiate(
@@ -176,25 +174,25 @@ def differentiate(
     """Adds what these queries and these keys mean for one another."""
 
     def one_block_of_queries(dkv_n2BGKs, inputs):
-        queries, back, dq_bGmK = inputs
+        queries, back, dq_gmK = inputs
 
         def one_block_of_keys(t, gradients):
-            k_bGkK, v_bGkK = _read(kv_n2BGsK, keys, t, queries)
-            p_bGmk = jnp.exp(_scores(queries, k_bGkK, keys, t) - back.lse_ibGm[..., None])
-            dv_bGKk = _product("bGmK,bGmk->bGKk", back.do_ibGmK, _dropped(p_bGmk, queries, keys, t))
-            dp_bGmk = _dropped(_product("bGmK,bGkK->bGmk", back.do_ibGmK, v_bGkK), queries, keys, t)
-            ds_bGmk = p_bGmk * (dp_bGmk - back.odo_ibGm[..., None]) * _scale(k_bGkK)
-            dk_bGKk = _product("bGmK,bGmk->bGKk", queries.q_ibGmK, ds_bGmk)
-            dq_bGmK = gradients.dq_ibGmK + _product("bGmk,bGkK->bGmK", ds_bGmk, k_bGkK)
-            return Gradients(dq_bGmK, _add(gradients.dkv_n2BGKs, jnp.stack((dk_bGKk, dv_bGKk)), keys, t, queries))
+            k_gkK, v_gkK = _read(kv_n2BGsK, keys, t, queries)
+            p_gmk = jnp.exp(_scores(queries, k_gkK, keys, t) - back.lse_igm[..., None])
+            dv_gKk = _product("gmK,gmk->gKk", back.do_igmK, _dropped(p_gmk, queries, keys, t))
+            dp_gmk = _dropped(_product("gmK,gkK->gmk", back.do_igmK, v_gkK), queries, keys, t)
+            ds_gmk = p_gmk * (dp_gmk - back.odo_igm[..., None]) * _scale(k_gkK)
+            dk_gKk = _product("gmK,gmk->gKk", queries.q_igmK, ds_gmk)
+            dq_gmK = gradients.dq_igmK + _product("gmk,gkK->gmK", ds_gmk, k_gkK)
+            return Gradients(dq_gmK, _add(gradients.dkv_n2BGKs, jnp.stack((dk_gKk, dv_gKk)), keys, t, queries))
 
-        so_far = Gradients(dq_bGmK, dkv_n2BGKs)
-        dq_bGmK, dkv_n2BGKs = _over_touched(keys, queries, (kv_n2BGsK, back), one_block_of_keys, so_far)
-        return dkv_n2BGKs, dq_bGmK
+        so_far = Gradients(dq_gmK, dkv_n2BGKs)
+        dq_gmK, dkv_n2BGKs = _over_touched(keys, queries, (kv_n2BGsK, back), one_block_of_keys, so_far)
+        return dkv_n2BGKs, dq_gmK
 
     dkv_n2BGKs = varying_like(gradients.dkv_n2BGKs, (queries, kv_n2BGsK, keys, back, gradients))
-    dkv_n2BGKs, dq_ibGmK = jax.lax.scan(one_block_of_queries, dkv_n2BGKs, (queries, back, gradients.dq_ibGmK))
-    return Gradients(dq_ibGmK, dkv_n2BGKs)
+    dkv_n2BGKs, dq_igmK = jax.lax.scan(one_block_of_queries, dkv_n2BGKs, (queries, back, gradients.dq_igmK))
+    return Gradients(dq_igmK, dkv_n2BGKs)
 
 
 def varying_like(tree: Any, reference: Any) -> Any:
@@ -216,37 +214,40 @@ def _over_touched(keys, queries, others, body, init):
 
 
 def _read(kv_n2BGsK, keys, t, queries):
-    _, pair, _, G, _, K = kv_n2BGsK.shape
-    at = (keys.segment_t[t], 0, queries.row_i, 0, keys.place_t[t], 0)
-    return jax.lax.dynamic_slice(kv_n2BGsK, at, (1, pair, queries.q_ibGmK.shape[0], G, keys.size, K))[0]
+    """Keys and values of a block, `[g, k, K]` each."""
+    _, pair, _, _, _, K = kv_n2BGsK.shape
+    at = (keys.segment_t[t], 0, queries.row_i, queries.head_i, keys.place_t[t], 0)
+    return jax.lax.dynamic_slice(kv_n2BGsK, at, (1, pair, 1, queries.q_igmK.shape[0], keys.size, K))[0, :, 0]
 
 
-def _add(dkv_n2BGKs, d_2bGKk, keys, t, queries):
-    at = (keys.segment_t[t], 0, queries.row_i, 0, 0, keys.place_t[t])
-    before = jax.lax.dynamic_slice(dkv_n2BGKs, at, (1, *d_2bGKk.shape))
-    return jax.lax.dynamic_update_slice(dkv_n2BGKs, before + d_2bGKk, at)
+def _add(dkv_n2BGKs, d_2gKk, keys, t, queries):
+    """With the gradients of a block added where its keys and values lie."""
+    at = (keys.segment_t[t], 0, queries.row_i, queries.head_i, 0, keys.place_t[t])
+    d_121gKk = d_2gKk[None, :, None]
+    before = jax.lax.dynamic_slice(dkv_n2BGKs, at, d_121gKk.shape)
+    return jax.lax.dynamic_update_slice(dkv_n2BGKs, before + d_121gKk, at)
 
 
 def _position_k(keys, t):
     return keys.first_t[t] + jnp.arange(keys.size, dtype=jnp.int32)
 
 
-def _scores(queries, k_bGkK, keys, t):
-    """`s_bGmk`, minus infinity where the query does not see the key."""
-    s_bGmk = _product("bGmK,bGkK->bGmk", queries.q_ibGmK, k_bGkK) * _scale(k_bGkK)
+def _scores(queries, k_gkK, keys, t):
+    """`s_gmk`, minus infinity where the query does not see the key."""
+    s_gmk = _product("gmK,gkK->gmk", queries.q_igmK, k_gkK) * _scale(k_gkK)
     position_k = _position_k(keys, t)
     seen_qk = Intervals(queries.start_iq, queries.end_iq).sees(position_k) & (position_k >= keys.begin_t[t])
-    return jnp.where(jnp.tile(seen_qk, (s_bGmk.shape[2] // seen_qk.shape[0], 1)), s_bGmk, -jnp.inf)
+    return jnp.where(jnp.tile(seen_qk, (s_gmk.shape[1] // seen_qk.shape[0], 1)), s_gmk, -jnp.inf)
 
 
-def _dropped(x_bGmk, queries, keys, t):
-    if queries.stream_ibGm is None:
-        return x_bGmk
-    return dropped(x_bGmk, queries.stream_ibGm, _position_k(keys, t), queries.rate_i)
+def _dropped(x_gmk, queries, keys, t):
+    if queries.stream_igm is None:
+        return x_gmk
+    return dropped(x_gmk, queries.stream_igm, _position_k(keys, t), queries.rate_i)
 
 
-def _scale(k_bGkK) -> float:
-    return k_bGkK.shape[-1] ** -0.5
+def _scale(k_gkK) -> float:
+    return k_gkK.shape[-1] ** -0.5
 
 
 def _product(equation, a, b):

@@ -66,20 +66,20 @@ def _forward(q_BlHK, kv_2BGlK, mask, dropout, setting):
     last = setting.layout.devices - 1
     start = varying_like((kv_2BGlK, nothing_yet(queries)), (queries, kv_2BGlK))
     kv_last_2BGlK, softmax = jax.lax.fori_loop(0, last, one_turn, start)
-    o_ibGmK, lse_ibGm = finish(attend(last, kv_last_2BGlK, softmax))
-    o_BlHK, lse_ibGm = checkpoint_name((cut.join(o_ibGmK).astype(q_BlHK.dtype), lse_ibGm), ATTENDED)
-    return o_BlHK, (q_BlHK, kv_2BGlK, mask, dropout, o_BlHK, lse_ibGm)
+    o_igmK, lse_igm = finish(attend(last, kv_last_2BGlK, softmax))
+    o_BlHK, lse_igm = checkpoint_name((cut.join(o_igmK).astype(q_BlHK.dtype), lse_igm), ATTENDED)
+    return o_BlHK, (q_BlHK, kv_2BGlK, mask, dropout, o_BlHK, lse_igm)
 
 
 def _backward(setting, saved, do_BlHK):
-    q_BlHK, kv_2BGlK, mask, dropout, o_BlHK, lse_ibGm = saved
+    q_BlHK, kv_2BGlK, mask, dropout, o_BlHK, lse_igm = saved
     cut, queries = cut_and_blocks(q_BlHK, mask, dropout, kv_2BGlK.shape[2], setting)
-    back = cotangents(cut, o_BlHK, do_BlHK, lse_ibGm)
+    back = cotangents(cut, o_BlHK, do_BlHK, lse_igm)
 
     def attend(turn, kv_2BGlK, gradients):
         keys = _keys_in_turn(turn, kv_2BGlK, setting)
-        dq_ibGmK, dkv_12BGKl = differentiate(queries, kv_2BGlK[None], keys, back, gradients)
-        return Gradients(dq_ibGmK, _send_on(dkv_12BGKl, setting))  # to where its keys are by then
+        dq_igmK, dkv_12BGKl = differentiate(queries, kv_2BGlK[None], keys, back, gradients)
+        return Gradients(dq_igmK, _send_on(dkv_12BGKl, setting))  # to where its keys are by then
 
     def one_turn(turn, carry):
         kv_2BGlK, gradients = carry
@@ -89,9 +89,9 @@ def _backward(setting, saved, do_BlHK):
     last = setting.layout.devices - 1
     start = varying_like((kv_2BGlK, no_gradients(queries, kv_2BGlK[None])), (queries, kv_2BGlK, back))
     kv_last_2BGlK, gradients = jax.lax.fori_loop(0, last, one_turn, start)
-    dq_ibGmK, dkv_12BGKl = attend(last, kv_last_2BGlK, gradients)  # after N sends every gradient is at home
+    dq_igmK, dkv_12BGKl = attend(last, kv_last_2BGlK, gradients)  # after N sends every gradient is at home
     dkv_2BGlK = dkv_12BGKl[0].swapaxes(3, 4)
-    return cut.join(dq_ibGmK).astype(q_BlHK.dtype), dkv_2BGlK.astype(kv_2BGlK.dtype), None, None
+    return cut.join(dq_igmK).astype(q_BlHK.dtype), dkv_2BGlK.astype(kv_2BGlK.dtype), None, None
 
 
 _ring.defvjp(_forward, _backward)
