@@ -30,7 +30,6 @@ def get_config() -> ConfigDict:
     attention.kernel = "auto"  # "blockwise", or "dense" (the paper's l x L scores); "auto": the best that there is here
     attention.block_queries = 512  # of the blockwise kernel; by measurement, experiments/attention
     attention.block_keys = 256
-    attention.block_heads = 1  # key/value heads
     attention.gather_groups = 1  # "lss": key/value heads travel in so many groups, while the one before is computed
     attention.regather = False  # move keys and values again on the way back instead of keeping them for every layer
 

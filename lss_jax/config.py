@@ -28,7 +28,6 @@ class AttentionConfig:
     kernel: Literal["auto", "blockwise", "dense"]
     block_queries: int
     block_keys: int
-    block_heads: int
     gather_groups: int
     regather: bool
 
@@ -202,10 +201,7 @@ def _out_of_range(config: Config) -> Iterator[str]:
         **{f"model.{k}": getattr(model, k) for k in ("vocab", "layers", "width", "heads", "kv_heads", "mlp_width")},
         **{f"data.{k}": getattr(data, k) for k in ("seq_len", "batch_size")},
         **{f"optim.{k}": getattr(optim, k) for k in ("steps", "accumulate")},
-        **{
-            f"attention.{k}": getattr(attention, k)
-            for k in ("block_queries", "block_keys", "block_heads", "gather_groups")
-        },
+        **{f"attention.{k}": getattr(attention, k) for k in ("block_queries", "block_keys", "gather_groups")},
         **{k: getattr(config, k) for k in ("checkpoint_every", "checkpoints_kept", "log_every", "eval_batches")},
     }
     for key, value in at_least_1.items():

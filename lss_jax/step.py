@@ -170,7 +170,6 @@ def setting_on(config: Config, mesh: Mesh) -> Setting:
         kernel=chosen_kernel(attention.kernel),
         block_queries=attention.block_queries,
         block_keys=attention.block_keys,
-        block_heads=attention.block_heads,
         gather_groups=attention.gather_groups,
         regather=attention.regather,
     )

@@ -72,8 +72,7 @@ def program(case: Case):
     mesh = mesh_of(case.data, case.seq)
     x_spec, rows_spec, sequence_spec = (over_cut_axes(spec, mesh) for spec in (P(DATA, SEQ), P(DATA), P(SEQ)))
     axis = SEQ if case.seq > 1 else None
-    blocks = (*case.blocks, 2)  # two key/value heads, where there are so many
-    setting = Setting(axis, case.order, case.kernel, *blocks, case.gather_groups, case.regather)
+    setting = Setting(axis, case.order, case.kernel, *case.blocks, case.gather_groups, case.regather)
 
     def on_device(q_BlHK, k_BlGK, v_BlGK, do_BlHK, mask, dropout):
         attend = partial(make_attend(case.strategy, mask, setting), dropout=dropout)

@@ -195,9 +195,14 @@ def test_queries_are_cut_and_put_together_again(runs, run_length, size, block_he
             assert code == (of_query and of_query + row_i[i] * 10_000 + (head_i[i] + g) * repeats + m // size)
 
 
-def test_a_block_has_as_many_heads_as_divide_them():
-    of_heads = [cut_queries(1, 8, heads, Layout("contiguous", 1), 8, 4).block_heads for heads in (1, 2, 3, 6, 8)]
-    assert of_heads == [1, 2, 3, 3, 4]
+@pytest.mark.parametrize(
+    ("length", "heads", "kv_heads", "key_block", "expected"),
+    [(64, 8, 8, 32, 1), (64, 8, 8, 16, 2), (16, 8, 8, 8, 8), (16, 12, 6, 8, 6), (16, 6, 6, 16, 6), (16, 6, 6, 32, 3)],
+)
+def test_small_blocks_have_many_heads(length, heads, kv_heads, key_block, expected):
+    """At most 64 queries and 32 keys of one head, or as many scores of several."""
+    cut = cut_queries((1, length, heads, 8), kv_heads, Layout("contiguous", 1), 64, 32, key_block)
+    assert cut.block_heads == expected
 
 
 # Dropout's hash
@@ -250,9 +255,7 @@ def test_dropout_of_a_part_is_that_part_of_dropout():
 
 
 def setting_on(layout: Layout) -> Setting:
-    return Setting(
-        SEQ if layout.devices > 1 else None, layout, "blockwise", 8, 8, block_heads=1, gather_groups=1, regather=False
-    )
+    return Setting(SEQ if layout.devices > 1 else None, layout, "blockwise", 8, 8, gather_groups=1, regather=False)
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
@@ -329,7 +332,7 @@ def test_of_many_groups_two_are_held_at_a_time():
     pair = 2 * L * heads * width * 4
 
     def temporary_bytes(groups):
-        setting = Setting(SEQ, Layout("zigzag", 8), "blockwise", 256, 256, 1, gather_groups=groups, regather=False)
+        setting = Setting(SEQ, Layout("zigzag", 8), "blockwise", 256, 256, gather_groups=groups, regather=False)
 
         @partial(jax.shard_map, mesh=mesh_of(1, 8), in_specs=P(None, SEQ), out_specs=P(None, SEQ))
         def rows(q_BlHK, k_BlHK, v_BlHK):

@@ -347,7 +347,7 @@ SHAPES = [
 def kernel_alone(shape: Shape, q_BlHK, k_BLGK, v_BLGK, do_BlHK, mask) -> Results:
     """A kernel as one device runs it, outside `shard_map`: whole keys in natural order to `Results`."""
     layout = Layout(shape.layout, shape.segments)
-    setting = Setting(None, layout, shape.kernel, *shape.blocks, block_heads=2, gather_groups=1, regather=False)
+    setting = Setting(None, layout, shape.kernel, *shape.blocks, gather_groups=1, regather=False)
     kernel = KERNELS[shape.kernel]
     kv_N2BGlK = layout.segments(stacked(k_BLGK, v_BLGK), 3)
     o_BlHK, saved = kernel.forward(q_BlHK, kv_N2BGlK, mask, None, setting)

@@ -22,7 +22,7 @@ def computed_blocks(
     for position_l in layout.positions(length).reshape(layout.devices, l):
         intervals = mask(position_l)
         rows = intervals.start.shape[0] if intervals.start.ndim == 2 else 1
-        cut = cut_queries(rows, l, 1, layout, block_queries, block_heads=1)
+        cut = cut_queries((rows, l, 1, 1), 1, layout, block_queries, block_keys, keys.size)
         first_i, stop_i = touched(keys, cut.split_rows(intervals.start), cut.split_rows(intervals.end))
         counts.append(int((stop_i - first_i).sum()))
     return np.array(counts)

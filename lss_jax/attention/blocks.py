@@ -152,10 +152,16 @@ class QueryCut(NamedTuple):
 
 
 def cut_queries(
-    batch: int, length: int, kv_heads: int, layout: Layout, block_queries: int, block_heads: int
+    shape_BlHK: tuple[int, ...], kv_heads: int, layout: Layout, block_queries: int, block_keys: int, key_block: int
 ) -> QueryCut:
-    """Equal blocks of at most `block_queries` local queries and `block_heads` key/value heads."""
-    runs = 1 if too_short(length // layout.chunks_per_device, block_queries) else layout.chunks_per_device
-    size = even(length // runs, block_queries)[1]
-    heads = max(heads for heads in range(1, kv_heads + 1) if kv_heads % heads == 0 and heads <= block_heads)
-    return QueryCut(batch, runs, length // runs, size, kv_heads, heads)
+    """Equal blocks of at most `block_queries` local queries, to meet blocks of `key_block` keys.
+
+    Where both are smaller than they may be, a block has as many key/value heads as give it the scores that one head
+    would have in the largest blocks.
+    """
+    B, l, H, _ = shape_BlHK
+    runs = 1 if too_short(l // layout.chunks_per_device, block_queries) else layout.chunks_per_device
+    size = even(l // runs, block_queries)[1]
+    room = block_queries * block_keys // (size * key_block * (H // kv_heads))
+    heads = max(heads for heads in range(1, kv_heads + 1) if kv_heads % heads == 0 and heads <= max(room, 1))
+    return QueryCut(B, runs, l // runs, size, kv_heads, heads)

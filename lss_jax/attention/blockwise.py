@@ -29,7 +29,7 @@ def forward(
     A query that sees nothing has a row of zeros.
     """
     kv_n2BGsK, keys = _ordered(kv_N2BGlK, setting)
-    cut, queries = cut_and_blocks(q_BlHK, mask, dropout, kv_N2BGlK.shape[3], setting)
+    cut, queries = cut_and_blocks(q_BlHK, mask, dropout, kv_N2BGlK.shape[3], keys, setting)
     o_igmK, lse_igm = finish(accumulate(queries, kv_n2BGsK, keys, nothing_yet(queries)))
     return checkpoint_name((cut.join(o_igmK).astype(q_BlHK.dtype), lse_igm), ATTENDED)
 
@@ -46,7 +46,7 @@ def backward(
 ) -> tuple[jax.Array, jax.Array]:
     """`dq_BlHK`, and this device's share of `dkv_N2BGKl` in float32."""
     kv_n2BGsK, keys = _ordered(kv_N2BGlK, setting)
-    cut, queries = cut_and_blocks(q_BlHK, mask, dropout, kv_N2BGlK.shape[3], setting)
+    cut, queries = cut_and_blocks(q_BlHK, mask, dropout, kv_N2BGlK.shape[3], keys, setting)
     back = cotangents(cut, o_BlHK, do_BlHK, lse_igm)
     dq_igmK, dkv_n2BGKs = differentiate(queries, kv_n2BGsK, keys, back, no_gradients(queries, kv_n2BGsK))
     if _scattered(kv_N2BGlK.shape[4], setting):
@@ -80,11 +80,11 @@ class QueryBlocks(NamedTuple):
 
 
 def cut_and_blocks(
-    q_BlHK: jax.Array, mask: Intervals, dropout: PairDropout | None, kv_heads: int, setting: Setting
+    q_BlHK: jax.Array, mask: Intervals, dropout: PairDropout | None, kv_heads: int, keys: KeyBlocks, setting: Setting
 ) -> tuple[QueryCut, QueryBlocks]:
     """How the local queries are cut, and their blocks."""
-    batch, length = q_BlHK.shape[:2]
-    cut = cut_queries(batch, length, kv_heads, setting.layout, setting.block_queries, setting.block_heads)
+    largest = (setting.block_queries, setting.block_keys)
+    cut = cut_queries(q_BlHK.shape, kv_heads, setting.layout, *largest, key_block=keys.size)
     row_i, head_i = cut.first_rows_and_heads()
     stream_igm, rate_i = None, None
     if dropout is not None:

@@ -53,7 +53,8 @@ def _ring(
 
 
 def _forward(q_BlHK, kv_2BGlK, mask, dropout, setting):
-    cut, queries = cut_and_blocks(q_BlHK, mask, dropout, kv_2BGlK.shape[2], setting)
+    keys = _keys_in_turn(0, kv_2BGlK, setting)
+    cut, queries = cut_and_blocks(q_BlHK, mask, dropout, kv_2BGlK.shape[2], keys, setting)
 
     def attend(turn, kv_2BGlK, softmax):
         return accumulate(queries, kv_2BGlK[None], _keys_in_turn(turn, kv_2BGlK, setting), softmax)
@@ -73,7 +74,8 @@ def _forward(q_BlHK, kv_2BGlK, mask, dropout, setting):
 
 def _backward(setting, saved, do_BlHK):
     q_BlHK, kv_2BGlK, mask, dropout, o_BlHK, lse_igm = saved
-    cut, queries = cut_and_blocks(q_BlHK, mask, dropout, kv_2BGlK.shape[2], setting)
+    keys = _keys_in_turn(0, kv_2BGlK, setting)
+    cut, queries = cut_and_blocks(q_BlHK, mask, dropout, kv_2BGlK.shape[2], keys, setting)
     back = cotangents(cut, o_BlHK, do_BlHK, lse_igm)
 
     def attend(turn, kv_2BGlK, gradients):

@@ -24,7 +24,6 @@ class Setting:
     kernel: str
     block_queries: int
     block_keys: int
-    block_heads: int
     gather_groups: int
     regather: bool
 
