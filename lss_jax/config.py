@@ -255,6 +255,13 @@ def _cross_field(config: Config) -> Iterator[str]:
             f'model.rope_factor={model.rope_factor} has no use with model.rope_scaling="none"; '
             f'use "linear" or "ntk", or model.rope_factor=1.0'
         )
+    if model.rope_scaling != "none" and model.positions != "rope":
+        yield (
+            f"model.rope_scaling={model.rope_scaling!r} has no use with model.positions={model.positions!r}; "
+            f'use model.positions="rope" or model.rope_scaling="none"'
+        )
+    if 0.99 < model.dropout < 1:
+        yield f"model.dropout={model.dropout} leaves next to nothing; use at most 0.99"
     yield from _attention_problems(config)
     if optim.warmup_steps > optim.steps > 0:
         yield (
@@ -268,7 +275,7 @@ def _cross_field(config: Config) -> Iterator[str]:
 
 
 def _attention_problems(config: Config) -> Iterator[str]:
-    """Where a strategy or a kernel cannot do what another can: all such gaps are here."""
+    """Where a strategy or a kernel cannot do what another can, on any mesh."""
     attention, model, length = config.attention, config.model, config.data.seq_len
     strategy, kernel, groups = attention.strategy, attention.kernel, attention.gather_groups
     if strategy == "ring" and kernel not in ("auto", "blockwise"):
@@ -291,6 +298,8 @@ def _attention_problems(config: Config) -> Iterator[str]:
             f"model.kv_heads={model.kv_heads} is not divisible by attention.gather_groups={groups}; "
             f"use attention.gather_groups={model.kv_heads} or another divisor"
         )
+    if attention.window >= 2**31:
+        yield f"attention.window={attention.window} must be less than 2**31; use 0 for all that came before"
     if attention.prefix >= length > 0 and attention.prefix:
         yield (
             f"attention.prefix={attention.prefix} leaves nothing to predict of data.seq_len={length}; "

@@ -1,8 +1,8 @@
 """Dropout that does not depend on the mesh: each element's fate is a hash of what it is, not of where it is computed.
 
 An element is known by the seed, the step, the layer, the place in the block, the row of the batch, its natural
-positions, and its head or feature. Every mesh, layout and strategy therefore drops the same elements, and the backward
-pass, or a rematerialized block, drops them again without having kept anything.
+positions, and its head or feature. Every mesh, layout and strategy therefore drops the same elements; and so does the
+backward pass of blockwise attention, or a block that is computed again, without anything kept.
 """
 
 from typing import Any, NamedTuple
@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-EMBEDDING, ATTENTION, AFTER_ATTENTION, AFTER_MLP = range(4)  # the places
+EMBEDDING, LAYER, ATTENTION, AFTER_ATTENTION, AFTER_MLP = range(5)  # the places; those in a layer after its number
 
 
 class Dropout(NamedTuple):

@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 from lss_jax.attention import Attend
 from lss_jax.attention.setting import ATTENDED, COMMUNICATED
 from lss_jax.config import ModelConfig
-from lss_jax.dropout import AFTER_ATTENTION, AFTER_MLP, ATTENTION, Dropout
+from lss_jax.dropout import AFTER_ATTENTION, AFTER_MLP, ATTENTION, LAYER, Dropout
 from lss_jax.embeddings import INIT_STDDEV, Rope
 
 REPLICATED = {"spec": P()}
@@ -110,8 +110,8 @@ class Stack(nnx.Module):
     """`layers` blocks with their parameters stacked on a leading axis, applied by one scan.
 
     The program holds one block whatever the depth. `scan_layers=False` unrolls the scan, with the same parameters.
-    `remat="block"` keeps a block's input, its rows of attention and what came from other devices for them (if attention
-    keeps that at all), and computes the rest again on the way back.
+    `remat="block"` keeps a block's input, its (blockwise) rows of attention and what came from other devices for them,
+    if attention keeps that at all, and computes the rest again on the way back.
     """
 
     def __init__(self, model: ModelConfig, rngs: nnx.Rngs):
@@ -131,7 +131,7 @@ class Stack(nnx.Module):
 
     def __call__(self, x_BlE: jax.Array, segment: Segment) -> jax.Array:
         def apply(block: Block, x_BlE: jax.Array, layer: jax.Array) -> jax.Array:
-            return block(x_BlE, segment._replace(dropout=segment.dropout and segment.dropout.at(layer)))
+            return block(x_BlE, segment._replace(dropout=segment.dropout and segment.dropout.at(LAYER, layer)))
 
         if self.remat:
             kept = jax.checkpoint_policies.save_only_these_names(ATTENDED, COMMUNICATED)

@@ -1,10 +1,9 @@
 """One mesh, three axes: `data` x `seq` x `model`; every sharding of the project is said in these names."""
 
-import math
 from collections.abc import Sequence
 
 import jax
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 DATA, SEQ, MODEL = "data", "seq", "model"
 AXES = (DATA, SEQ, MODEL)
@@ -18,7 +17,7 @@ def make_mesh(sizes: tuple[int, int, int], devices: Sequence[jax.Device] | None 
     return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
 
 
-def cut_axes(mesh: Mesh) -> tuple[str, ...]:
+def cut_axes(mesh: Mesh | AbstractMesh) -> tuple[str, ...]:
     """The axes with more than one device: only these may leave a collective in the compiled program."""
     return tuple(axis for axis in mesh.axis_names if mesh.shape[axis] > 1)
 
@@ -43,18 +42,6 @@ def over_cut_axes(spec: PartitionSpec, mesh: Mesh) -> PartitionSpec:
     return PartitionSpec(*map(keep, spec))
 
 
-def shardings(specs, mesh: Mesh, shapes=None):
-    """A tree of specs as a tree of shardings on `mesh`.
-
-    With `shapes` (of arrays of such trees) an array whose size an axis does not divide is whole along it, everywhere.
-    """
-    if shapes is None:
-        return jax.tree.map(lambda spec: NamedSharding(mesh, over_cut_axes(spec, mesh)), specs)
-
-    def divided(spec, shape):
-        cut = over_cut_axes(spec, mesh)
-        sizes = (math.prod(mesh.shape[axis] for axis in named_axes(PartitionSpec(part))) for part in cut)
-        parts = (part if size % n == 0 else None for part, size, n in zip(cut, shape.shape, sizes, strict=False))
-        return NamedSharding(mesh, PartitionSpec(*parts))
-
-    return jax.tree.map(divided, specs, shapes)
+def shardings(specs, mesh: Mesh):
+    """A tree of specs as a tree of shardings on `mesh`."""
+    return jax.tree.map(lambda spec: NamedSharding(mesh, over_cut_axes(spec, mesh)), specs)

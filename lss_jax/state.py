@@ -8,7 +8,8 @@ import optax
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from lss_jax.mesh import shardings
+from lss_jax.attention.setting import layout_on
+from lss_jax.mesh import SEQ, named_axes, shardings
 from lss_jax.models import Model
 
 
@@ -22,13 +23,23 @@ class TrainState(NamedTuple):
 
 def state_shardings(model: Model, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
     """Shardings like the state; the optimizer's moments lie where their parameter lies."""
-    opt_shapes = jax.eval_shape(optimizer.init, model.shapes)
+    specs = kept_specs(model, mesh)
     moments = optax.tree_map_params(
-        optimizer, lambda _, spec: spec, opt_shapes, model.specs, transform_non_params=lambda _: P()
+        optimizer,
+        lambda _, spec: spec,
+        jax.eval_shape(optimizer.init, model.shapes),
+        specs,
+        transform_non_params=lambda _: P(),
     )
-    step = jax.ShapeDtypeStruct((), jnp.int32)
-    specs, shapes = TrainState(P(), model.specs, moments), TrainState(step, model.shapes, opt_shapes)
-    return shardings(specs, mesh, shapes)
+    return shardings(TrainState(P(), specs, moments), mesh)
+
+
+def kept_specs(model: Model, mesh: Mesh) -> Any:
+    """How parameters lie between steps: as in the model, but whole where they would have to be padded to be cut."""
+    seq_len = model.config.data.seq_len
+    if layout_on(model.config, mesh).padded(seq_len) == seq_len:
+        return model.specs
+    return jax.tree.map(lambda spec: P() if SEQ in named_axes(spec) else spec, model.specs)
 
 
 def init_state(model: Model, optimizer: optax.GradientTransformation, mesh: Mesh, seed: int) -> TrainState:

@@ -11,17 +11,15 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from lss_jax.attention import make_attend
-from lss_jax.attention.kernels import chosen_kernel
 from lss_jax.attention.mask import Intervals, bidirectional, documents, prefix_causal, window
-from lss_jax.attention.setting import Setting
+from lss_jax.attention.setting import layout_on, setting_on
 from lss_jax.config import Config
 from lss_jax.data.loader import IGNORED, Batch, batch_specs
 from lss_jax.dropout import Dropout, hashed
 from lss_jax.gradients import double_sum, varying
 from lss_jax.layers import Segment
-from lss_jax.layout import Layout
 from lss_jax.losses import LossSum, cross_entropy
-from lss_jax.mesh import DATA, SEQ, cut_axes, named_axes, over_cut_axes
+from lss_jax.mesh import DATA, SEQ, named_axes, over_cut_axes
 from lss_jax.models import Model, Params
 from lss_jax.state import TrainState, state_shardings
 
@@ -154,25 +152,6 @@ def dropout_of(config: Config, batch: Batch, step: jax.Array) -> Dropout | None:
     if not config.model.dropout:
         return None
     return Dropout(config.model.dropout, hashed(jnp.uint32(config.seed), step), batch.row_B, batch.positions_L)
-
-
-def layout_on(config: Config, mesh: Mesh) -> Layout:
-    """The token order of a config on this mesh."""
-    return Layout(config.attention.layout, mesh.shape[SEQ])
-
-
-def setting_on(config: Config, mesh: Mesh) -> Setting:
-    """The static side of attention on this mesh."""
-    attention = config.attention
-    return Setting(
-        axis=SEQ if SEQ in cut_axes(mesh) else None,
-        layout=layout_on(config, mesh),
-        kernel=chosen_kernel(attention.kernel),
-        block_queries=attention.block_queries,
-        block_keys=attention.block_keys,
-        gather_groups=attention.gather_groups,
-        regather=attention.regather,
-    )
 
 
 def sum_over_microbatches(function: Callable[[Batch], Any], batch: Batch, specs: Batch, count: int) -> Any:

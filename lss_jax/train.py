@@ -10,10 +10,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from lss_jax import cli, distributed
+from lss_jax.attention.setting import layout_on, setting_on
 from lss_jax.config import from_dict
 from lss_jax.metrics import console_line, read_records
 from lss_jax.models import parameter_count
-from lss_jax.step import layout_on, setting_on
 from lss_jax.trainer import Trainer
 
 
@@ -88,6 +88,9 @@ def introduce(trainer: Trainer) -> None:
         f"data     {config.data.source}, {len(trainer.splits['train'].data):,} bytes to train on; a step is "
         f"{config.data.batch_size} sequences of {config.data.seq_len:,} tokens, {segment:,} per device"
     )
+    if config.data.separator:
+        documents = trainer.splits["train"].documents
+        print(f"packed   {documents:,} documents in the training data, each ending with {config.data.separator!r}")
     print(f"workdir  {trainer.workdir}" + (f", going on after step {trainer.step}" if trainer.step else ""), flush=True)
     for key, (then, now) in trainer.changes.items():
         print(f"changed  {key} from {then!r} to {now!r}", flush=True)

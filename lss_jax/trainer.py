@@ -12,13 +12,14 @@ import numpy as np
 from jax.sharding import Mesh
 from tqdm import tqdm
 
+from lss_jax.attention.setting import layout_on
 from lss_jax.checkpoint import Checkpoints, like
 from lss_jax.config import Config, ConfigError, changes, check_same_model, from_dict, validate
 from lss_jax.data.loader import (
     Batch,
     batch_like,
     consecutive_starts,
-    document_starts,
+    document_edges,
     prefetched,
     read_batch,
     shuffled_starts,
@@ -30,8 +31,8 @@ from lss_jax.mesh import make_mesh, shardings
 from lss_jax.metrics import MetricsWriter, Record, bits_per_byte
 from lss_jax.models import Model, Params, build_model
 from lss_jax.optimizer import make_optimizer, make_schedule
-from lss_jax.state import TrainState, init_state, state_shardings
-from lss_jax.step import layout_on, make_eval_step, make_train_step
+from lss_jax.state import TrainState, init_state, kept_specs, state_shardings
+from lss_jax.step import make_eval_step, make_train_step
 
 
 class Trainer:
@@ -161,8 +162,18 @@ class Split:
 
     def __init__(self, data: np.ndarray, config: Config, mesh: Mesh):
         self.data, self.batch_size, self.seq_len = data, config.data.batch_size, config.data.seq_len
-        self._documents = document_starts(data, config.data.separator)
+        self._documents = document_edges(data, config.data.separator)
+        if len(data) <= config.attention.prefix:
+            raise ConfigError(
+                f"attention.prefix={config.attention.prefix} leaves nothing to predict in a split of {len(data)} "
+                f"bytes; use a shorter prefix or a longer file"
+            )
         self._mesh, self._layout = mesh, layout_on(config, mesh)
+
+    @property
+    def documents(self) -> int:
+        """How many there are."""
+        return 1 if self._documents is None else len(self._documents) - 1
 
     def read(self, starts_B: np.ndarray) -> Batch:
         """The batch of the windows at `starts_B`."""
@@ -179,7 +190,8 @@ def evaluate_split(
     for batch in tqdm(made, desc=name, total=len(starts), unit="batch", leave=False, disable=None):
         sums = eval_step(params, batch)
         nats, count = nats + float(sums.nats), count + float(sums.tokens)
-    return {"loss": nats / count, "bits_per_byte": bits_per_byte(nats / count)}
+    loss = nats / max(count, 1.0)
+    return {"loss": loss, "bits_per_byte": bits_per_byte(loss)}
 
 
 def restore_params(model: Model, mesh: Mesh, workdir: Path) -> tuple[int, Params]:
@@ -192,7 +204,7 @@ def restore_params(model: Model, mesh: Mesh, workdir: Path) -> tuple[int, Params
     step = checkpoints.latest_step()
     if step is None:
         raise ConfigError(f"{workdir} has no checkpoint yet; train there first")
-    params = checkpoints.restore(step, params=like(model.shapes, shardings(model.specs, mesh, model.shapes)))["params"]
+    params = checkpoints.restore(step, params=like(model.shapes, shardings(kept_specs(model, mesh), mesh)))["params"]
     checkpoints.close()
     return step, params
 

@@ -4,11 +4,11 @@ import jax
 import numpy as np
 
 from configs import base
+from lss_jax.attention.setting import layout_on
 from lss_jax.config import Config, from_dict, validate
-from lss_jax.data.loader import Batch, document_starts, read_batch
+from lss_jax.data.loader import Batch, document_edges, read_batch
 from lss_jax.mesh import make_mesh
 from lss_jax.models import Model, build_model
-from lss_jax.step import layout_on
 
 MESHES = [(1, 1), (8, 1), (1, 8), (2, 4), (4, 2), (2, 3)]  # data x seq
 SMALL = {
@@ -60,7 +60,7 @@ def batch_on(
     seq_len, rows = config.data.seq_len, config.data.batch_size
     if starts_B is None:
         starts_B = np.random.default_rng(seed).integers(0, len(data) - seq_len - 1, rows)
-    documents = document_starts(data, config.data.separator)
+    documents = document_edges(data, config.data.separator)
     return read_batch(data, starts_B, seq_len, mesh, layout_on(config, mesh), documents)
 
 

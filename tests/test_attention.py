@@ -22,6 +22,7 @@ from lss_jax.attention.blocks import (
     touched,
 )
 from lss_jax.attention.dense import attention_rows
+from lss_jax.attention.kernels import KERNELS
 from lss_jax.attention.mask import Intervals, bidirectional, causal, documents, prefix_causal, window
 from lss_jax.attention.setting import Setting, stacked
 from lss_jax.config import AttentionConfig, DataConfig, ModelConfig
@@ -349,6 +350,7 @@ def test_of_many_groups_two_are_held_at_a_time():
     [
         (AttentionConfig, "strategy", STRATEGIES),
         (AttentionConfig, "layout", CHUNKS_PER_DEVICE),
+        (AttentionConfig, "kernel", {"auto", *KERNELS}),
         (ModelConfig, "family", FAMILIES),
         (DataConfig, "source", SOURCES),
     ],

@@ -11,6 +11,7 @@ from helpers import small_config
 from jax.sharding import AbstractMesh, AxisType
 
 from configs import base
+from lss_jax.attention.setting import layout_on
 from lss_jax.cli import override
 from lss_jax.config import ConfigError, MeshConfig, from_dict, mesh_sizes, validate
 from lss_jax.data.loader import batch_like
@@ -18,7 +19,7 @@ from lss_jax.mesh import AXES, make_mesh
 from lss_jax.models import build_model, parameter_count
 from lss_jax.optimizer import decayed, make_optimizer, make_schedule
 from lss_jax.state import init_state
-from lss_jax.step import layout_on, make_loss_and_gradient
+from lss_jax.step import make_loss_and_gradient
 
 CONFIGS = sorted(Path(__file__).parents[1].joinpath("configs").glob("*.py"))
 
@@ -88,6 +89,9 @@ BAD = {
     "model.dropout=1.0": r"model.dropout=1.0 must be at least 0 and less than 1",
     "model.positions='sinus'": r"model.positions='sinus' is not known; choose one of 'learned', 'sinusoidal', 'rope', ",
     "model.rope_factor=2.0": r'model.rope_factor=2.0 has no use with model.rope_scaling="none"; use "linear" or "ntk"',
+    "model.rope_scaling='ntk'": r"model.rope_scaling='ntk' has no use with model.positions='learned'; use model.pos",
+    "model.dropout=0.999": r"model.dropout=0.999 leaves next to nothing; use at most 0.99",
+    "attention.window=2**31": r"attention.window=2147483648 must be less than 2\*\*31; use 0 for all",
     "model.rope_base=0.0": r"model.rope_base=0.0 must be greater than 0 and finite",
     "attention.strategy='lsa'": r"attention.strategy='lsa' is not known; choose one of 'lss', 'ring', 'ulysses'",
     "attention.strategy='ring' attention.kernel='dense'": r"kernel='dense' cannot take keys as they come by, .*block",

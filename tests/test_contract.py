@@ -11,13 +11,13 @@ from helpers import model_on
 
 from lss_jax import hlo
 from lss_jax.attention import STRATEGIES
-from lss_jax.attention.setting import Sizes
+from lss_jax.attention.setting import Sizes, layout_on, setting_on
 from lss_jax.checkpoint import like
 from lss_jax.data.loader import batch_like
 from lss_jax.models import parameter_count
 from lss_jax.optimizer import make_optimizer
 from lss_jax.state import init_state, state_shardings
-from lss_jax.step import layout_on, make_eval_step, make_train_step, setting_on
+from lss_jax.step import make_eval_step, make_train_step
 
 LAYERS = 3
 
@@ -75,7 +75,7 @@ def predicted(config, mesh):
         if attention.strategy == "ulysses":
             rows = sizes.B if config.data.separator else 1
             times["all-gather", seq * 2 * rows * sizes.l * 4] += accumulate
-        indivisible = config.data.seq_len % seq != 0
+        indivisible = sizes.l * seq != config.data.seq_len
         times["scalar all-reduce", None] += int(table and not indivisible)
         times["all-gather", seq * sizes.l * config.model.width * 4] += int(table and indivisible)
     times["all-reduce", None] += (seq > 1) + (data > 1)
@@ -111,6 +111,7 @@ VARIANTS = {
     "documents": {"data__separator": "a"},
     "grouped queries": {"model__kv_heads": 2},
     "padded": {"data__seq_len": 45},
+    "padded chunks": {"data__seq_len": 44},
     "dropout": {"model__dropout": 0.1},
     "dense": {"attention__kernel": "dense"},
 }
@@ -122,7 +123,7 @@ def test_collectives_of_every_variant(variant):
     assert found_in(found) == predicted(model.config, mesh)
 
 
-@pytest.mark.parametrize("variant", ["contiguous", "remat", "grouped queries", "documents"])
+@pytest.mark.parametrize("variant", ["contiguous", "remat", "grouped queries", "documents", "microbatches"])
 @pytest.mark.parametrize("strategy", ["ring", "ulysses"])
 def test_collectives_of_every_strategy(strategy, variant):
     model, mesh, found = compiled_step(2, 4, attention__strategy=strategy, **VARIANTS[variant])
@@ -138,7 +139,8 @@ def test_bfloat16_travels_as_such_and_its_gradients_in_float32():
     """Read before XLA compiles: on CPU it carries bfloat16 through collectives as float32."""
     _, _, lowered = lowered_step(2, 4, model__dtype="bfloat16", attention__layout="contiguous")
     lines = lowered.as_text().splitlines()
-    assert all("xbf16>" in line for line in lines if "stablehlo.all_gather" in line)
+    gathered = [line for line in lines if "stablehlo.all_gather" in line]
+    assert gathered and all("xbf16>" in line for line in gathered)
     scattered = [index for index, line in enumerate(lines) if "stablehlo.reduce_scatter" in line]
     assert scattered and all("tensor<f32>" in lines[index + 1] for index in scattered), "it adds float32 numbers"
 

@@ -17,7 +17,7 @@ from lss_jax.data import loader, sources
 from lss_jax.data.loader import (
     IGNORED,
     consecutive_starts,
-    document_starts,
+    document_edges,
     prefetched,
     shuffled_starts,
     training_windows,
@@ -92,8 +92,8 @@ def test_zigzag_reads_its_two_chunks_and_one_byte_more_of_each():
 def test_documents_have_bounds_and_their_first_bytes_are_no_targets(layout):
     text = b"one. three. four. a much longer document, wider than a window of sixteen. last"
     data, L, starts_B = np.frombuffer(text, np.uint8), 17, np.array([0, 17, 34, 68])
-    documents = document_starts(data, ". ")
-    assert [text[i:].split()[0] for i in documents] == [b"one.", b"three.", b"four.", b"a", b"last"]
+    documents = document_edges(data, ". ")
+    assert [text[i:].split()[0] for i in documents[:-1]] == [b"one.", b"three.", b"four.", b"a", b"last"]
     batch = read_batch(data, starts_B, L, mesh_of(2, 3), layout, documents)
     order = np.argsort(batch.positions_L)
     for row, start in enumerate(starts_B):
@@ -108,8 +108,13 @@ def test_documents_have_bounds_and_their_first_bytes_are_no_targets(layout):
         assert np.all(begin[L:] == 0) and np.all(end[L:] == 0), "the padding sees nothing"
 
 
+def test_a_separator_that_does_not_occur_is_refused():
+    with pytest.raises(ConfigError, match=r"data.separator='#' does not occur in a split of 6 bytes; give a string"):
+        document_edges(np.frombuffer(b"a. b. ", np.uint8), "#")
+
+
 def test_without_a_separator_all_is_one_document():
-    assert document_starts(random_bytes(), "") is None
+    assert document_edges(random_bytes(), "") is None
     assert read_batch(random_bytes(), np.array([0]), 48, mesh_of(1, 4)).documents_2BL is None
 
 

@@ -77,6 +77,24 @@ def test_another_mesh_goes_on_with_the_same_curve(config, tmp_path, data, seq):
     np.testing.assert_allclose([loss for _, loss in found], [loss for _, loss in expected], rtol=1e-5)
 
 
+def test_a_length_that_only_one_mesh_divides(config, tmp_path):
+    """Its position table is whole on 2 x 4 devices and cut on 1 x 3; the checkpoint and the curve are the same."""
+    config = change(config, data__seq_len=45)
+    run(config, tmp_path / "whole")
+    run(config, tmp_path / "parts", stop_after=4)
+    other = change(config, mesh__data=1, mesh__seq=3, attention__layout="contiguous")
+    run(other, tmp_path / "parts", devices=jax.devices()[:3])
+    np.testing.assert_allclose(
+        [loss for _, loss in curve(tmp_path / "parts")], [loss for _, loss in curve(tmp_path / "whole")], rtol=1e-5
+    )
+
+
+def test_a_prefix_longer_than_a_split_is_refused(config, tmp_path):
+    with pytest.raises(ConfigError, match=r"attention.prefix=400 leaves nothing to predict in a split of 300 bytes"):
+        Trainer(change(config, data__seq_len=500, attention__prefix=400), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_finished_run_has_nothing_left_to_do_and_can_be_prolonged(config, tmp_path):
     done = run(config, tmp_path / "run")
     assert_equal(run(config, tmp_path / "run"), done)

@@ -9,6 +9,7 @@ import oracle
 import pytest
 from helpers import MESHES, assert_close, batch_on, model_on, random_bytes, relative_error
 
+from lss_jax.dropout import AFTER_ATTENTION, AFTER_MLP, ATTENTION, EMBEDDING, LAYER, Dropout
 from lss_jax.optimizer import decayed, make_optimizer, make_schedule
 from lss_jax.state import init_state
 from lss_jax.step import make_eval_step, make_loss_and_gradient, make_train_step
@@ -32,6 +33,7 @@ VARIANTS = {
     "prefix": {"attention__prefix": 11},
     "prefix and window": {"attention__prefix": 11, "attention__window": 7},
     "documents": {"data__separator": "a"},
+    "documents in microbatches": {"data__separator": "a", "optim__accumulate": 2},
     "documents and window": {"data__separator": "a", "attention__window": 7},
     "dense": {"attention__kernel": "dense"},
     "small blocks": {"attention__block_queries": 4, "attention__block_keys": 5},
@@ -178,6 +180,19 @@ def curve_with_dropout(data, seq, **changes):
 def test_dropout_gives_one_curve_on_every_mesh(data, seq, changes):
     reference = curve_with_dropout(1, 1, attention__kernel="dense", attention__layout="contiguous")
     np.testing.assert_allclose(curve_with_dropout(data, seq, **changes), reference, rtol=1e-5)
+
+
+def test_dropout_is_at_every_place_and_each_has_a_key_of_its_own(monkeypatch):
+    at, places = Dropout.at, []
+
+    def noted(self, *coordinates):
+        places.append(coordinates[0])
+        return at(self, *coordinates)
+
+    monkeypatch.setattr(Dropout, "at", noted)
+    model, mesh = model_on(2, 4, **DROPPING)
+    jax.eval_shape(make_loss_and_gradient(model, mesh), model.shapes, batch_on(mesh, model.config), 0)
+    assert set(places) == {EMBEDDING, LAYER, ATTENTION, AFTER_ATTENTION, AFTER_MLP}
 
 
 def test_dropout_depends_on_seed_and_step_and_spares_evaluation():

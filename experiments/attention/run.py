@@ -109,6 +109,7 @@ class Program:
         sharding = self.inputs[0].sharding
         self.compiled = jax.jit(forward_and_backward, out_shardings=sharding).lower(*self.inputs).compile()
         memory = self.compiled.memory_analysis()
+        assert memory is not None
         self.temporary = memory.temp_size_in_bytes
         self.total = self.temporary + memory.argument_size_in_bytes + memory.output_size_in_bytes
 
@@ -131,7 +132,7 @@ def inputs(length: int, mesh: Mesh) -> list[jax.Array]:
 def traffic_of(compiled: jax.stages.Compiled) -> Counter:
     """How often a collective runs, by its kind and the bytes of its result on one device."""
     found: Counter = Counter()
-    for one in collectives(compiled.as_text()):
+    for one in collectives(compiled.as_text() or ""):
         found[one.kind, one.bytes] += one.times
     return found
 
@@ -263,7 +264,7 @@ def number(value: float | None, digits: int = 3) -> str:
 
 
 def area(length: int, rounds: int, mesh: Mesh) -> list[dict]:
-    masks = {
+    masks: dict[str, Callable[[jax.Array], Intervals]] = {
         "bidirectional": partial(bidirectional, length=length),
         "causal": causal,
         "window": lambda position_l: causal(position_l) & window(position_l, length // WINDOWS),

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from functools import partial
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from lss_jax.attention.blocks import chunks_of_all, cut_queries, key_blocks, too_short, touched
@@ -19,7 +20,7 @@ def computed_blocks(
     assert not too_short(l // layout.chunks_per_device, block_keys), "the kernel would put such short runs together"
     keys = key_blocks(chunks_of_all(layout, l), block_keys)
     counts = []
-    for position_l in layout.positions(length).reshape(layout.devices, l):
+    for position_l in jnp.asarray(layout.positions(length)).reshape(layout.devices, l):
         intervals = mask(position_l)
         rows = intervals.start.shape[0] if intervals.start.ndim == 2 else 1
         cut = cut_queries((rows, l, 1, 1), 1, layout, block_queries, block_keys, keys.size)

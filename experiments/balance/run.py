@@ -45,7 +45,7 @@ def packed(length: int, mean: int, seed: int) -> Callable[[jax.Array], Intervals
     """Causal attention within documents of random lengths, `[B, l]`."""
     random = np.random.default_rng(seed)
     bounds_2BL = np.stack([document_bounds(length, mean, random) for _ in range(ROWS)], axis=1)
-    return lambda position_l: documents(bounds_2BL[:, :, position_l]) & causal(jnp.asarray(position_l))
+    return lambda position_l: documents(jnp.asarray(bounds_2BL[:, :, position_l])) & causal(jnp.asarray(position_l))
 
 
 def document_bounds(length: int, mean: int, random: np.random.Generator) -> np.ndarray:

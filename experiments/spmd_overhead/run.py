@@ -23,6 +23,7 @@ import optax
 
 from configs import base
 from lss_jax import distributed
+from lss_jax.attention.setting import layout_on
 from lss_jax.config import Config, from_dict, validate
 from lss_jax.data.loader import read_batch
 from lss_jax.mesh import make_mesh
@@ -56,7 +57,7 @@ class Programs:
         self.model, optimizer = build_model(config), make_optimizer(config.optim)
         source = np.random.default_rng(0).integers(0, 256, 10**6).astype(np.uint8)
         starts_B = np.arange(config.data.batch_size) * config.data.seq_len
-        self.batch = read_batch(source, starts_B, config.data.seq_len, mesh)
+        self.batch = read_batch(source, starts_B, config.data.seq_len, mesh, layout_on(config, mesh))
         self.state = init_state(self.model, optimizer, mesh, seed=0)
         kept = state_shardings(self.model, optimizer, mesh)
 
@@ -66,8 +67,8 @@ class Programs:
 
         self._step = make_train_step(self.model, optimizer, mesh).lower(self.state, self.batch).compile()
         gradient = jax.jit(make_loss_and_gradient(self.model, mesh))
-        self._gradient = gradient.lower(self.state.params, self.batch).compile()
-        self._last = self._gradient(self.state.params, self.batch)[1]
+        self._gradient = gradient.lower(self.state.params, self.batch, 0).compile()
+        self._last = self._gradient(self.state.params, self.batch, 0)[1]
         self._optimizer = (
             jax.jit(update, out_shardings=(kept.params, kept.opt_state))
             .lower(self._last, self.state.opt_state, self.state.params)
@@ -79,7 +80,7 @@ class Programs:
         return metrics
 
     def gradient(self):
-        return self._gradient(self.state.params, self.batch)
+        return self._gradient(self.state.params, self.batch, 0)
 
     def optimizer(self):
         return self._optimizer(self._last, self.state.opt_state, self.state.params)
@@ -87,7 +88,7 @@ class Programs:
 
 def measure(size: str, rounds: int) -> dict:
     programs = {mesh: Programs(size, *mesh) for mesh in MESHES}
-    seconds = {part: {mesh: [] for mesh in MESHES} for part in PARTS}
+    seconds: dict[str, dict[tuple[int, int], list[float]]] = {part: {mesh: [] for mesh in MESHES} for part in PARTS}
     cpu: dict[tuple[int, int], list[tuple[float, float]]] = {mesh: [] for mesh in MESHES}
     for part in PARTS:
         for turn in range(rounds + 1):

@@ -22,8 +22,3 @@ KERNELS = {
     "blockwise": Kernel(blockwise.forward, blockwise.backward),
     "dense": Kernel(dense.forward, dense.backward),
 }
-
-
-def chosen_kernel(name: str) -> str:
-    """What "auto" stands for: the one kernel so far that is fast everywhere."""
-    return "blockwise" if name == "auto" else name

@@ -5,8 +5,11 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import AbstractMesh, Mesh
 
+from lss_jax.config import Config
 from lss_jax.layout import Layout
+from lss_jax.mesh import SEQ, cut_axes
 
 COMMUNICATED = "attention_communicated"  # keys and values from other devices: kept, or moved again on the way back
 ATTENDED = "attention_rows"  # rows and their log-sum-exp: with these kept, no score is computed again but in blocks
@@ -31,6 +34,25 @@ class Setting:
     def uncut(self) -> "Setting":
         """The same for whole sequences in natural order, as a device has them after an exchange of heads."""
         return dataclasses.replace(self, axis=None, layout=Layout("contiguous", 1))
+
+
+def layout_on(config: Config, mesh: Mesh | AbstractMesh) -> Layout:
+    """The token order of a config on this mesh."""
+    return Layout(config.attention.layout, mesh.shape[SEQ])
+
+
+def setting_on(config: Config, mesh: Mesh | AbstractMesh) -> Setting:
+    """The static side of a config's attention on this mesh."""
+    attention = config.attention
+    return Setting(
+        axis=SEQ if SEQ in cut_axes(mesh) else None,
+        layout=layout_on(config, mesh),
+        kernel="blockwise" if attention.kernel == "auto" else attention.kernel,  # the best that there is so far
+        block_queries=attention.block_queries,
+        block_keys=attention.block_keys,
+        gather_groups=attention.gather_groups,
+        regather=attention.regather,
+    )
 
 
 def stacked(k_BlGK: jax.Array, v_BlGK: jax.Array) -> jax.Array:

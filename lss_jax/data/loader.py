@@ -16,6 +16,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
+from lss_jax.config import ConfigError
 from lss_jax.layout import Layout
 from lss_jax.mesh import DATA, SEQ, shardings
 
@@ -75,7 +76,7 @@ def read_batch(
     """The windows of `data` (bytes, memory-mapped) at `starts_B`, cut over the mesh.
 
     What lies beyond the end of `data`, or pads the window to a length that the mesh divides, is token 0 with an ignored
-    target. With `documents` (where each starts in `data`, ascending from 0) the first token of a document is no target.
+    target. With `documents` (from `document_edges`) the first token of a document is no target.
     """
     like = batch_like(len(starts_B), seq_len, mesh, layout, packed=documents is not None)
     position_L = layout.positions(like.tokens_BL.shape[1])
@@ -115,15 +116,23 @@ def batch_like(batch_size: int, seq_len: int, mesh: Mesh, layout: Layout, packed
     return Batch(*(s and jax.ShapeDtypeStruct(s, np.int32, sharding=p) for s, p in zip(shapes, placed, strict=True)))
 
 
-def document_starts(data: np.ndarray, separator: str) -> np.ndarray | None:
-    """Where documents start in `data` if each ends with `separator`; None without one, when all is one document.
+def document_edges(data: np.ndarray, separator: str) -> np.ndarray | None:
+    """Where documents start in `data` if each ends with `separator`, and the end of all time; None if all is one.
 
     Reads all of `data`, once.
+
+    Raises:
+      ConfigError: the separator does not occur.
     """
     if not separator:
         return None
-    pattern = re.escape(separator.encode())
-    return np.array([0, *(match.end() for match in re.finditer(pattern, data.data))])
+    ends = np.fromiter((match.end() for match in re.finditer(re.escape(separator.encode()), data.data)), np.int64)
+    if not len(ends):
+        raise ConfigError(
+            f"data.separator={separator!r} does not occur in a split of {len(data)} bytes; give a string that ends "
+            f"documents (in a shell $'\\n\\n' is two line feeds), or leave it empty"
+        )
+    return np.concatenate(([0], ends, [np.iinfo(np.int64).max]))
 
 
 def _runs(positions: np.ndarray) -> list[range]:
@@ -146,9 +155,8 @@ def _read(data: np.ndarray, start: int, run: range, seq_len: int, documents: np.
     return np.stack((tokens, targets))
 
 
-def _bounds(documents: np.ndarray, starts_B: np.ndarray, position_l: np.ndarray, seq_len: int) -> np.ndarray:
+def _bounds(edges: np.ndarray, starts_B: np.ndarray, position_l: np.ndarray, seq_len: int) -> np.ndarray:
     """Start and end in the window, `[2, B, l]`, of each position's document; nothing (0, 0) for the padding."""
-    edges = np.append(documents, np.iinfo(np.int64).max)
     place_Bl = starts_B[:, None].astype(np.int64) + position_l
     number_Bl = np.searchsorted(edges, place_Bl, side="right")
     bounds_2Bl = np.stack((edges[number_Bl - 1], edges[number_Bl])) - starts_B[:, None]
