@@ -24,6 +24,7 @@ def get_config() -> ConfigDict:
     config.model.heads = 8
     config.model.dtype = "bfloat16"
     config.model.remat = "block"
+    config.attention.regather = True
     config.optim.steps = 50_000
     config.optim.learning_rate = 5e-4
     config.optim.warmup_steps = 1_000
