@@ -73,8 +73,8 @@ def predicted(config, mesh):
         if table and attention.layout == "zigzag":
             times["collective-permute", sizes.l // 2 * config.model.width * 4] += 4
         if attention.strategy == "ulysses":
-            rows = sizes.B if config.data.separator else 1
-            times["all-gather", seq * 2 * rows * sizes.l * 4] += accumulate
+            packed = bool(config.data.separator)  # else all microbatches share the intervals
+            times["all-gather", seq * 2 * (sizes.B if packed else 1) * sizes.l * 4] += accumulate if packed else 1
         indivisible = sizes.l * seq != config.data.seq_len
         times["scalar all-reduce", None] += int(table and not indivisible)
         times["all-gather", seq * sizes.l * config.model.width * 4] += int(table and indivisible)

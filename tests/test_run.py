@@ -90,8 +90,8 @@ def test_a_length_that_only_one_mesh_divides(config, tmp_path):
 
 
 def test_a_prefix_longer_than_a_split_is_refused(config, tmp_path):
-    with pytest.raises(ConfigError, match=r"attention.prefix=400 leaves nothing to predict in a split of 300 bytes"):
-        Trainer(change(config, data__seq_len=500, attention__prefix=400), tmp_path / "run")
+    with pytest.raises(ConfigError, match=r"attention.prefix=2500 leaves nothing to predict in a split of 2400 "):
+        Trainer(change(config, data__seq_len=3000, attention__prefix=2500), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
