@@ -27,8 +27,10 @@ def get_config() -> ConfigDict:
     )
     attention.window = 0  # a token sees so many, itself included; 0: all before it
     attention.prefix = 0  # the first so many tokens see one another, and are not predicted (prefix-LM)
-    attention.kernel = "auto"  # "blockwise", or "dense" (the paper's l x L scores); "auto": the best that there is here
-    attention.block_queries = 512  # of the blockwise kernel; by measurement, experiments/attention
+    # The kernel: "blockwise", "dense" (the paper's l x L scores), "triton" (NVIDIA GPUs), "mosaic" (TPUs); "auto": a
+    # fused one where the devices have it, else "blockwise".
+    attention.kernel = "auto"
+    attention.block_queries = 512  # at most, in a block; by measurement of "blockwise", experiments/attention
     attention.block_keys = 256
     attention.gather_groups = 1  # "lss": key/value heads travel in so many groups, while the one before is computed
     attention.regather = False  # move keys and values again on the way back instead of keeping them for every layer

@@ -25,7 +25,7 @@ class AttentionConfig:
     layout: Literal["contiguous", "zigzag"]
     window: int
     prefix: int
-    kernel: Literal["auto", "blockwise", "dense"]
+    kernel: Literal["auto", "blockwise", "dense", "triton", "mosaic"]
     block_queries: int
     block_keys: int
     gather_groups: int

@@ -34,7 +34,7 @@ class Dropout(NamedTuple):
     def __call__(self, x_BlE: jax.Array) -> jax.Array:
         """`x_BlE` with some elements zero and the others larger by `1 / (1 - rate)`."""
         stream_Bl = hashed(self.key, self.row_B[:, None], self.position_l)
-        return dropped(x_BlE, stream_Bl, jnp.arange(x_BlE.shape[2]), self.rate)
+        return dropped(x_BlE, stream_Bl[..., None], jnp.arange(x_BlE.shape[2]), self.rate)
 
 
 class PairDropout(NamedTuple):
@@ -44,9 +44,9 @@ class PairDropout(NamedTuple):
     stream_BlH: jax.Array
 
 
-def dropped(x: jax.Array, stream: jax.Array, last_coordinate: jax.Array, rate: Any) -> jax.Array:
-    """Drops elements of `x` by the hashes of its leading axes (`stream`) and the coordinates along its last axis."""
-    bits = mixed(stream[..., None] ^ mixed(last_coordinate))
+def dropped(x: jax.Array, stream: jax.Array, coordinate: jax.Array, rate: Any) -> jax.Array:
+    """Drops elements of `x` by the hashes of what they are so far (`stream`) and one more coordinate; all broadcast."""
+    bits = mixed(stream ^ mixed(coordinate))
     keeps = bits >= (jnp.float32(rate) * 2.0**32).astype(jnp.uint32)
     return jnp.where(keeps, x.astype(jnp.float32) / (1.0 - jnp.float32(rate)), 0.0).astype(x.dtype)
 

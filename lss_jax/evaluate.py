@@ -7,6 +7,7 @@ import jax
 from ml_collections import ConfigDict
 
 from lss_jax import cli, distributed
+from lss_jax.attention.setting import kernel_on
 from lss_jax.config import ConfigError, from_dict, validate
 from lss_jax.data.sources import open_splits
 from lss_jax.mesh import make_mesh
@@ -38,6 +39,7 @@ def main() -> int:
     distributed.start()
     check_workdir(config, workdir)
     mesh = make_mesh(validate(config, len(jax.devices())))
+    kernel_on(config, mesh)  # refuses one that is for other devices
     split = Split(open_splits(config.data)[arguments.split], config, mesh)
     model = build_model(config)
     step, params = restore_params(model, mesh, workdir)

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from lss_jax import cli, distributed
-from lss_jax.attention.setting import layout_on, setting_on
+from lss_jax.attention.setting import layout_on
 from lss_jax.config import from_dict
 from lss_jax.metrics import console_line, read_records
 from lss_jax.models import parameter_count
@@ -78,11 +78,10 @@ def introduce(trainer: Trainer) -> None:
     sizes = " x ".join(f"{axis}={size}" for axis, size in trainer.mesh.shape.items())
     layout, attention = layout_on(config, trainer.mesh), config.attention
     segment = layout.padded(config.data.seq_len) // layout.devices
-    kernel = setting_on(config, trainer.mesh).kernel
     print(f"devices  {trainer.mesh.size} {devices[0].device_kind}, mesh {sizes}")
     print(
         f"model    {config.model.family}, {parameter_count(trainer.model):,} parameters, {config.model.dtype}, "
-        f"attention {attention.strategy} ({attention.layout}, {kernel})"
+        f"attention {attention.strategy} ({attention.layout}, {trainer.kernel})"
     )
     print(
         f"data     {config.data.source}, {len(trainer.splits['train'].data):,} bytes to train on; a step is "

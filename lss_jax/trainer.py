@@ -12,7 +12,7 @@ import numpy as np
 from jax.sharding import Mesh
 from tqdm import tqdm
 
-from lss_jax.attention.setting import layout_on
+from lss_jax.attention.setting import kernel_on, layout_on
 from lss_jax.checkpoint import Checkpoints, like
 from lss_jax.config import Config, ConfigError, changes, check_same_model, from_dict, validate
 from lss_jax.data.loader import (
@@ -48,6 +48,7 @@ class Trainer:
         devices = jax.devices() if devices is None else devices
         self.config, self.workdir = config, workdir
         self.mesh = make_mesh(validate(config, len(devices)), devices)
+        self.kernel = kernel_on(config, self.mesh)
         self.model = build_model(config)
         self.stopping = False  # set it (from a signal handler, say), and `fit` ends after the step in hand
         self._blocks = self.mesh.devices.flat[0].platform == "cpu"

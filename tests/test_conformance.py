@@ -35,7 +35,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
 
-from lss_jax.attention import STRATEGIES, blockwise
+from lss_jax.attention import STRATEGIES, blockwise, tiles
 from lss_jax.attention.kernels import KERNELS
 from lss_jax.attention.mask import Intervals
 from lss_jax.attention.setting import Setting, stacked
@@ -109,7 +109,7 @@ class Conformance:
     """What every strategy is held to."""
 
     STRATEGY: ClassVar[str]
-    KERNELS: ClassVar[tuple[str, ...]] = ("blockwise", "dense")
+    KERNELS: ClassVar[tuple[str, ...]] = ("blockwise", "triton", "mosaic", "dense")
     GAPS: ClassVar[dict[str, tuple[dict, str]]]  # what it cannot do: changes of a config, and what is said of them
     MUTATIONS: ClassVar[dict[str, Mutation]]
 
@@ -121,7 +121,7 @@ class Conformance:
     def dropout_cases(cls):
         return [
             Case(cls.STRATEGY, "contiguous", 1, 3, 3),
-            Case(cls.STRATEGY, "zigzag", 2, 4, 8, kernel=cls.KERNELS[-1], by_row=True),
+            *(Case(cls.STRATEGY, "zigzag", 2, 4, 8, kernel=kernel, by_row=True) for kernel in cls.KERNELS[1:]),
         ]
 
     def test_equals_the_oracle(self, case):
@@ -204,21 +204,25 @@ class TestLss(Conformance):
         case = Case(self.STRATEGY, "zigzag", 2, 2, 6, blocks=(64, 64), gather_groups=groups, regather=regather)
         check(case)
         arrays, mask = arrays_of(case.length, 6), shared_masks(case.length)["causal"]
-        ungrouped = attended(dataclasses.replace(case, gather_groups=1, regather=False), arrays, mask)
+        ungrouped = attended(dataclasses.replace(case, gather_groups=1, regather=False, interpret=True), arrays, mask)
         assert_close(attended(case, arrays, mask)._asdict(), ungrouped._asdict(), 1e-6)
 
     @pytest.mark.parametrize("ends", [(1, 0), (0, -1)], ids=["first", "last"])
-    def test_a_block_left_out_is_seen(self, ends, mutated):
-        """The range of key blocks that a block of queries touches is one too short."""
-        real = blockwise.touched
+    @pytest.mark.parametrize(
+        ("kernel", "module", "function"),
+        [("blockwise", blockwise, "touched"), ("triton", tiles, "range_of"), ("mosaic", tiles, "range_of")],
+    )
+    def test_a_block_left_out_is_seen(self, kernel, module, function, ends, mutated):
+        """The range of blocks that a block touches is one too short."""
+        real = getattr(module, function)
 
         def too_few(*args):
             first, stop = real(*args)
             return first + ends[0], stop + ends[1]
 
-        mutated.setattr(blockwise, "touched", too_few)
+        mutated.setattr(module, function, too_few)
         with pytest.raises(AssertionError, match=r"\['window'\]\['o'\]"):
-            check(Case(self.STRATEGY, seq=3, kv_heads=1))
+            check(Case(self.STRATEGY, seq=3, kv_heads=1, kernel=kernel))
 
 
 class TestRing(Conformance):
@@ -273,7 +277,7 @@ def factors(length: int, *coordinates: int) -> np.ndarray:
     """What dropout multiplies each attention weight by, `[B, H, L, L]`: 0, or a bit more than 1."""
     rate, stream_BLH = some_dropout(length, *coordinates).of_heads(jnp.arange(H))
     ones_BLHL = jnp.ones((*stream_BLH.shape, length))
-    return np.asarray(dropped(ones_BLHL, stream_BLH, jnp.arange(length), rate).transpose(0, 2, 1, 3))
+    return np.asarray(dropped(ones_BLHL, stream_BLH[..., None], jnp.arange(length), rate).transpose(0, 2, 1, 3))
 
 
 def check_dropout(case: Case) -> None:
@@ -338,6 +342,10 @@ SHAPES = [
     Shape("blockwise", "zigzag", 2, 10, 1, (3, 4), True),
     Shape("blockwise", "zigzag", 3, 8, 3, (4, 2), False),
     Shape("blockwise", "zigzag", 4, 6, 2, (64, 64), True),
+    Shape("triton", "contiguous", 2, 40, 6, (16, 16), True),
+    Shape("triton", "zigzag", 2, 66, 2, (32, 16), False),
+    Shape("mosaic", "contiguous", 1, 50, 1, (16, 32), False),
+    Shape("mosaic", "zigzag", 3, 34, 3, (16, 16), True),
     Shape("dense", "contiguous", 1, 13, 2, (8, 8), True),
     Shape("dense", "zigzag", 3, 6, 3, (8, 8), False),
 ]
@@ -347,7 +355,7 @@ SHAPES = [
 def kernel_alone(shape: Shape, q_BlHK, k_BLGK, v_BLGK, do_BlHK, mask) -> Results:
     """A kernel as one device runs it, outside `shard_map`: whole keys in natural order to `Results`."""
     layout = Layout(shape.layout, shape.segments)
-    setting = Setting(None, layout, shape.kernel, *shape.blocks, gather_groups=1, regather=False)
+    setting = Setting(None, layout, shape.kernel, *shape.blocks, gather_groups=1, regather=False, interpret=True)
     kernel = KERNELS[shape.kernel]
     kv_N2BGlK = layout.segments(stacked(k_BLGK, v_BLGK), 3)
     o_BlHK, saved = kernel.forward(q_BlHK, kv_N2BGlK, mask, None, setting)

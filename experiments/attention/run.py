@@ -158,7 +158,9 @@ def attention_of(
 
 
 def setting_of(variant: Variant, blocks: tuple[int, int]) -> Setting:
-    return Setting(SEQ, Layout(variant.layout, DEVICES), variant.kernel, *blocks, variant.groups, variant.regather)
+    return Setting(
+        SEQ, Layout(variant.layout, DEVICES), variant.kernel, *blocks, variant.groups, variant.regather, interpret=True
+    )
 
 
 def predicted(variant: Variant, length: int) -> Counter:

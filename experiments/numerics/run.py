@@ -73,7 +73,8 @@ def computed(strategy: str, devices: int, arrays_1LHK: list[np.ndarray]) -> list
     layout = Layout("zigzag", devices)
     mesh = make_mesh((1, devices, 1), jax.devices()[:devices])
     spec, spec_l = over_cut_axes(P(None, SEQ), mesh), over_cut_axes(P(SEQ), mesh)
-    setting = Setting(SEQ if devices > 1 else None, layout, "blockwise", BLOCK, BLOCK, gather_groups=1, regather=False)
+    axis = SEQ if devices > 1 else None
+    setting = Setting(axis, layout, "blockwise", BLOCK, BLOCK, gather_groups=1, regather=False, interpret=True)
     position_L = layout.positions(arrays_1LHK[0].shape[1])
 
     @partial(jax.shard_map, mesh=mesh, in_specs=(spec, spec, spec, spec_l), out_specs=spec)

@@ -243,7 +243,7 @@ def _scores(queries, k_gkK, keys, t):
 def _dropped(x_gmk, queries, keys, t):
     if queries.stream_igm is None:
         return x_gmk
-    return dropped(x_gmk, queries.stream_igm, _position_k(keys, t), queries.rate_i)
+    return dropped(x_gmk, queries.stream_igm[..., None], _position_k(keys, t), queries.rate_i)
 
 
 def _scale(k_gkK) -> float:

@@ -60,7 +60,7 @@ def attention_rows(
     sum_BGm = jnp.einsum("BGmL->BGm", e_BGmL)
     if dropout is not None:
         stream_BGm = dropout.stream_BlH.reshape(B, l, G, R).transpose(0, 2, 3, 1).reshape(B, G, R * l)
-        e_BGmL = dropped(e_BGmL, stream_BGm, key_L, dropout.rate)
+        e_BGmL = dropped(e_BGmL, stream_BGm[..., None], key_L, dropout.rate)
     o_BGmK = jnp.einsum("BGmL,BGLK->BGmK", e_BGmL.astype(v_BGLK.dtype), v_BGLK, preferred_element_type=jnp.float32)
     o_BGmK = o_BGmK / jnp.where(sum_BGm > 0, sum_BGm, 1.0)[..., None]  # divided last: `l x K` numbers, not `l x L`
     return o_BGmK.reshape(B, G, R, l, K).transpose(0, 3, 1, 2, 4).reshape(B, l, H, K).astype(q_BlHK.dtype)

@@ -6,9 +6,11 @@ A kernel is a pair. `forward(q_BlHK, kv_N2BGlK, mask, dropout, setting)` gives `
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
-from lss_jax.attention import blockwise, dense
+from lss_jax.attention import blockwise, dense, fused
+from lss_jax.attention.targets import TARGETS
 
 
 class Kernel(NamedTuple):
@@ -21,4 +23,8 @@ class Kernel(NamedTuple):
 KERNELS = {
     "blockwise": Kernel(blockwise.forward, blockwise.backward),
     "dense": Kernel(dense.forward, dense.backward),
+    **{
+        name: Kernel(partial(fused.forward, target=target), partial(fused.backward, target=target))
+        for name, target in TARGETS.items()
+    },
 }

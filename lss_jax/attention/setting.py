@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh
 
-from lss_jax.config import Config
+from lss_jax.config import Config, ConfigError
 from lss_jax.layout import Layout
 from lss_jax.mesh import SEQ, cut_axes
 
@@ -29,6 +29,7 @@ class Setting:
     block_keys: int
     gather_groups: int
     regather: bool
+    interpret: bool  # fused kernels step by step, as on CPUs
 
     @property
     def uncut(self) -> "Setting":
@@ -47,12 +48,45 @@ def setting_on(config: Config, mesh: Mesh | AbstractMesh) -> Setting:
     return Setting(
         axis=SEQ if SEQ in cut_axes(mesh) else None,
         layout=layout_on(config, mesh),
-        kernel="blockwise" if attention.kernel == "auto" else attention.kernel,  # the best that there is so far
+        kernel=kernel_on(config, mesh),
         block_queries=attention.block_queries,
         block_keys=attention.block_keys,
         gather_groups=attention.gather_groups,
         regather=attention.regather,
+        interpret=False,
     )
+
+
+FUSED = {"triton": "NVIDIA GPUs of compute capability 8.0 or more", "mosaic": "TPUs"}
+
+
+def kernel_on(config: Config, mesh: Mesh | AbstractMesh) -> str:
+    """The kernel of a config on this mesh; for "auto" the fused one, where the devices and the strategy can use it.
+
+    Raises:
+      ConfigError: the config names a kernel for other devices.
+    """
+    asked, fused = config.attention.kernel, _fused_on(mesh)
+    if asked == "auto":
+        return fused if fused and config.attention.strategy != "ring" else "blockwise"
+    if asked in FUSED and asked != fused:
+        raise ConfigError(
+            f"attention.kernel={asked!r} is for {FUSED[asked]}, and these devices are "
+            f"{'abstract' if isinstance(mesh, AbstractMesh) else mesh.devices.flat[0].device_kind}; "
+            f'use attention.kernel="auto"'
+        )
+    return asked
+
+
+def _fused_on(mesh: Mesh | AbstractMesh) -> str | None:
+    """The fused kernel that is compiled for the devices of this mesh."""
+    device = None if isinstance(mesh, AbstractMesh) else mesh.devices.flat[0]
+    if device is None or device.platform not in ("gpu", "tpu"):
+        return None
+    if device.platform == "tpu":
+        return "mosaic"
+    capability = getattr(device, "compute_capability", "0")  # NVIDIA's alone have one that is a number
+    return "triton" if capability.replace(".", "").isdigit() and float(capability) >= 8.0 else None
 
 
 def stacked(k_BlGK: jax.Array, v_BlGK: jax.Array) -> jax.Array:
