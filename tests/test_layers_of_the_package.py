@@ -6,7 +6,7 @@ from pathlib import Path
 PACKAGE = Path(__file__).parents[1] / "lss_jax"
 ROWS = [
     {"config", "mesh", "layout", "dropout", "hlo"},
-    {"distributed", "attention", "embeddings"},
+    {"distributed", "topology", "attention", "embeddings"},
     {"layers"},
     {"models", "data"},
     {"losses", "gradients", "optimizer", "state", "checkpoint", "metrics"},

@@ -66,7 +66,7 @@ def kernel_on(config: Config, mesh: Mesh | AbstractMesh) -> str:
     Raises:
       ConfigError: the config names a kernel for other devices.
     """
-    asked, fused = config.attention.kernel, _fused_on(mesh)
+    asked, fused = config.attention.kernel, fused_on(mesh)
     if asked == "auto":
         return fused if fused and config.attention.strategy != "ring" else "blockwise"
     if asked in FUSED and asked != fused:
@@ -78,7 +78,7 @@ def kernel_on(config: Config, mesh: Mesh | AbstractMesh) -> str:
     return asked
 
 
-def _fused_on(mesh: Mesh | AbstractMesh) -> str | None:
+def fused_on(mesh: Mesh | AbstractMesh) -> str | None:
     """The fused kernel that is compiled for the devices of this mesh."""
     device = None if isinstance(mesh, AbstractMesh) else mesh.devices.flat[0]
     if device is None or device.platform not in ("gpu", "tpu"):

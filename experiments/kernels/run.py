@@ -1,0 +1,179 @@
+"""Fused attention kernels: whether they compile, and on devices that have one what they compute, and how fast.
+
+    python -m experiments.kernels.run --topology gpu:h100:8 --topology tpu:v5p:2x2x2    # compiled; needs no such device
+    python -m experiments.kernels.run                                                   # on the devices at hand
+
+Claim: forward and backward compile for NVIDIA GPUs and TPUs inside `shard_map` with `check_vma=True`, for either dtype
+and for narrow and wide heads; on such a device outputs and gradients equal those of dense attention, in less time than
+"blockwise" takes. Committed: what was compiled. Nobody has run them on a GPU or a TPU yet.
+Cost: two minutes. Compiling for what is not there takes pip install "jax[cuda13]" or "jax[tpu]".
+"""
+
+import argparse
+import json
+import time
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from lss_jax import cli, distributed
+from lss_jax.attention import make_attend
+from lss_jax.attention.mask import causal
+from lss_jax.attention.setting import Setting, fused_on
+from lss_jax.dropout import Dropout
+from lss_jax.layout import Layout
+from lss_jax.mesh import SEQ, cut_axes, make_mesh, over_cut_axes
+from lss_jax.topology import devices_of
+
+HERE = Path(__file__).parent
+ROUNDS = 5
+
+
+class Case(NamedTuple):
+    """One layer of attention: tokens in a segment, heads and their width, dtype."""
+
+    l: int
+    heads: int
+    kv_heads: int
+    K: int
+    dtype: str
+    rate: float  # of dropout
+
+
+CASES = [
+    Case(1024, 8, 8, 64, "bfloat16", 0.0),
+    Case(2048, 4, 1, 128, "bfloat16", 0.1),
+    Case(1000, 2, 1, 256, "bfloat16", 0.1),
+    Case(348, 8, 2, 64, "float32", 0.1),
+    Case(1024, 2, 1, 128, "float32", 0.0),
+    Case(1024, 2, 1, 256, "float32", 0.1),
+]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m experiments.kernels.run", description=__doc__.splitlines()[0])
+    parser.add_argument("--topology", action="append", metavar="T", help="compile for it, as in gpu:h100:8; repeatable")
+    arguments = parser.parse_args()
+    if arguments.topology:
+        rows = [row for topology in arguments.topology for row in compiled_rows(topology)]
+        report(rows, "compiled")
+    else:
+        distributed.start()
+        report(measured_rows(), "measured")
+    return 0
+
+
+def compiled_rows(topology: str):
+    devices = devices_of(topology)
+    mesh = make_mesh((1, len(devices), 1), devices)
+    for case in CASES:
+        compiled = program(case, mesh, fused_on(mesh)).lower(*arguments_of(case, mesh)).compile()
+        yield {
+            **described(case, topology, fused_on(mesh)),
+            "temporary memory, MB": compiled.memory_analysis().temp_size_in_bytes / 1e6,
+        }
+
+
+def measured_rows():
+    """Against the dense kernel in float32, on what is here: relative errors, and time over that of "blockwise"."""
+    mesh = make_mesh((1, len(jax.devices()), 1))
+    kernel = fused_on(mesh)
+    if kernel is None:
+        print("no fused kernel is for these devices; comparing the blockwise one")
+    for case in CASES:
+        arrays = random_arrays(case, mesh)
+        with jax.default_matmul_precision("highest"):
+            wide = [x.astype(jnp.float32) if x.dtype == jnp.bfloat16 else x for x in arrays]
+            right = jax.device_get(program(case, mesh, "dense")(*wide))
+        runs = {
+            name: program(case, mesh, name).lower(*arrays).compile() for name in {kernel or "blockwise", "blockwise"}
+        }
+        found = jax.device_get(runs[kernel or "blockwise"](*arrays))
+        seconds = {name: fastest(run, arrays) for name, run in runs.items()}
+        errors = {
+            name: float(np.abs(a.astype(np.float32) - b).max() / np.abs(b).max())
+            for name, a, b in zip(("o", "dq", "dk", "dv"), found, right, strict=True)
+        }
+        yield {
+            **described(case, mesh.devices.flat[0].device_kind, kernel or "blockwise"),
+            **errors,
+            "time / blockwise": seconds[kernel or "blockwise"] / seconds["blockwise"],
+        }
+
+
+def program(case: Case, mesh: Mesh, kernel: str | None):
+    """Forward and backward of LSS attention, causal, zigzag: global `q, k, v, do` and positions to `o, dq, dk, dv`."""
+    assert kernel
+    layout = Layout("zigzag", mesh.shape[SEQ])
+    axis = SEQ if SEQ in cut_axes(mesh) else None
+    setting = Setting(axis, layout, kernel, 512, 512, gather_groups=1, regather=False, interpret=False)
+
+    def on_device(q_BlHK, k_BlGK, v_BlGK, do_BlHK, position_l):
+        dropout = Dropout(case.rate, jnp.uint32(0), jnp.arange(1), position_l) if case.rate else None
+        attend = partial(make_attend("lss", causal(position_l), setting), dropout=dropout)
+        o_BlHK, transpose = jax.vjp(attend, q_BlHK, k_BlGK, v_BlGK)
+        return o_BlHK, *transpose(do_BlHK)
+
+    x_spec, sequence_spec = (over_cut_axes(spec, mesh) for spec in (P(None, SEQ), P(SEQ)))
+    return jax.jit(
+        jax.shard_map(on_device, mesh=mesh, in_specs=(*[x_spec] * 4, sequence_spec), out_specs=(x_spec,) * 4)
+    )
+
+
+def arguments_of(case: Case, mesh: Mesh) -> list[jax.ShapeDtypeStruct]:
+    """Shapes and shardings of one sequence."""
+    L = case.l * mesh.shape[SEQ]
+    heads = (case.heads, case.kv_heads, case.kv_heads, case.heads)
+    x_sharding, sequence = (NamedSharding(mesh, over_cut_axes(spec, mesh)) for spec in (P(None, SEQ), P(SEQ)))
+    arrays = [jax.ShapeDtypeStruct((1, L, count, case.K), case.dtype, sharding=x_sharding) for count in heads]
+    return [*arrays, jax.ShapeDtypeStruct((L,), "int32", sharding=sequence)]
+
+
+def random_arrays(case: Case, mesh: Mesh) -> list[jax.Array]:
+    *shapes, positions = arguments_of(case, mesh)
+    random = np.random.default_rng(0)
+    arrays = [jax.device_put(random.standard_normal(x.shape, np.float32).astype(x.dtype), x.sharding) for x in shapes]
+    natural = Layout("zigzag", mesh.shape[SEQ]).positions(positions.shape[0])
+    return [*arrays, jax.device_put(natural, positions.sharding)]
+
+
+def fastest(run: Any, arrays: list[jax.Array]) -> float:
+    """Seconds."""
+    jax.block_until_ready(run(*arrays))
+    seconds = []
+    for _ in range(ROUNDS):
+        started = time.perf_counter()
+        jax.block_until_ready(run(*arrays))
+        seconds.append(time.perf_counter() - started)
+    return min(seconds)
+
+
+def described(case: Case, where: str, kernel: str | None) -> dict[str, Any]:
+    return {"where": where, "kernel": kernel, **case._asdict()}
+
+
+def report(rows, kind: str) -> None:
+    """Prints rows as they come, then keeps them as `KIND.json` and `KIND.md`."""
+    kept = []
+    for row in rows:
+        print(row, flush=True)
+        kept.append(row)
+    (HERE / f"{kind}.json").write_text(json.dumps(kept, indent=2) + "\n")
+    lines = ["| " + " | ".join(kept[0]) + " |", "| " + " | ".join("---" for _ in kept[0]) + " |"]
+    for row in kept:
+        cells = (f"{value:.3g}" if isinstance(value, float) else str(value) for value in row.values())
+        lines.append("| " + " | ".join(cells) + " |")
+    command = "python -m experiments.kernels.run"
+    (HERE / f"{kind}.md").write_text(
+        f"{kind.capitalize()}, by `{command}` (see there), jax {jax.__version__}:\n\n" + "\n".join(lines) + "\n"
+    )
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,115 @@
+"""The devices of a topology: those at hand, simulated ones, or ones to compile for that are not there.
+
+A topology is written `cpu:8`, `tpu:v5p:2x2x2` (generation, chips along each link) or `gpu:h100:16` (eight to a host).
+What is compiled for absent devices can be looked at in every detail, and not be run.
+"""
+
+import contextlib
+import os
+import re
+from collections.abc import Sequence
+
+import jax
+from jax.experimental import topologies
+
+from lss_jax.config import ConfigError
+
+# What XLA must know of a GPU to compile for it. Source: NVIDIA's H100 and A100 data sheets, the CUDA C++ Programming
+# Guide (technical specifications per compute capability) and what `cudaGetDeviceProperties` says of the cards.
+GPUS = {
+    "h100": """
+        gpu_device_info {
+          threads_per_block_limit: 1024 threads_per_warp: 32 threads_per_core_limit: 2048
+          shared_memory_per_block: 49152 shared_memory_per_block_optin: 232448 shared_memory_per_core: 233472
+          registers_per_core_limit: 65536 registers_per_block_limit: 65536
+          block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
+          core_count: 132 fpus_per_core: 128 clock_rate_ghz: 1.98 l2_cache_size: 52428800
+          memory_bandwidth: 3352320000000 device_memory_size: 85899345920
+          cuda_compute_capability { major: 9 }
+        }
+        platform_name: "CUDA"
+        dnn_version_info { major: 9 minor: 8 }
+        runtime_version { major: 13 }
+        device_description_str: "NVIDIA H100 80GB HBM3"
+    """,
+    "a100": """
+        gpu_device_info {
+          threads_per_block_limit: 1024 threads_per_warp: 32 threads_per_core_limit: 2048
+          shared_memory_per_block: 49152 shared_memory_per_block_optin: 166912 shared_memory_per_core: 167936
+          registers_per_core_limit: 65536 registers_per_block_limit: 65536
+          block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
+          core_count: 108 fpus_per_core: 64 clock_rate_ghz: 1.41 l2_cache_size: 41943040
+          memory_bandwidth: 2039000000000 device_memory_size: 85899345920
+          cuda_compute_capability { major: 8 }
+        }
+        platform_name: "CUDA"
+        dnn_version_info { major: 9 minor: 8 }
+        runtime_version { major: 13 }
+        device_description_str: "NVIDIA A100-SXM4-80GB"
+    """,
+}
+GPUS_PER_HOST = 8
+TPUS = {"v4": 3, "v5e": 2, "v5p": 3, "v6e": 2}  # generations, and along how many axes their chips are linked
+FORMS = "cpu:8, tpu:v5p:2x2x2, gpu:h100:16"
+
+
+def devices_of(topology: str) -> Sequence[jax.Device]:
+    """The devices of a topology, to make a mesh of; call it before anything asks JAX for a device.
+
+    Raises:
+      ConfigError: there is no such topology, or nothing is installed that can compile for it.
+    """
+    kind, _, rest = topology.partition(":")
+    if kind == "cpu" and re.fullmatch(r"[1-9]\d*", rest):
+        return _simulated(int(rest))
+    generation, _, size = rest.partition(":")
+    if kind == "tpu" and generation in TPUS and re.fullmatch(r"[1-9]\d*(x[1-9]\d*)*", size):
+        if size.count("x") + 1 == TPUS[generation]:
+            return _absent_tpus(topology, f"{generation}:{size}")
+        raise ConfigError(
+            f"topology {topology!r}: chips of TPU {generation} are linked along {TPUS[generation]} axes; "
+            f"write {'x'.join(['4'] * TPUS[generation])}, for example"
+        )
+    if kind == "gpu" and generation in GPUS and re.fullmatch(r"[1-9]\d*", size):
+        return _absent_gpus(topology, generation, int(size))
+    raise ConfigError(
+        f"topology {topology!r} is unknown; write it like {FORMS}, with a TPU of {', '.join(TPUS)} or a GPU of "
+        f"{', '.join(GPUS)}"
+    )
+
+
+def _simulated(count: int) -> Sequence[jax.Device]:
+    with contextlib.suppress(RuntimeError):  # JAX has found its devices already
+        jax.config.update("jax_platforms", "cpu")
+        jax.config.update("jax_num_cpu_devices", count)
+    devices = jax.devices()
+    if len(devices) < count:
+        raise ConfigError(f"topology cpu:{count}: this process simulates {len(devices)} devices already")
+    return devices[:count]
+
+
+def _absent_tpus(topology: str, name: str) -> Sequence[jax.Device]:
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # libtpu would ask the metadata server of a cloud machine
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # nobody uses a TPU: several processes may compile
+    return _absent(topology, "tpu", topology_name=name)
+
+
+def _absent_gpus(topology: str, name: str, count: int) -> Sequence[jax.Device]:
+    per_host = min(count, GPUS_PER_HOST)
+    if count % per_host:
+        raise ConfigError(f"topology {topology!r}: {count} is not a multiple of {per_host} GPUs to a host")
+    return _absent(topology, "cuda", target_config=GPUS[name], topology=f"1x{count // per_host}x{per_host}")
+
+
+def _absent(written: str, platform: str, **description: str) -> Sequence[jax.Device]:
+    jax.config.update("jax_platforms", "cpu")  # constants are made here
+    try:
+        return topologies.get_topology_desc(platform=platform, **description).devices
+    except Exception as error:  # whatever a plugin, or its absence, raises
+        reason = str(error).splitlines()[0]
+        remedy = 'pip install "{}" brings what compiles for it'.format(
+            {"tpu": "jax[tpu]", "cuda": "jax[cuda13]"}[platform]
+        )
+        if "INVALID_ARGUMENT" in reason:
+            remedy = "use a size that whole hosts make up, mostly of 2x2 chips"
+        raise ConfigError(f"topology {written!r}: {reason}; {remedy}") from error
