@@ -22,6 +22,11 @@ def cut_axes(mesh: Mesh | AbstractMesh) -> tuple[str, ...]:
     return tuple(axis for axis in mesh.axis_names if mesh.shape[axis] > 1)
 
 
+def if_cut(axis: str, mesh: Mesh | AbstractMesh) -> str | None:
+    """The axis, None if it has one device."""
+    return axis if axis in cut_axes(mesh) else None
+
+
 def named_axes(spec: PartitionSpec) -> frozenset[str]:
     """The mesh axes that a spec names: `P(None, ("seq", "model"))` names two."""
     return frozenset(axis for part in spec if part for axis in ((part,) if isinstance(part, str) else part))

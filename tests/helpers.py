@@ -32,14 +32,14 @@ def small_config(**changes) -> Config:
     return from_dict(values)
 
 
-def mesh_of(data: int, seq: int) -> jax.sharding.Mesh:
-    return make_mesh((data, seq, 1), jax.devices()[: data * seq])
+def mesh_of(data: int, seq: int, model: int = 1) -> jax.sharding.Mesh:
+    return make_mesh((data, seq, model), jax.devices()[: data * seq * model])
 
 
-def model_on(data: int, seq: int, **changes) -> tuple[Model, jax.sharding.Mesh]:
-    config = small_config(mesh__data=data, mesh__seq=seq, **changes)
-    validate(config, data * seq)
-    return build_model(config), mesh_of(data, seq)
+def model_on(data: int, seq: int, model: int = 1, **changes) -> tuple[Model, jax.sharding.Mesh]:
+    config = small_config(mesh__data=data, mesh__seq=seq, mesh__model=model, **changes)
+    validate(config, data * seq * model)
+    return build_model(config), mesh_of(data, seq, model)
 
 
 def random_bytes(count: int = 20_000, seed: int = 0) -> np.ndarray:
