@@ -48,9 +48,8 @@ def double_sum(partial: Any, specs: Any, mesh: Mesh) -> Any:
 
 
 def _summed(vectors: dict[tuple[str, ...], jax.Array], axis: str) -> dict[tuple[str, ...], jax.Array]:
-    """The vectors, with those summed over `axis` whose gradients miss it."""
-    partial = {axes: vector for axes, vector in vectors.items() if axis in axes}
-    return vectors | (jax.lax.psum(partial, axis) if partial else {})
+    """The vectors, those of them summed that take the sum over `axis`."""
+    return {axes: jax.lax.psum(vector, axis) if axis in axes else vector for axes, vector in vectors.items()}
 
 
 def _missing(spec: PartitionSpec, mesh: Mesh) -> tuple[str, ...]:

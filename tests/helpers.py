@@ -2,6 +2,7 @@
 
 import jax
 import numpy as np
+import pytest
 
 from configs import base
 from lss_jax.attention.setting import layout_on
@@ -40,6 +41,11 @@ def model_on(data: int, seq: int, model: int = 1, **changes) -> tuple[Model, jax
     config = small_config(mesh__data=data, mesh__seq=seq, mesh__model=model, **changes)
     validate(config, data * seq * model)
     return build_model(config), mesh_of(data, seq, model)
+
+
+def sampled(values, sample):
+    """Parameters of a test; those outside the sample have the marker `grid`."""
+    return [pytest.param(value, marks=[] if value in sample else pytest.mark.grid) for value in values]
 
 
 def random_bytes(count: int = 20_000, seed: int = 0) -> np.ndarray:

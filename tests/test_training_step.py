@@ -7,7 +7,7 @@ import numpy as np
 import optax
 import oracle
 import pytest
-from helpers import MESHES, assert_close, batch_on, model_on, random_bytes, relative_error
+from helpers import MESHES, assert_close, batch_on, model_on, random_bytes, relative_error, sampled
 
 from lss_jax.dropout import AFTER_ATTENTION, AFTER_MLP, ATTENTION, EMBEDDING, LAYER, Dropout
 from lss_jax.optimizer import decayed, make_optimizer, make_schedule
@@ -50,11 +50,6 @@ HYBRID_VARIANTS = {
 }
 HYBRID_SAMPLE = {"rope", "sinusoidal", "gqa", "remat and regather", "prefix and window", "vocabulary, untied"}
 HYBRID_SAMPLE |= {"vocabulary, documents in microbatches"}
-
-
-def sampled(values, sample):
-    """Parameters of a test; those outside the sample have the marker `grid`."""
-    return [pytest.param(value, marks=[] if value in sample else pytest.mark.grid) for value in values]
 
 
 def perturbed_params(model, seed=1):
