@@ -68,4 +68,5 @@ def get_config() -> ConfigDict:
     optim.beta1 = 0.9
     optim.beta2 = 0.95
     optim.accumulate = 1  # microbatches per step
+    optim.shard_state = False  # a share of Adam's moments per device, also of weights that are on all of them (ZeRO-1)
     return config

@@ -72,6 +72,7 @@ class OptimConfig:
     beta1: float
     beta2: float
     accumulate: int
+    shard_state: bool
 
 
 @dataclasses.dataclass(frozen=True)

@@ -3,6 +3,7 @@
 What a strategy's layer takes is predicted by its own `traffic`, beside its collectives.
 """
 
+import math
 from collections import Counter
 
 import jax
@@ -15,9 +16,9 @@ from lss_jax.attention.setting import Sizes, layout_on, setting_on
 from lss_jax.checkpoint import like
 from lss_jax.data.loader import batch_like
 from lss_jax.mesh import named_axes
-from lss_jax.models import parameter_count
+from lss_jax.models import build_model, parameter_count
 from lss_jax.optimizer import make_optimizer
-from lss_jax.state import init_state, state_shardings
+from lss_jax.state import init_state, kept_specs, moment_specs, state_shardings
 from lss_jax.step import make_eval_step, make_train_step
 
 LAYERS = 3
@@ -64,7 +65,7 @@ def predicted(config, mesh):
     per_microbatch = of_vocabulary(config, mesh)
     for _ in range(config.model.layers):
         per_microbatch += of_attention(config, mesh) + of_regions(config, mesh)
-    times = of_step(config, mesh)
+    times = of_step(config, mesh) + of_sharded_state(config, mesh)
     for _ in range(config.optim.accumulate):
         times += per_microbatch
     return times
@@ -126,6 +127,17 @@ def of_step(config, mesh):
     return +times
 
 
+def of_sharded_state(config, mesh):
+    """Once, for every parameter that other devices update a part of: this device's whole of it."""
+    model = build_model(config)
+    trees = (model.shapes, kept_specs(model, mesh), moment_specs(model, mesh))
+    times: Counter = Counter()
+    for leaf, kept, moment in zip(*map(jax.tree.leaves, trees), strict=True):
+        if named_axes(kept) != named_axes(moment):
+            times["all-gather", leaf.size * 4 // math.prod(mesh.shape[axis] for axis in named_axes(kept))] += 1
+    return times
+
+
 def segment_bytes(config, mesh):
     """Of a segment's activations."""
     sizes = sizes_of(config, mesh)
@@ -160,6 +172,7 @@ def test_lss_takes_two_collectives_a_layer_where_nvidia_takes_eight(sizes, per_l
 
 
 VARIANTS = {
+    "moments in shares": {"optim__shard_state": True},
     "contiguous": {"attention__layout": "contiguous"},
     "rope": {"model__positions": "rope"},
     "microbatches": {"optim__accumulate": 4},
@@ -192,6 +205,7 @@ HYBRID_VARIANTS = {
     "ulysses": {"attention__strategy": "ulysses", "attention__layout": "contiguous"},
 }
 HYBRID_SAMPLE = {"rope", "remat, gathered again", "groups", "padded", "vocabulary, microbatches", "ulysses"}
+HYBRID_SAMPLE |= {"moments in shares"}
 
 
 @pytest.mark.parametrize("variant", sampled(HYBRID_VARIANTS, HYBRID_SAMPLE))
@@ -220,6 +234,17 @@ def test_bfloat16_travels_as_such_and_its_gradients_in_float32():
     assert gathered and all("xbf16>" in line for line in gathered)
     scattered = [index for index, line in enumerate(lines) if "stablehlo.reduce_scatter" in line]
     assert scattered and all("tensor<f32>" in lines[index + 1] for index in scattered), "it adds float32 numbers"
+
+
+def test_what_moves_between_regions_moves_in_bfloat16():
+    """Sums as well, as Megatron's do; read before XLA compiles."""
+    _, _, lowered = lowered_step(1, 1, 2, model__dtype="bfloat16")
+    lines = lowered.as_text().splitlines()
+    gathered = [line for line in lines if "stablehlo.all_gather" in line]
+    scattered = [index for index, line in enumerate(lines) if "stablehlo.reduce_scatter" in line]
+    assert len(gathered) == len(scattered) == 4, "of the one layer that is scanned"
+    assert all("xbf16>" in line for line in gathered)
+    assert all("tensor<bf16>" in lines[index + 1] for index in scattered)
 
 
 def test_groups_and_sizes():

@@ -1,15 +1,19 @@
 """One step, and twenty, on every mesh against the oracle: loss, and each parameter's gradient by name."""
 
-import functools
+from functools import cache, partial
 
 import jax
 import numpy as np
 import optax
 import oracle
 import pytest
-from helpers import MESHES, assert_close, batch_on, model_on, random_bytes, relative_error, sampled
+from helpers import MESHES, assert_close, batch_on, mesh_of, model_on, random_bytes, relative_error, sampled
+from jax.sharding import PartitionSpec as P
 
+from lss_jax.data.loader import IGNORED
 from lss_jax.dropout import AFTER_ATTENTION, AFTER_MLP, ATTENTION, EMBEDDING, LAYER, Dropout
+from lss_jax.losses import cross_entropy, cross_entropy_of_shares
+from lss_jax.mesh import MODEL
 from lss_jax.optimizer import decayed, make_optimizer, make_schedule
 from lss_jax.state import init_state
 from lss_jax.step import make_eval_step, make_loss_and_gradient, make_train_step
@@ -132,12 +136,13 @@ def test_ignored_targets_count_nowhere():
     check_against_oracle(1, 8, source=source, optim__accumulate=4)
 
 
-def test_bfloat16_stays_near_the_float32_oracle():
+@pytest.mark.parametrize("mesh", [(2, 4), (1, 2, 4)])
+def test_bfloat16_stays_near_the_float32_oracle(mesh):
     """bfloat16 has 8 bits of mantissa: 5% of the largest entry of each gradient."""
-    check_against_oracle(2, 4, bound=5e-2, model__dtype="bfloat16")
+    check_against_oracle(*mesh, bound=5e-2, model__dtype="bfloat16")
 
 
-@functools.cache
+@cache
 def oracle_curve(steps):
     """Losses of `steps` AdamW steps with the oracle's gradients, and the final parameters."""
     model, mesh = model_on(1, 1)
@@ -174,6 +179,23 @@ def test_twenty_steps_follow_the_oracle(mesh):
     assert_close(state.params, params, 1e-2)  # Adam divides by small numbers: the curve above is the sharp test
 
 
+@pytest.mark.parametrize("sizes", [(2, 4), (2, 2, 2)])
+def test_moments_in_shares_give_the_same_parameters(sizes):
+    """Each device has a share of what its copies of a parameter would all have."""
+    states = []
+    for shard_state in (False, True):
+        model, mesh = model_on(*sizes, optim__shard_state=shard_state, model__vocab_parallel=len(sizes) == 3)
+        optimizer = make_optimizer(model.config.optim)
+        state, train_step = init_state(model, optimizer, mesh, 0), make_train_step(model, optimizer, mesh)
+        for step in range(3):
+            state, _ = train_step(state, batch_on(mesh, model.config, seed=step))
+        states.append(state)
+    whole, shared = states
+    assert_close(shared.params, whole.params, 1e-6)
+    here = [sum(x.addressable_shards[0].data.size for x in jax.tree.leaves(s.opt_state)) for s in states]
+    assert here[1] < 1.05 * here[0] / (sizes[0] * sizes[1])
+
+
 @pytest.mark.parametrize(("mesh", "vocab_parallel"), [((2, 4), False), ((2, 2, 2), True)])
 def test_evaluation_equals_the_oracle(mesh, vocab_parallel):
     model, mesh = model_on(*mesh, model__vocab_parallel=vocab_parallel)
@@ -185,10 +207,28 @@ def test_evaluation_equals_the_oracle(mesh, vocab_parallel):
     assert relative_error(sums.mean(), expected) < 1e-5
 
 
+def test_cross_entropy_of_shares_is_cross_entropy():
+    """Value and gradient, also of logits whose exponentials overflow, and with tokens that do not count."""
+    random, mesh = np.random.default_rng(0), mesh_of(1, 1, 4)
+    logits_BLV = random.normal(0, 30, (2, 8, 12)).astype(np.float32)
+    logits_BLV[0] += 1e4
+    targets_BL = random.integers(IGNORED, 12, (2, 8), np.int32)
+
+    @partial(jax.shard_map, mesh=mesh, in_specs=(P(None, None, MODEL), P()), out_specs=P())
+    def in_shares(logits_BLV, targets_BL):
+        return jax.lax.psum(cross_entropy_of_shares(logits_BLV, targets_BL, MODEL), MODEL)
+
+    def value_and_gradient(function):
+        return jax.value_and_grad(lambda logits: function(logits, targets_BL).nats)(logits_BLV)
+
+    assert_close(value_and_gradient(in_shares), value_and_gradient(cross_entropy), 1e-5)
+    assert in_shares(logits_BLV, targets_BL).tokens == (targets_BL != IGNORED).sum() < targets_BL.size
+
+
 DROPPING = {"model__dropout": 0.2, "model__heads": 6, "model__width": 48, "model__kv_heads": 2}
 
 
-@functools.cache
+@cache
 def curve_with_dropout(*mesh, **changes):
     """Losses of five steps."""
     model, mesh = model_on(*mesh, **DROPPING, **changes)
