@@ -18,7 +18,7 @@ def get_config() -> ConfigDict:
     config.mesh = mesh = ConfigDict()  # devices per axis; -1 in one of them: as many as there are
     mesh.data = -1  # groups that train on different sequences
     mesh.seq = 1  # devices that share a sequence
-    mesh.model = 1  # devices that share a layer's weights (1 for now)
+    mesh.model = 1  # devices that share a segment, and a layer's weights by heads and columns
 
     config.attention = attention = ConfigDict()
     attention.strategy = "lss"  # the paper's; or "ring", "ulysses"
@@ -48,6 +48,7 @@ def get_config() -> ConfigDict:
     model.rope_scaling = "none"  # for longer contexts: "linear" (positions / factor), "ntk" (a larger base)
     model.rope_factor = 1.0  # how many times longer
     model.tied_head = True  # the head is the transpose of the token embedding
+    model.vocab_parallel = False  # token embedding and head cut over mesh.model, for large vocabularies
     model.dropout = 0.0  # of embeddings, attention weights and both residual branches; the same on every mesh
     model.dtype = "float32"  # of activations, or "bfloat16"; parameters are float32
     model.remat = "none"  # "block": compute each block again on the way back, for memory
@@ -69,4 +70,5 @@ def get_config() -> ConfigDict:
     optim.beta1 = 0.9
     optim.beta2 = 0.95
     optim.accumulate = 1  # microbatches per step
+    optim.shard_state = False  # a share of Adam's moments per device, also of weights that are on all of them (ZeRO-1)
     return config

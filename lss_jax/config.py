@@ -46,6 +46,7 @@ class ModelConfig:
     rope_scaling: Literal["none", "linear", "ntk"]
     rope_factor: float
     tied_head: bool
+    vocab_parallel: bool
     dropout: float
     dtype: Literal["float32", "bfloat16"]
     remat: Literal["none", "block"]
@@ -71,6 +72,7 @@ class OptimConfig:
     beta1: float
     beta2: float
     accumulate: int
+    shard_state: bool
 
 
 @dataclasses.dataclass(frozen=True)
@@ -309,18 +311,37 @@ def _attention_problems(config: Config) -> Iterator[str]:
 
 def _mesh_problems(config: Config, sizes: MeshSizes) -> Iterator[str]:
     data, seq, model = sizes
-    batch, accumulate, heads = config.data.batch_size, config.optim.accumulate, config.model.heads
-    if model != 1:
-        yield f"mesh.model={model} is not supported yet; use mesh.model=1 and cut the sequence with mesh.seq"
-    if config.attention.strategy == "ulysses" and heads % seq:
+    batch, accumulate = config.data.batch_size, config.optim.accumulate
+    cut = {key: getattr(config.model, key) for key in ("heads", "kv_heads", "mlp_width")}
+    cut |= {"vocab": config.model.vocab} if config.model.vocab_parallel else {}
+    uneven = {key: value for key, value in cut.items() if value % model}
+    for key, value in uneven.items():
         yield (
-            f'model.heads={heads} is not divisible by mesh.seq={seq}, which attention.strategy="ulysses" needs; '
-            f'use model.heads={_next_multiple(heads, seq)} or attention.strategy="lss"'
+            f"model.{key}={value} is not divisible by mesh.model={model}, which cuts it; "
+            f"use model.{key}={_next_multiple(value, model)} or a mesh.model that divides it"
         )
+    if not uneven:
+        yield from _strategy_on_mesh(config, seq, model)
     if accumulate > 0 and batch % (data * accumulate):
         yield (
             f"data.batch_size={batch} is not divisible by mesh.data={data} times optim.accumulate={accumulate}; "
             f"use data.batch_size={_next_multiple(batch, data * accumulate)}"
+        )
+
+
+def _strategy_on_mesh(config: Config, seq: int, model: int) -> Iterator[str]:
+    """What a strategy asks of the heads that a device has; `model` divides them."""
+    heads, kv_heads, groups = config.model.heads, config.model.kv_heads, config.attention.gather_groups
+    if config.attention.strategy == "ulysses" and heads % (seq * model):
+        by = f"mesh.seq={seq}" + (f" times mesh.model={model}" if model > 1 else "")
+        yield (
+            f'model.heads={heads} is not divisible by {by}, which attention.strategy="ulysses" needs; '
+            f'use model.heads={_next_multiple(heads, seq * model)} or attention.strategy="lss"'
+        )
+    if model > 1 and groups > 0 and kv_heads % (groups * model) and kv_heads % groups == 0:
+        yield (
+            f"model.kv_heads={kv_heads} is not divisible by attention.gather_groups={groups} times mesh.model={model}; "
+            f"use attention.gather_groups=1 or another divisor of {kv_heads // model}"
         )
 
 

@@ -8,21 +8,27 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 from lss_jax.config import ModelConfig
-from lss_jax.mesh import SEQ
+from lss_jax.mesh import MODEL, SEQ
+from lss_jax.tensor_parallel import own_numbers, own_part, scatter_sequence
 
 INIT_STDDEV = 0.02  # Radford et al. 2019 (GPT-2)
 SINUSOID_BASE = 10_000.0  # Vaswani et al. 2017 (arXiv 1706.03762), Sec. 3.5
 
 
 class TokenEmbedding(nnx.Module):
-    """`tokens_Bl` (integers) to `x_BlE` in the compute dtype."""
+    """A segment's `tokens_Bl` (integers) to this device's part `x_BpE`, in the compute dtype."""
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
-        self.dtype = config.dtype
-        self.table_VE = nnx.Param(_normal(rngs, config.vocab, config.width), spec=P())
+        self.dtype, self.vocab_parallel = config.dtype, config.vocab_parallel
+        spec = P(MODEL) if config.vocab_parallel else P()
+        self.table_VE = nnx.Param(_normal(rngs, config.vocab, config.width), spec=spec)
 
-    def __call__(self, tokens_Bl: jax.Array) -> jax.Array:
-        return self.table_VE[...].astype(self.dtype)[tokens_Bl]
+    def __call__(self, tokens_Bl: jax.Array, axis: str | None) -> jax.Array:
+        table_VE = self.table_VE[...].astype(self.dtype)
+        if axis is None or not self.vocab_parallel:
+            return table_VE[own_part(tokens_Bl, axis, 1)]
+        row_Bl, here_Bl = own_numbers(tokens_Bl, len(table_VE), axis)
+        return scatter_sequence(jnp.where(here_Bl[..., None], table_VE[row_Bl], 0), axis)  # one device has each row
 
     def kernel_EV(self) -> jax.Array:
         """The table as the kernel of a tied head."""
@@ -34,7 +40,8 @@ class Head(nnx.Module):
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
         self.dtype = config.dtype
-        self.kernel_EV = nnx.Param(_normal(rngs, config.width, config.vocab), spec=P())
+        spec = P(None, MODEL) if config.vocab_parallel else P()
+        self.kernel_EV = nnx.Param(_normal(rngs, config.width, config.vocab), spec=spec)
 
     def __call__(self, x_BlE: jax.Array) -> jax.Array:
         return logits(x_BlE, self.kernel_EV[...].astype(self.dtype))
@@ -46,29 +53,29 @@ def logits(x_BlE: jax.Array, kernel_EV: jax.Array) -> jax.Array:
 
 
 class LearnedPositions(nnx.Module):
-    """A row per position. Cut by segment like the sequence itself: a device holds, and trains, its own rows alone.
+    """A row per position. Cut like the sequence itself: a device holds, and trains, its own rows alone.
 
     By its spec the gradient is summed over `data` and never over `seq` (the paper's double gradient averaging). Here
     the rows are those of this device's tokens; in the training state they are in natural order, whatever the layout.
     """
 
     def __init__(self, config: ModelConfig, seq_len: int, rngs: nnx.Rngs):
-        self.table_LE = nnx.Param(_normal(rngs, seq_len, config.width), spec=P(SEQ))
+        self.table_LE = nnx.Param(_normal(rngs, seq_len, config.width), spec=P((SEQ, MODEL)))
 
-    def __call__(self, x_BlE: jax.Array) -> jax.Array:
-        rows_lE = self.table_LE[...]
-        assert rows_lE.shape == x_BlE.shape[1:], "the table is cut like the sequence"
-        return x_BlE + rows_lE.astype(x_BlE.dtype)
+    def __call__(self, x_BpE: jax.Array) -> jax.Array:
+        rows_pE = self.table_LE[...]
+        assert rows_pE.shape == x_BpE.shape[1:], "the table is cut like the sequence"
+        return x_BpE + rows_pE.astype(x_BpE.dtype)
 
 
-def sinusoidal(x_BlE: jax.Array, positions_l: jax.Array) -> jax.Array:
+def sinusoidal(x_BpE: jax.Array, positions_p: jax.Array) -> jax.Array:
     """Adds sines (first half of `E`) and cosines of the positions (Vaswani et al. 2017, arXiv 1706.03762, Sec. 3.5).
 
     Scaled to the size of the learned embeddings that they are added to.
     """
-    angle_le = _angles(positions_l, x_BlE.shape[2] - x_BlE.shape[2] // 2, SINUSOID_BASE)
-    waves_lE = jnp.concatenate((jnp.sin(angle_le), jnp.cos(angle_le)), axis=-1)[:, : x_BlE.shape[2]]
-    return x_BlE + (INIT_STDDEV * waves_lE).astype(x_BlE.dtype)
+    angle_pe = _angles(positions_p, x_BpE.shape[2] - x_BpE.shape[2] // 2, SINUSOID_BASE)
+    waves_pE = jnp.concatenate((jnp.sin(angle_pe), jnp.cos(angle_pe)), axis=-1)[:, : x_BpE.shape[2]]
+    return x_BpE + (INIT_STDDEV * waves_pE).astype(x_BpE.dtype)
 
 
 class Rope(NamedTuple):

@@ -1,9 +1,10 @@
 """The gradient law (the paper's double gradient averaging).
 
 A gradient is summed over exactly those mesh axes that its parameter's spec does not name: first `seq`, inside the
-sequence group, then `data`, across the data groups. A learned position table has the spec `P("seq")`, each device owns
-the rows of its segment, and so it takes part in the second sum alone, with no special case. Dividing by the global
-token count afterwards makes the two sums the two averages.
+sequence group, then `data`, across the data groups. A learned position table is cut like the sequence, each device owns
+the rows of its tokens, and so it takes part in the second sum alone, with no special case. Dividing by the global token
+count afterwards makes the two sums the two averages. Where a segment is cut in turn, over `model`, a sum over its parts
+comes before both, for the weights that the model group shares.
 
 Inside `shard_map` with `check_vma=True` differentiating with respect to a parameter that does not vary over an axis
 would insert a sum over that axis unasked. So the parameters are first made varying, and the sums below are all there
@@ -16,7 +17,7 @@ import jax
 from jax.flatten_util import ravel_pytree
 from jax.sharding import Mesh, PartitionSpec
 
-from lss_jax.mesh import DATA, SEQ, cut_axes, named_axes
+from lss_jax.mesh import DATA, MODEL, SEQ, cut_axes, named_axes
 
 
 def varying(params: Any, specs: Any, mesh: Mesh) -> Any:
@@ -29,23 +30,26 @@ def varying(params: Any, specs: Any, mesh: Mesh) -> Any:
 
 
 def double_sum(partial: Any, specs: Any, mesh: Mesh) -> Any:
-    """Local, partial gradients (and any sums that ride along) to finished ones: two all-reduces for the whole tree.
+    """Local, partial gradients (and any sums that ride along) to finished ones: an all-reduce per axis.
 
-    What has the same sums to take travels as one vector, since XLA combines many separate sums as it sees fit. The one
-    vector that takes the second sum alone, the position table's rows, it combines with the other's second sum.
+    What has the same sums to take travels as one vector, since XLA combines many separate sums as it sees fit. The few
+    vectors that take a sum together it makes one all-reduce.
     """
     leaves, treedef = jax.tree.flatten(partial)
     missing = [_missing(spec, mesh) for spec in jax.tree.leaves(specs)]
-    for axes in dict.fromkeys(missing):
-        group = [index for index, others in enumerate(missing) if others == axes]
-        vector, unravel = ravel_pytree([leaves[index] for index in group])
-        if SEQ in axes:
-            vector = jax.lax.psum(vector, SEQ)  # first average: the segments of one sequence
-        if DATA in axes:
-            vector = jax.lax.psum(vector, DATA)  # second average: the sequences of one batch
-        for index, leaf in zip(group, unravel(vector), strict=True):
-            leaves[index] = leaf
-    return jax.tree.unflatten(treedef, leaves)
+    groups = {axes: [leaf for leaf, a in zip(leaves, missing, strict=True) if a == axes] for axes in missing}
+    vectors, unravel = zip(*map(ravel_pytree, groups.values()), strict=True)
+    sums = dict(zip(groups, vectors, strict=True))
+    sums = _summed(sums, MODEL)  # the parts of one segment
+    sums = _summed(sums, SEQ)  # first average: the segments of one sequence
+    sums = _summed(sums, DATA)  # second average: the sequences of one batch
+    finished = {axes: iter(back(sums[axes])) for axes, back in zip(groups, unravel, strict=True)}
+    return jax.tree.unflatten(treedef, [next(finished[axes]) for axes in missing])
+
+
+def _summed(vectors: dict[tuple[str, ...], jax.Array], axis: str) -> dict[tuple[str, ...], jax.Array]:
+    """The vectors, those of them summed that take the sum over `axis`."""
+    return {axes: jax.lax.psum(vector, axis) if axis in axes else vector for axes, vector in vectors.items()}
 
 
 def _missing(spec: PartitionSpec, mesh: Mesh) -> tuple[str, ...]:

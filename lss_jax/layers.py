@@ -1,6 +1,7 @@
 """Pre-norm transformer blocks over local activations; each parameter's spec stands beside the parameter.
 
-A spec (metadata `spec`) names the mesh axes that cut the parameter. `P()` is replicated, as all weights are here.
+A spec (metadata `spec`) names the mesh axes that cut the parameter: kernels by heads and columns over `model`, so that
+`H`, `G` and `F` are here what this device has of them. `P()` is replicated.
 """
 
 from typing import NamedTuple
@@ -15,16 +16,20 @@ from lss_jax.attention.setting import ATTENDED, COMMUNICATED
 from lss_jax.config import ModelConfig
 from lss_jax.dropout import AFTER_ATTENTION, AFTER_MLP, ATTENTION, LAYER, Dropout
 from lss_jax.embeddings import INIT_STDDEV, Rope
+from lss_jax.mesh import MODEL
+from lss_jax.tensor_parallel import SCATTERED, gather_sequence, scatter_sequence
 
 REPLICATED = {"spec": P()}
 
 
 class Segment(NamedTuple):
-    """What a device must know of the whole to work on its segment."""
+    """What a device must know of the whole to work on its segment, and on its part of that."""
 
-    positions_l: jax.Array  # natural
+    positions_l: jax.Array  # natural, of the segment
+    positions_p: jax.Array  # of this device's part
     attend: Attend
-    dropout: Dropout | None
+    dropout: Dropout | None  # of the part's activations
+    model_axis: str | None  # of the mesh: cuts the segment, the heads and the columns; None if nothing does
 
 
 def layer_norm(config: ModelConfig, rngs: nnx.Rngs) -> nnx.LayerNorm:
@@ -34,20 +39,41 @@ def layer_norm(config: ModelConfig, rngs: nnx.Rngs) -> nnx.LayerNorm:
     )
 
 
-def _linear(
-    config: ModelConfig, inputs, outputs, rngs: nnx.Rngs, *, axis=-1, stddev=INIT_STDDEV, use_bias=True
-) -> nnx.LinearGeneral:
-    return nnx.LinearGeneral(
-        inputs,
-        outputs,
-        axis=axis,
-        use_bias=use_bias,
-        dtype=config.dtype,
-        kernel_init=nnx.initializers.normal(stddev),
-        kernel_metadata=REPLICATED,
-        bias_metadata=REPLICATED,
-        rngs=rngs,
-    )
+class Linear(nnx.Module):
+    """A kernel from the last axes of its input, `inputs`, to `outputs`, and a bias, in the compute dtype.
+
+    Of a kernel that is cut over its outputs a device computes its own ones; of one that is cut over its inputs, a term
+    of the sum over devices, to which the bias comes last.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        inputs: tuple[int, ...],
+        outputs: tuple[int, ...],
+        rngs: nnx.Rngs,
+        *,
+        kernel_spec: P,
+        bias_spec: P | None,
+        stddev: float = INIT_STDDEV,
+    ):
+        self.dtype, self.contracted = config.dtype, len(inputs)
+        kernel = nnx.initializers.normal(stddev)(rngs.params(), (*inputs, *outputs), jnp.float32)
+        self.kernel = nnx.Param(kernel, spec=kernel_spec)
+        if bias_spec is not None:
+            self.bias = nnx.Param(nnx.initializers.zeros(rngs.params(), outputs, jnp.float32), spec=bias_spec)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        product = self.product(x)
+        return self.biased(product) if hasattr(self, "bias") else product
+
+    def product(self, x: jax.Array) -> jax.Array:
+        """Without the bias."""
+        return jnp.tensordot(x.astype(self.dtype), self.kernel[...].astype(self.dtype), self.contracted)
+
+    def biased(self, x: jax.Array) -> jax.Array:
+        """The bias added to a finished product."""
+        return x + self.bias[...].astype(self.dtype)
 
 
 def _residual_stddev(config: ModelConfig) -> float:
@@ -56,38 +82,45 @@ def _residual_stddev(config: ModelConfig) -> float:
 
 
 class SelfAttention(nnx.Module):
-    """Projections around a strategy: `x_BlE` to `x_BlE`, all local."""
+    """Projections around a strategy, by heads: `x_BpE` to `x_BpE`."""
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
         E, H, G, K = config.width, config.heads, config.kv_heads, config.width // config.heads
         self.rope = Rope(config.rope_base, config.rope_scaling, config.rope_factor)
         self.turned = config.positions == "rope"
-        self.query = _linear(config, E, (H, K), rngs)
-        self.key = _linear(config, E, (G, K), rngs, use_bias=False)  # it would shift a query's scores alike
-        self.value = _linear(config, E, (G, K), rngs)
-        self.out = _linear(config, (H, K), E, rngs, axis=(-2, -1), stddev=_residual_stddev(config))
+        heads, rows = P(None, MODEL), P(MODEL)
+        self.query = Linear(config, (E,), (H, K), rngs, kernel_spec=heads, bias_spec=P(MODEL))
+        self.key = Linear(config, (E,), (G, K), rngs, kernel_spec=heads, bias_spec=None)  # it would shift scores alike
+        self.value = Linear(config, (E,), (G, K), rngs, kernel_spec=heads, bias_spec=P(MODEL))
+        stddev = _residual_stddev(config)
+        self.out = Linear(config, (H, K), (E,), rngs, kernel_spec=rows, bias_spec=P(), stddev=stddev)
 
-    def __call__(self, x_BlE: jax.Array, segment: Segment) -> jax.Array:
+    def __call__(self, x_BpE: jax.Array, segment: Segment) -> jax.Array:
+        x_BlE = gather_sequence(x_BpE, segment.model_axis)
         q_BlHK, k_BlGK = self.query(x_BlE), self.key(x_BlE)
         if self.turned:
             q_BlHK, k_BlGK = (self.rope(x_BlHK, segment.positions_l) for x_BlHK in (q_BlHK, k_BlGK))
-        dropout = segment.dropout and segment.dropout.at(ATTENTION)
-        return self.out(segment.attend(q_BlHK, k_BlGK, self.value(x_BlE), dropout))
+        dropout = segment.dropout and segment.dropout.at(ATTENTION)._replace(position_l=segment.positions_l)
+        o_BlHK = segment.attend(q_BlHK, k_BlGK, self.value(x_BlE), dropout)
+        return self.out.biased(scatter_sequence(self.out.product(o_BlHK), segment.model_axis))
 
 
 class Mlp(nnx.Module):
-    """Two linear maps and a GELU: `x_BlE` to `x_BlE`, through width `F`."""
+    """Two linear maps and a GELU: `x_BpE` to `x_BpE`, through width `F`."""
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
-        self.up = _linear(config, config.width, config.mlp_width, rngs)
-        self.down = _linear(config, config.mlp_width, config.width, rngs, stddev=_residual_stddev(config))
+        E, F = config.width, config.mlp_width
+        self.up = Linear(config, (E,), (F,), rngs, kernel_spec=P(None, MODEL), bias_spec=P(MODEL))
+        stddev = _residual_stddev(config)
+        self.down = Linear(config, (F,), (E,), rngs, kernel_spec=P(MODEL), bias_spec=P(), stddev=stddev)
 
-    def __call__(self, x_BlE: jax.Array) -> jax.Array:
-        return self.down(jax.nn.gelu(self.up(x_BlE)))
+    def __call__(self, x_BpE: jax.Array, axis: str | None) -> jax.Array:
+        h_BlF = jax.nn.gelu(self.up(gather_sequence(x_BpE, axis)))
+        return self.down.biased(scatter_sequence(self.down.product(h_BlF), axis))
 
 
 class Block(nnx.Module):
-    """One pre-norm layer; only `segment.attend` ever looks beyond this device's segment."""
+    """One pre-norm layer on this device's part of the sequence; attention and MLP look beyond it."""
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
         self.attention_norm = layer_norm(config, rngs)
@@ -95,23 +128,24 @@ class Block(nnx.Module):
         self.mlp_norm = layer_norm(config, rngs)
         self.mlp = Mlp(config, rngs)
 
-    def __call__(self, x_BlE: jax.Array, segment: Segment) -> jax.Array:
-        attended_BlE = self.attention(self.attention_norm(x_BlE), segment)
-        x_BlE = x_BlE + drop(attended_BlE, segment.dropout, AFTER_ATTENTION)
-        return x_BlE + drop(self.mlp(self.mlp_norm(x_BlE)), segment.dropout, AFTER_MLP)
+    def __call__(self, x_BpE: jax.Array, segment: Segment) -> jax.Array:
+        attended_BpE = self.attention(self.attention_norm(x_BpE), segment)
+        x_BpE = x_BpE + drop(attended_BpE, segment.dropout, AFTER_ATTENTION)
+        return x_BpE + drop(self.mlp(self.mlp_norm(x_BpE), segment.model_axis), segment.dropout, AFTER_MLP)
 
 
-def drop(x_BlE: jax.Array, dropout: Dropout | None, place: int) -> jax.Array:
+def drop(x_BpE: jax.Array, dropout: Dropout | None, place: int) -> jax.Array:
     """Dropout at one place of the model, if there is any."""
-    return x_BlE if dropout is None else dropout.at(place)(x_BlE)
+    return x_BpE if dropout is None else dropout.at(place)(x_BpE)
 
 
 class Stack(nnx.Module):
     """`layers` blocks with their parameters stacked on a leading axis, applied by one scan.
 
     The program holds one block whatever the depth. `scan_layers=False` unrolls the scan, with the same parameters.
-    `remat="block"` keeps a block's input, its (blockwise) rows of attention and what came from other devices for them,
-    if attention keeps that at all, and computes the rest again on the way back.
+    `remat="block"` keeps a block's input, its (blockwise) rows of attention, what came from other devices for them if
+    attention keeps that at all, and this device's part of what attention adds. The rest it computes again on the way
+    back, for which both regions gather their input once more (as Megatron's do; kept, it would be `M` times a part).
     """
 
     def __init__(self, model: ModelConfig, rngs: nnx.Rngs):
@@ -129,16 +163,16 @@ class Stack(nnx.Module):
             if isinstance(parameter, nnx.Param):
                 parameter.set_metadata(spec=P(None, *parameter.spec))
 
-    def __call__(self, x_BlE: jax.Array, segment: Segment) -> jax.Array:
-        def apply(block: Block, x_BlE: jax.Array, layer: jax.Array) -> jax.Array:
-            return block(x_BlE, segment._replace(dropout=segment.dropout and segment.dropout.at(LAYER, layer)))
+    def __call__(self, x_BpE: jax.Array, segment: Segment) -> jax.Array:
+        def apply(block: Block, x_BpE: jax.Array, layer: jax.Array) -> jax.Array:
+            return block(x_BpE, segment._replace(dropout=segment.dropout and segment.dropout.at(LAYER, layer)))
 
         if self.remat:
-            kept = jax.checkpoint_policies.save_only_these_names(ATTENDED, COMMUNICATED)
+            kept = jax.checkpoint_policies.save_only_these_names(ATTENDED, COMMUNICATED, SCATTERED)
             apply = nnx.remat(apply, policy=kept)
 
         @nnx.scan(in_axes=(nnx.Carry, 0, 0), out_axes=nnx.Carry, unroll=self.unroll)
-        def layers(x_BlE: jax.Array, block: Block, layer: jax.Array) -> jax.Array:
-            return apply(block, x_BlE, layer)
+        def layers(x_BpE: jax.Array, block: Block, layer: jax.Array) -> jax.Array:
+            return apply(block, x_BpE, layer)
 
-        return layers(x_BlE, self.blocks, jnp.arange(self.layers))
+        return layers(x_BpE, self.blocks, jnp.arange(self.layers))

@@ -17,10 +17,14 @@ CHUNKS_PER_DEVICE = {"contiguous": 1, "zigzag": 2}
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """How `devices` (N) devices share a sequence; `name` is one of `CHUNKS_PER_DEVICE`."""
+    """How `devices` (N) devices share a sequence; `name` is one of `CHUNKS_PER_DEVICE`.
+
+    If they are groups of `parts` (M) devices each, these share their segment in its order, in equal parts.
+    """
 
     name: str
     devices: int
+    parts: int = 1
 
     @property
     def chunks_per_device(self) -> int:
@@ -33,10 +37,19 @@ class Layout:
         first = np.arange(self.devices)
         return np.stack((first, 2 * self.devices - 1 - first) if self.name == "zigzag" else (first,), axis=1)
 
+    @property
+    def pieces_D2(self) -> np.ndarray:
+        """Under `zigzag`, with each device's rows cut in two: which of the `2D` natural pieces it holds, `D = NM`.
+
+        Always an even and an odd one. Within a chunk they are neighbours; and where a device has the last piece of its
+        early chunk `i` and the first of its late one, `(i + 1) M - 1` and `(2N - 1 - i) M`, `M` is odd.
+        """
+        return (self.chunks_NC[..., None] * self.parts + np.arange(self.parts)).reshape(-1, 2)
+
     def padded(self, length: int) -> int:
-        """The shortest length, at least `length`, that cuts into equal chunks."""
-        chunks = self.devices * self.chunks_per_device
-        return -(-length // chunks) * chunks
+        """The shortest length, at least `length`, that cuts into equal chunks, and these into equal parts."""
+        pieces = self.devices * self.chunks_per_device * self.parts
+        return -(-length // pieces) * pieces
 
     def positions(self, length: int) -> np.ndarray:
         """The natural position of each place of a (padded) sequence in layout order, int32 `[length]`."""
@@ -63,41 +76,42 @@ class Layout:
             chunks = jnp.stack((early, late[::-1]), axis=1)
         return jnp.moveaxis(chunks.reshape(self.devices, -1, *x.shape[1:]), 1, axis + 1)
 
-    def from_natural(self, rows_l: jax.Array, axis: str) -> jax.Array:
-        """Inside `shard_map` over `axis`: rows cut in natural order (leading axis) to those of this device's tokens.
+    def from_natural(self, rows_p: jax.Array, axes: tuple[str, ...]) -> jax.Array:
+        """Inside `shard_map` over `axes`: rows cut in natural order (leading axis) to those of this device's tokens.
 
-        Under `zigzag` device `i` has the natural chunks `2i` and `2i + 1` at first. Of the even chunks every device
-        needs one, and of the odd ones too: two sends.
+        Cut into two pieces each, the devices have the natural pieces `2j` and `2j + 1` at first. Of the even pieces
+        every device needs one, and of the odd ones too: two sends.
         """
-        if self.name == "contiguous":
-            return rows_l
-        even, odd = (
-            jax.lax.ppermute(rows, axis, moves) for rows, moves in zip(jnp.split(rows_l, 2), self._moves, strict=True)
-        )
-        return jnp.concatenate(_swapped_on_odd_devices((even, odd), axis))
+        if not self._moves_rows:
+            return rows_p
+        pieces = zip(jnp.split(rows_p, 2), self._moves, strict=True)
+        even_and_odd = [jax.lax.ppermute(piece, axes, moves) for piece, moves in pieces]
+        return jnp.concatenate(self._swapped_where_odd_first(even_and_odd, axes))
 
-    def to_natural(self, rows_l: jax.Array, axis: str) -> jax.Array:
+    def to_natural(self, rows_p: jax.Array, axes: tuple[str, ...]) -> jax.Array:
         """The inverse of `from_natural`."""
-        if self.name == "contiguous":
-            return rows_l
-        even_and_odd = _swapped_on_odd_devices(jnp.split(rows_l, 2), axis)
+        if not self._moves_rows:
+            return rows_p
+        even_and_odd = self._swapped_where_odd_first(jnp.split(rows_p, 2), axes)
         back = [[(there, here) for here, there in moves] for moves in self._moves]
-        return jnp.concatenate(
-            [jax.lax.ppermute(rows, axis, moves) for rows, moves in zip(even_and_odd, back, strict=True)]
-        )
+        pieces = zip(even_and_odd, back, strict=True)
+        return jnp.concatenate([jax.lax.ppermute(piece, axes, moves) for piece, moves in pieces])
+
+    @property
+    def _moves_rows(self) -> bool:
+        return self.name == "zigzag" and self.devices > 1
 
     @property
     def _moves(self) -> list[list[tuple[int, int]]]:
-        """From where to where the even chunks go, and the odd ones, from natural order to zigzag."""
-        holder_c = {chunk: device for device, chunks in enumerate(self.chunks_NC.tolist()) for chunk in chunks}
-        return [[(device, holder_c[2 * device + odd]) for device in range(self.devices)] for odd in (0, 1)]
+        """From where to where the even pieces go, and the odd ones, from natural order to zigzag."""
+        holder = {piece: device for device, pair in enumerate(self.pieces_D2.tolist()) for piece in pair}
+        return [[(device, holder[2 * device + odd]) for device in range(len(holder) // 2)] for odd in (0, 1)]
 
-
-def _swapped_on_odd_devices(pair: Sequence[jax.Array], axis: str) -> tuple[jax.Array, jax.Array]:
-    """Even and odd chunk to early and late, and back: on device `i` the early one is chunk `i`."""
-    first, second = pair
-    odd = jax.lax.axis_index(axis) % 2 == 1
-    return jnp.where(odd, second, first), jnp.where(odd, first, second)
+    def _swapped_where_odd_first(self, pair: Sequence[jax.Array], axes: tuple[str, ...]) -> list[jax.Array]:
+        """The even and the odd piece in the order in which the device holds them, and back."""
+        first, second = pair
+        odd_first = jnp.asarray(self.pieces_D2[:, 0] % 2 == 1)[jax.lax.axis_index(axes)]
+        return [jnp.where(odd_first, second, first), jnp.where(odd_first, first, second)]
 
 
 def _merge(x: jax.Array, axis: int) -> jax.Array:

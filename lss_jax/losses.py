@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from lss_jax.data.loader import IGNORED
+from lss_jax.tensor_parallel import own_numbers, own_part
 
 
 class LossSum(NamedTuple):
@@ -25,3 +26,20 @@ def cross_entropy(logits_BlV: jax.Array, targets_Bl: jax.Array) -> LossSum:
     target_logit_Bl = jnp.take_along_axis(logits_BlV, jnp.maximum(targets_Bl, 0)[..., None], axis=-1)[..., 0]
     nats_Bl = jax.nn.logsumexp(logits_BlV, axis=-1) - target_logit_Bl
     return LossSum(jnp.sum(nats_Bl, where=counted_Bl), jnp.sum(counted_Bl, dtype=jnp.float32))
+
+
+def cross_entropy_of_shares(logits_BlV: jax.Array, targets_Bl: jax.Array, axis: str) -> LossSum:
+    """The same where each device of `axis` has all tokens' logits of its share of the vocabulary.
+
+    No device ever has all logits of a token: the largest and the sum of exponentials go over `axis`, a number per
+    token, and each device counts its own part of the tokens.
+    """
+    largest_Bl = jax.lax.pmax(jax.lax.stop_gradient(jnp.max(logits_BlV, axis=-1)), axis)
+    logits_BlV = logits_BlV - largest_Bl[..., None]
+    number_Bl, here_Bl = own_numbers(targets_Bl, logits_BlV.shape[2], axis)
+    target_logit_Bl = jnp.take_along_axis(logits_BlV, number_Bl[..., None], axis=-1)[..., 0]
+    shares_2Bl = jnp.stack((jnp.sum(jnp.exp(logits_BlV), axis=-1), jnp.where(here_Bl, target_logit_Bl, 0.0)))
+    sum_Bp, target_logit_Bp = jax.lax.psum_scatter(shares_2Bl, axis, scatter_dimension=2, tiled=True)
+    counted_Bp = own_part(targets_Bl, axis, 1) != IGNORED
+    nats_Bp = jnp.log(sum_Bp) - target_logit_Bp
+    return LossSum(jnp.sum(nats_Bp, where=counted_Bp), jnp.sum(counted_Bp, dtype=jnp.float32))

@@ -22,9 +22,19 @@ def cut_axes(mesh: Mesh | AbstractMesh) -> tuple[str, ...]:
     return tuple(axis for axis in mesh.axis_names if mesh.shape[axis] > 1)
 
 
+def if_cut(axis: str, mesh: Mesh | AbstractMesh) -> str | None:
+    """The axis, None if it has one device."""
+    return axis if axis in cut_axes(mesh) else None
+
+
 def named_axes(spec: PartitionSpec) -> frozenset[str]:
     """The mesh axes that a spec names: `P(None, ("seq", "model"))` names two."""
-    return frozenset(axis for part in spec if part for axis in ((part,) if isinstance(part, str) else part))
+    return frozenset(axis for part in spec for axis in axes_of(part))
+
+
+def axes_of(part: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    """The axes that cut one dimension, the slowest first, from its part of a spec."""
+    return (part,) if isinstance(part, str) else part or ()
 
 
 def over_cut_axes(spec: PartitionSpec, mesh: Mesh) -> PartitionSpec:
@@ -36,7 +46,7 @@ def over_cut_axes(spec: PartitionSpec, mesh: Mesh) -> PartitionSpec:
     cut = cut_axes(mesh)
 
     def keep(part):
-        kept = tuple(axis for axis in ((part,) if isinstance(part, str) else part or ()) if axis in cut)
+        kept = tuple(axis for axis in axes_of(part) if axis in cut)
         return kept[0] if len(kept) == 1 else kept or None
 
     return PartitionSpec(*map(keep, spec))

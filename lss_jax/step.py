@@ -18,10 +18,11 @@ from lss_jax.data.loader import IGNORED, Batch, batch_specs
 from lss_jax.dropout import Dropout, hashed
 from lss_jax.gradients import double_sum, varying
 from lss_jax.layers import Segment
-from lss_jax.losses import LossSum, cross_entropy
-from lss_jax.mesh import DATA, SEQ, named_axes, over_cut_axes
+from lss_jax.losses import LossSum, cross_entropy, cross_entropy_of_shares
+from lss_jax.mesh import DATA, MODEL, SEQ, cut_axes, if_cut, named_axes, over_cut_axes
 from lss_jax.models import Model, Params
 from lss_jax.state import TrainState, state_shardings
+from lss_jax.tensor_parallel import own_part
 
 SUM_SPECS = LossSum(P(), P())  # scalars: they ride along with the gradients, through the same two sums
 
@@ -57,7 +58,7 @@ def make_loss_and_gradient(model: Model, mesh: Mesh) -> LossAndGradient:
 
         def partial_sums(batch: Batch) -> tuple[LossSum, Params]:
             def nats(params: Params) -> tuple[jax.Array, LossSum]:
-                sums = local_loss(model, mesh, params, batch, dropout_of(model.config, batch, step))
+                sums = local_loss(model, mesh, params, batch, dropout_of(model.config, mesh, batch, step))
                 return sums.nats, sums
 
             gradient, sums = jax.grad(nats, has_aux=True)(params)
@@ -89,11 +90,9 @@ def make_eval_step(model: Model, mesh: Mesh) -> jax.stages.Wrapped:
 
 def in_layout_order(params: Params, model: Model, mesh: Mesh, back: bool = False) -> Params:
     """Local parameters (or gradients) with the rows of cut tables where their tokens are, or `back` where they lie."""
-    setting = setting_on(model.config, mesh)
-    if setting.axis is None:
-        return params
-    move = setting.layout.to_natural if back else setting.layout.from_natural
-    return jax.tree.map(lambda p, spec: move(p, SEQ) if SEQ in named_axes(spec) else p, params, model.specs)
+    layout, axes = layout_on(model.config, mesh), tuple(axis for axis in cut_axes(mesh) if axis != DATA)
+    move = layout.to_natural if back else layout.from_natural
+    return jax.tree.map(lambda p, spec: move(p, axes) if SEQ in named_axes(spec) else p, params, model.specs)
 
 
 def padded(params: Params, model: Model, mesh: Mesh) -> Params:
@@ -124,16 +123,22 @@ def _missing_rows(model: Model, mesh: Mesh) -> int:
 
 
 def local_loss(model: Model, mesh: Mesh, params: Params, batch: Batch, dropout: Dropout | None) -> LossSum:
-    """This device's share of the loss: its own segment of its own sequences, attention apart."""
-    config = model.config
+    """This device's share of the loss: its own part of the segment, of its own sequences."""
+    config, axis = model.config, if_cut(MODEL, mesh)
+    positions_p = own_part(batch.positions_L, axis, 0)
     segment = Segment(
         positions_l=batch.positions_L,
+        positions_p=positions_p,
         attend=make_attend(config.attention.strategy, mask_of(config, batch), setting_on(config, mesh)),
-        dropout=dropout,
+        dropout=dropout and dropout._replace(position_l=positions_p),
+        model_axis=axis,
     )
     in_prefix_l = batch.positions_L < config.attention.prefix - 1  # their next token is in plain sight
     targets_Bl = jnp.where(in_prefix_l, IGNORED, batch.targets_BL)
-    return cross_entropy(model.apply(params, batch.tokens_BL, segment), targets_Bl)
+    logits = model.apply(params, batch.tokens_BL, segment)
+    if axis and config.model.vocab_parallel:
+        return cross_entropy_of_shares(logits, targets_Bl, axis)
+    return cross_entropy(logits, own_part(targets_Bl, axis, 1))
 
 
 def mask_of(config: Config, batch: Batch) -> Intervals:
@@ -147,11 +152,14 @@ def mask_of(config: Config, batch: Batch) -> Intervals:
     return mask
 
 
-def dropout_of(config: Config, batch: Batch, step: jax.Array) -> Dropout | None:
+def dropout_of(config: Config, mesh: Mesh, batch: Batch, step: jax.Array) -> Dropout | None:
     """Dropout of a step for the rows and positions of a (local) batch, None if nothing is dropped."""
     if not config.model.dropout:
         return None
-    return Dropout(config.model.dropout, hashed(jnp.uint32(config.seed), step), batch.row_B, batch.positions_L)
+    axis = if_cut(MODEL, mesh)
+    first_head = jax.lax.axis_index(axis) * (config.model.heads // mesh.shape[MODEL]) if axis else 0
+    key = hashed(jnp.uint32(config.seed), step)
+    return Dropout(config.model.dropout, key, batch.row_B, batch.positions_L, first_head)
 
 
 def sum_over_microbatches(function: Callable[[Batch], Any], batch: Batch, specs: Batch, count: int) -> Any:

@@ -77,7 +77,7 @@ def introduce(trainer: Trainer) -> None:
     config, devices = trainer.config, trainer.mesh.devices.flat
     sizes = " x ".join(f"{axis}={size}" for axis, size in trainer.mesh.shape.items())
     layout, attention = layout_on(config, trainer.mesh), config.attention
-    segment = layout.padded(config.data.seq_len) // layout.devices
+    part = layout.padded(config.data.seq_len) // layout.devices // layout.parts
     print(f"devices  {trainer.mesh.size} {devices[0].device_kind}, mesh {sizes}")
     print(
         f"model    {config.model.family}, {parameter_count(trainer.model):,} parameters, {config.model.dtype}, "
@@ -85,7 +85,7 @@ def introduce(trainer: Trainer) -> None:
     )
     print(
         f"data     {config.data.source}, {len(trainer.splits['train'].data):,} bytes to train on; a step is "
-        f"{config.data.batch_size} sequences of {config.data.seq_len:,} tokens, {segment:,} per device"
+        f"{config.data.batch_size} sequences of {config.data.seq_len:,} tokens, {part:,} per device"
     )
     if config.data.separator:
         documents = trainer.splits["train"].documents

@@ -83,7 +83,7 @@ def program(case: Case):
     @partial(jax.jit, compiler_options=QUICK)
     def on_mesh(q, k, v, do, mask, dropout):
         mask_spec = sequence_spec if mask.start.ndim == 1 else x_spec
-        dropout_spec = dropout and Dropout(P(), P(), rows_spec, sequence_spec)
+        dropout_spec = dropout and Dropout(P(), P(), rows_spec, sequence_spec, P())
         in_specs = (*[x_spec] * 4, Intervals(mask_spec, mask_spec), dropout_spec)
         checked = (
             case.kernel not in TARGETS

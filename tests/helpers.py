@@ -2,6 +2,7 @@
 
 import jax
 import numpy as np
+import pytest
 
 from configs import base
 from lss_jax.attention.setting import layout_on
@@ -32,14 +33,19 @@ def small_config(**changes) -> Config:
     return from_dict(values)
 
 
-def mesh_of(data: int, seq: int) -> jax.sharding.Mesh:
-    return make_mesh((data, seq, 1), jax.devices()[: data * seq])
+def mesh_of(data: int, seq: int, model: int = 1) -> jax.sharding.Mesh:
+    return make_mesh((data, seq, model), jax.devices()[: data * seq * model])
 
 
-def model_on(data: int, seq: int, **changes) -> tuple[Model, jax.sharding.Mesh]:
-    config = small_config(mesh__data=data, mesh__seq=seq, **changes)
-    validate(config, data * seq)
-    return build_model(config), mesh_of(data, seq)
+def model_on(data: int, seq: int, model: int = 1, **changes) -> tuple[Model, jax.sharding.Mesh]:
+    config = small_config(mesh__data=data, mesh__seq=seq, mesh__model=model, **changes)
+    validate(config, data * seq * model)
+    return build_model(config), mesh_of(data, seq, model)
+
+
+def sampled(values, sample):
+    """Parameters of a test; those outside the sample have the marker `grid`."""
+    return [pytest.param(value, marks=[] if value in sample else pytest.mark.grid) for value in values]
 
 
 def random_bytes(count: int = 20_000, seed: int = 0) -> np.ndarray:

@@ -29,7 +29,7 @@ from lss_jax.config import AttentionConfig, DataConfig, ModelConfig
 from lss_jax.data.sources import SOURCES
 from lss_jax.dropout import Dropout, hashed, mixed
 from lss_jax.layout import CHUNKS_PER_DEVICE, Layout
-from lss_jax.mesh import SEQ
+from lss_jax.mesh import MODEL, SEQ, cut_axes, over_cut_axes
 from lss_jax.models import FAMILIES
 
 LAYOUTS = [Layout(name, devices) for name in CHUNKS_PER_DEVICE for devices in (1, 2, 3, 5, 8)]
@@ -102,6 +102,37 @@ def test_padding_is_the_least_that_cuts_into_equal_chunks(layout):
     for length in range(1, 50):
         padded = layout.padded(length)
         assert padded % chunks == 0 and length <= padded < length + chunks
+
+
+@pytest.mark.parametrize("parts", range(1, 7))
+@pytest.mark.parametrize("devices", range(1, 7))
+def test_of_natural_pieces_each_device_holds_an_even_and_an_odd_one(devices, parts):
+    """So that two permutations are enough, whatever the mesh."""
+    layout = Layout("zigzag", devices, parts)
+    pieces = 2 * devices * parts
+    assert layout.padded(1) == pieces, "a token each"
+    np.testing.assert_array_equal(layout.pieces_D2.ravel(), layout.positions(pieces))
+    assert set(layout.pieces_D2.sum(1) % 2) == {1}
+
+
+@pytest.mark.parametrize("name", CHUNKS_PER_DEVICE)
+@pytest.mark.parametrize(("seq", "model"), [(8, 1), (2, 2), (3, 2), (2, 3), (2, 4), (1, 4)])
+def test_rows_go_to_their_tokens_and_back(seq, model, name):
+    """Rank-coded: each row is its natural position."""
+    layout, mesh = Layout(name, seq, model), mesh_of(1, seq, model)
+    spec = over_cut_axes(P((SEQ, MODEL)), mesh)
+    axes = cut_axes(mesh)
+    position_L = jnp.arange(layout.padded(50))
+
+    @jax.jit
+    @partial(jax.shard_map, mesh=mesh, in_specs=spec, out_specs=(spec, spec))
+    def there_and_back(rows_p):
+        moved_p = layout.from_natural(rows_p, axes)
+        return moved_p, layout.to_natural(moved_p, axes)
+
+    there, back = there_and_back(position_L)
+    np.testing.assert_array_equal(there, layout.positions(len(position_L)))
+    np.testing.assert_array_equal(back, position_L)
 
 
 @pytest.mark.parametrize("devices", [2, 3, 5, 8])
@@ -237,7 +268,7 @@ def test_the_order_and_the_number_of_coordinates_count():
 @pytest.mark.parametrize("rate", [0.0, 0.1, 0.5, 0.9])
 def test_dropout_of_activations_drops_at_its_rate(rate):
     x_BlE = jnp.ones((4, 64, 128))
-    found = np.asarray(Dropout(rate, hashed(0, 1), jnp.arange(4), jnp.arange(64))(x_BlE))
+    found = np.asarray(Dropout(rate, hashed(0, 1), jnp.arange(4), jnp.arange(64), 0)(x_BlE))
     noise = (rate * (1 - rate) / found.size) ** 0.5
     assert abs((found == 0).mean() - rate) <= 5 * noise
     np.testing.assert_allclose(found[found > 0], 1 / (1 - rate), rtol=1e-6)
@@ -245,7 +276,7 @@ def test_dropout_of_activations_drops_at_its_rate(rate):
 
 def test_dropout_of_a_part_is_that_part_of_dropout():
     x_BlE = jax.random.normal(jax.random.key(0), (4, 12, 16))
-    whole = Dropout(0.5, hashed(0, 1), jnp.arange(4), jnp.arange(12))
+    whole = Dropout(0.5, hashed(0, 1), jnp.arange(4), jnp.arange(12), 0)
     place_l = np.array([9, 2, 3])
     part = whole._replace(row_B=jnp.arange(2, 4), position_l=place_l)
     np.testing.assert_array_equal(part(x_BlE[2:, place_l]), whole(x_BlE)[2:, place_l])

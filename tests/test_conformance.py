@@ -269,7 +269,7 @@ RATE = 0.3
 
 def some_dropout(length: int, *coordinates: int) -> Dropout:
     """In natural order."""
-    return Dropout(RATE, hashed(7, *coordinates), np.arange(B), np.arange(length, dtype=np.int32))
+    return Dropout(RATE, hashed(7, *coordinates), np.arange(B), np.arange(length, dtype=np.int32), 0)
 
 
 @cache

@@ -5,7 +5,7 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).parents[1] / "lss_jax"
 ROWS = [
-    {"config", "mesh", "layout", "dropout", "hlo"},
+    {"config", "mesh", "layout", "dropout", "tensor_parallel", "hlo"},
     {"distributed", "topology", "attention", "embeddings"},
     {"layers"},
     {"models", "data"},

@@ -7,12 +7,14 @@ not even trace: `check_vma=True` proves that no average was forgotten.
 import jax
 import jax.numpy as jnp
 import pytest
+from helpers import sampled
 from jax.sharding import PartitionSpec as P
 from test_training_step import check_against_oracle
 
 import lss_jax.step
 from lss_jax.gradients import double_sum
-from lss_jax.mesh import DATA, SEQ
+from lss_jax.mesh import DATA, MODEL, SEQ
+from lss_jax.tensor_parallel import own_part
 
 REAL_PSUM = jax.lax.psum
 
@@ -30,6 +32,21 @@ def own_share_of_own_segment(x, axis_name):
 def stays_at_home(x, axis_name, perm):
     """In place of a permutation: here, of the position table's chunks into their layout."""
     return x
+
+
+def only_over_model(wrong, real):
+    """The wrong function in the regions, the real one elsewhere."""
+    return lambda x, axis_name, **options: (wrong if axis_name == MODEL else real)(x, axis_name, **options)
+
+
+def own_part_everywhere(x, axis_name, *, axis, tiled):
+    """In place of a gather into a region."""
+    return jnp.concatenate([x] * jax.lax.axis_size(axis_name), axis)
+
+
+def own_term_of_own_part(x, axis_name, *, scatter_dimension, tiled):
+    """In place of a scatter out of a region."""
+    return own_part(x, axis_name, scatter_dimension)
 
 
 def first_share_of(dropped):
@@ -52,6 +69,15 @@ DROPPED = {
 }
 
 
+DROPPED_ON_HYBRID = {
+    "gather into a region": ("all_gather", only_over_model(own_part_everywhere, jax.lax.all_gather)),
+    "scatter out of a region": ("psum_scatter", only_over_model(own_term_of_own_part, jax.lax.psum_scatter)),
+    "exchange of position rows": ("ppermute", stays_at_home),
+    "sum over the parts of a segment": ("psum", first_share_of(MODEL)),
+    "average inside the sequence group": ("psum", first_share_of(SEQ)),
+}
+
+
 @pytest.mark.parametrize("dropped", DROPPED)
 def test_a_dropped_collective_is_seen(dropped, monkeypatch):
     name, replacement = DROPPED[dropped]
@@ -60,11 +86,20 @@ def test_a_dropped_collective_is_seen(dropped, monkeypatch):
         check_against_oracle(2, 4)
 
 
-@pytest.mark.parametrize("axis", [SEQ, DATA])
+@pytest.mark.parametrize("vocab_parallel", sampled([False, True], {False}))
+@pytest.mark.parametrize("dropped", DROPPED_ON_HYBRID)
+def test_a_dropped_collective_is_seen_on_a_hybrid(dropped, vocab_parallel, monkeypatch):
+    name, replacement = DROPPED_ON_HYBRID[dropped]
+    monkeypatch.setattr(jax.lax, name, replacement)
+    with pytest.raises(AssertionError, match="relative error"):
+        check_against_oracle(1, 2, 2, model__vocab_parallel=vocab_parallel)
+
+
+@pytest.mark.parametrize("axis", [MODEL, SEQ, DATA])
 def test_a_forgotten_sum_does_not_trace(axis, monkeypatch):
     monkeypatch.setattr(jax.lax, "psum", lambda x, axis_name: x if axis_name == axis else REAL_PSUM(x, axis_name))
     with pytest.raises(ValueError, match="require replication which can't be statically inferred"):
-        check_against_oracle(2, 4)
+        check_against_oracle(2, 2, 2)
 
 
 def test_a_forgotten_cast_is_seen(monkeypatch):

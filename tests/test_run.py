@@ -66,12 +66,23 @@ def test_an_interrupted_run_ends_like_an_uninterrupted_one(config, tmp_path):
     assert [step for step, _ in curve(tmp_path / "whole", "valid")] == [4, 8, 10]
 
 
-@pytest.mark.parametrize(("data", "seq"), [(8, 1), (2, 3), (1, 1)])
-def test_another_mesh_goes_on_with_the_same_curve(config, tmp_path, data, seq):
+@pytest.mark.parametrize(
+    ("sizes", "changes"),
+    [
+        ((8, 1, 1), {}),
+        ((2, 3, 1), {}),
+        ((1, 1, 1), {}),
+        ((1, 3, 2), {"model__vocab_parallel": True}),
+        ((2, 2, 2), {"optim__shard_state": True}),
+    ],
+)
+def test_another_mesh_goes_on_with_the_same_curve(config, tmp_path, sizes, changes):
+    """Also one that cuts weights, another share of the vocabulary, or moments."""
     run(config, tmp_path / "whole")
     run(config, tmp_path / "parts", stop_after=4)
-    other = change(config, mesh__data=data, mesh__seq=seq)
-    run(other, tmp_path / "parts", devices=jax.devices()[: data * seq])
+    data, seq, model = sizes
+    other = change(change(config, mesh__data=data, mesh__seq=seq, mesh__model=model), **changes)
+    run(other, tmp_path / "parts", devices=jax.devices()[: data * seq * model])
     found, expected = curve(tmp_path / "parts"), curve(tmp_path / "whole")
     assert [step for step, _ in found] == [step for step, _ in expected]
     np.testing.assert_allclose([loss for _, loss in found], [loss for _, loss in expected], rtol=1e-5)

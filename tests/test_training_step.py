@@ -1,15 +1,19 @@
 """One step, and twenty, on every mesh against the oracle: loss, and each parameter's gradient by name."""
 
-import functools
+from functools import cache, partial
 
 import jax
 import numpy as np
 import optax
 import oracle
 import pytest
-from helpers import MESHES, assert_close, batch_on, model_on, random_bytes, relative_error
+from helpers import MESHES, assert_close, batch_on, mesh_of, model_on, random_bytes, relative_error, sampled
+from jax.sharding import PartitionSpec as P
 
+from lss_jax.data.loader import IGNORED
 from lss_jax.dropout import AFTER_ATTENTION, AFTER_MLP, ATTENTION, EMBEDDING, LAYER, Dropout
+from lss_jax.losses import cross_entropy, cross_entropy_of_shares
+from lss_jax.mesh import MODEL
 from lss_jax.optimizer import decayed, make_optimizer, make_schedule
 from lss_jax.state import init_state
 from lss_jax.step import make_eval_step, make_loss_and_gradient, make_train_step
@@ -41,6 +45,22 @@ VARIANTS = {
 }
 
 
+HYBRIDS = [(2, 2, 2), (1, 2, 4), (1, 4, 2), (1, 3, 2), (1, 1, 8)]  # data x seq x model; the last is Nvidia's alone
+HYBRID_VARIANTS = {
+    **VARIANTS,
+    "vocabulary": {"model__vocab_parallel": True},
+    "vocabulary, documents in microbatches": {"model__vocab_parallel": True, **VARIANTS["documents in microbatches"]},
+    "vocabulary, untied, sinusoidal": {
+        "model__vocab_parallel": True,
+        "model__tied_head": False,
+        "model__positions": "sinusoidal",
+    },
+    "rope, prefix and window": {**VARIANTS["rope"], **VARIANTS["prefix and window"]},
+}
+HYBRID_SAMPLE = {"remat and regather", "rope, prefix and window", "vocabulary, untied, sinusoidal"}
+HYBRID_SAMPLE |= {"vocabulary, documents in microbatches"}
+
+
 def perturbed_params(model, seed=1):
     """Initial parameters, with every zero and one of them moved, so that no gradient is zero by symmetry."""
     random = np.random.default_rng(seed)
@@ -48,8 +68,8 @@ def perturbed_params(model, seed=1):
     return jax.tree.map(lambda leaf: leaf + 0.1 * random.standard_normal(leaf.shape, np.float32), params)
 
 
-def check_against_oracle(data, seq, bound=1e-5, source=None, **changes):
-    model, mesh = model_on(data, seq, **changes)
+def check_against_oracle(data, seq, model=1, bound=1e-5, source=None, **changes):
+    model, mesh = model_on(data, seq, model, **changes)
     params = perturbed_params(model)
     starts_B = None if source is None else np.arange(8) * model.config.data.seq_len
     batch = batch_on(mesh, model.config, data=source, starts_B=starts_B)
@@ -61,6 +81,27 @@ def check_against_oracle(data, seq, bound=1e-5, source=None, **changes):
 @pytest.mark.parametrize(("data", "seq"), MESHES)
 def test_gradient_equals_the_oracle_on_every_mesh(data, seq):
     check_against_oracle(data, seq)
+
+
+@pytest.mark.parametrize("mesh", HYBRIDS)
+def test_gradient_equals_the_oracle_on_every_hybrid(mesh):
+    check_against_oracle(*mesh, model__heads=8)
+
+
+@pytest.mark.parametrize("variant", sampled(HYBRID_VARIANTS, HYBRID_SAMPLE))
+def test_gradient_equals_the_oracle_for_every_model_on_a_hybrid(variant):
+    heads = {"model__kv_heads": 2} if variant == "mqa" else {}  # one key/value head cannot be cut
+    check_against_oracle(2, 2, 2, **{**HYBRID_VARIANTS[variant], **heads})
+
+
+@pytest.mark.parametrize("layout", sampled(["contiguous", "zigzag"], {"zigzag"}))
+@pytest.mark.parametrize("strategy", ["lss", "ring", "ulysses"])
+@pytest.mark.parametrize("mesh", sampled([(1, 3, 2), (2, 2, 2), (1, 2, 4)], {(1, 3, 2)}))
+def test_gradient_equals_the_oracle_for_every_strategy_and_layout_on_hybrids(mesh, strategy, layout):
+    """With learned positions, grouped queries, a vocabulary in shares, and a length that no mesh divides."""
+    heads = {"model__heads": 24, "model__width": 48, "model__kv_heads": 4}
+    changes = {"attention__strategy": strategy, "attention__layout": layout, "data__seq_len": 41}
+    check_against_oracle(*mesh, **heads, **changes, model__vocab_parallel=mesh[2] == 2)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -100,12 +141,13 @@ def test_ignored_targets_count_nowhere():
     check_against_oracle(1, 8, source=source, optim__accumulate=4)
 
 
-def test_bfloat16_stays_near_the_float32_oracle():
+@pytest.mark.parametrize("mesh", [(2, 4), (1, 2, 4)])
+def test_bfloat16_stays_near_the_float32_oracle(mesh):
     """bfloat16 has 8 bits of mantissa: 5% of the largest entry of each gradient."""
-    check_against_oracle(2, 4, bound=5e-2, model__dtype="bfloat16")
+    check_against_oracle(*mesh, bound=5e-2, model__dtype="bfloat16")
 
 
-@functools.cache
+@cache
 def oracle_curve(steps):
     """Losses of `steps` AdamW steps with the oracle's gradients, and the final parameters."""
     model, mesh = model_on(1, 1)
@@ -124,9 +166,11 @@ def oracle_curve(steps):
     return losses, params
 
 
-@pytest.mark.parametrize(("data", "seq"), MESHES)
-def test_twenty_steps_follow_the_oracle(data, seq):
-    model, mesh = model_on(data, seq)
+@pytest.mark.parametrize(
+    "mesh", [(*mesh, 1) for mesh in MESHES] + sampled([(2, 2, 2), (1, 1, 4), (1, 3, 2)], {(2, 2, 2)})
+)
+def test_twenty_steps_follow_the_oracle(mesh):
+    model, mesh = model_on(*mesh)
     optimizer = make_optimizer(model.config.optim)
     state = init_state(model, optimizer, mesh, model.config.seed)
     train_step, losses = make_train_step(model, optimizer, mesh), []
@@ -140,8 +184,26 @@ def test_twenty_steps_follow_the_oracle(data, seq):
     assert_close(state.params, params, 1e-2)  # Adam divides by small numbers: the curve above is the sharp test
 
 
-def test_evaluation_equals_the_oracle():
-    model, mesh = model_on(2, 4)
+@pytest.mark.parametrize("sizes", [(2, 4), (2, 2, 2)])
+def test_moments_in_shares_give_the_same_parameters(sizes):
+    """Each device has a share of what its copies of a parameter would all have."""
+    states = []
+    for shard_state in (False, True):
+        model, mesh = model_on(*sizes, optim__shard_state=shard_state, model__vocab_parallel=len(sizes) == 3)
+        optimizer = make_optimizer(model.config.optim)
+        state, train_step = init_state(model, optimizer, mesh, 0), make_train_step(model, optimizer, mesh)
+        for step in range(3):
+            state, _ = train_step(state, batch_on(mesh, model.config, seed=step))
+        states.append(state)
+    whole, shared = states
+    assert_close(shared.params, whole.params, 1e-6)
+    here = [sum(x.addressable_shards[0].data.size for x in jax.tree.leaves(s.opt_state)) for s in states]
+    assert here[1] < 1.05 * here[0] / (sizes[0] * sizes[1])
+
+
+@pytest.mark.parametrize(("mesh", "vocab_parallel"), [((2, 4), False), ((2, 2, 2), True)])
+def test_evaluation_equals_the_oracle(mesh, vocab_parallel):
+    model, mesh = model_on(*mesh, model__vocab_parallel=vocab_parallel)
     params = perturbed_params(model)
     batch = batch_on(mesh, model.config, data=random_bytes(200), starts_B=np.arange(8) * 48)
     sums = make_eval_step(model, mesh)(params, batch)
@@ -150,13 +212,31 @@ def test_evaluation_equals_the_oracle():
     assert relative_error(sums.mean(), expected) < 1e-5
 
 
+def test_cross_entropy_of_shares_is_cross_entropy():
+    """Value and gradient, also of logits whose exponentials overflow, and with tokens that do not count."""
+    random, mesh = np.random.default_rng(0), mesh_of(1, 1, 4)
+    logits_BLV = random.normal(0, 30, (2, 8, 12)).astype(np.float32)
+    logits_BLV[0] += 1e4
+    targets_BL = random.integers(IGNORED, 12, (2, 8), np.int32)
+
+    @partial(jax.shard_map, mesh=mesh, in_specs=(P(None, None, MODEL), P()), out_specs=P())
+    def in_shares(logits_BLV, targets_BL):
+        return jax.lax.psum(cross_entropy_of_shares(logits_BLV, targets_BL, MODEL), MODEL)
+
+    def value_and_gradient(function):
+        return jax.value_and_grad(lambda logits: function(logits, targets_BL).nats)(logits_BLV)
+
+    assert_close(value_and_gradient(in_shares), value_and_gradient(cross_entropy), 1e-5)
+    assert in_shares(logits_BLV, targets_BL).tokens == (targets_BL != IGNORED).sum() < targets_BL.size
+
+
 DROPPING = {"model__dropout": 0.2, "model__heads": 6, "model__width": 48, "model__kv_heads": 2}
 
 
-@functools.cache
-def curve_with_dropout(data, seq, **changes):
+@cache
+def curve_with_dropout(*mesh, **changes):
     """Losses of five steps."""
-    model, mesh = model_on(data, seq, **DROPPING, **changes)
+    model, mesh = model_on(*mesh, **DROPPING, **changes)
     optimizer = make_optimizer(model.config.optim)
     state = init_state(model, optimizer, mesh, model.config.seed)
     train_step, losses = make_train_step(model, optimizer, mesh), []
@@ -167,19 +247,21 @@ def curve_with_dropout(data, seq, **changes):
 
 
 @pytest.mark.parametrize(
-    ("data", "seq", "changes"),
+    ("mesh", "changes"),
     [
-        (1, 1, {}),
-        (8, 1, {"optim__accumulate": 1}),
-        (1, 8, {"attention__gather_groups": 2}),
-        (2, 4, {"attention__layout": "contiguous", "optim__accumulate": 4}),
-        (2, 4, {"attention__strategy": "ring", "model__remat": "block"}),
-        (1, 3, {"attention__strategy": "ulysses"}),
+        ((1, 1), {}),
+        ((8, 1), {"optim__accumulate": 1}),
+        ((1, 8), {"attention__gather_groups": 2}),
+        ((2, 4), {"attention__layout": "contiguous", "optim__accumulate": 4}),
+        ((2, 4), {"attention__strategy": "ring", "model__remat": "block"}),
+        ((1, 3), {"attention__strategy": "ulysses"}),
+        ((2, 2, 2), {"model__remat": "block", "model__vocab_parallel": True}),
+        ((1, 3, 2), {"attention__strategy": "ulysses"}),
     ],
 )
-def test_dropout_gives_one_curve_on_every_mesh(data, seq, changes):
+def test_dropout_gives_one_curve_on_every_mesh(mesh, changes):
     reference = curve_with_dropout(1, 1, attention__kernel="dense", attention__layout="contiguous")
-    np.testing.assert_allclose(curve_with_dropout(data, seq, **changes), reference, rtol=1e-5)
+    np.testing.assert_allclose(curve_with_dropout(*mesh, **changes), reference, rtol=1e-5)
 
 
 def test_dropout_is_at_every_place_and_each_has_a_key_of_its_own(monkeypatch):
@@ -210,7 +292,8 @@ def test_dropout_depends_on_seed_and_step_and_spares_evaluation():
 
 def test_every_mesh_starts_from_the_same_parameters():
     states = []
-    for data, seq in [(1, 1), (2, 4)]:
-        model, mesh = model_on(data, seq)
+    for sizes in [(1, 1), (2, 4), (2, 2, 2)]:
+        model, mesh = model_on(*sizes, model__vocab_parallel=len(sizes) == 3)
         states.append(init_state(model, make_optimizer(model.config.optim), mesh, seed=3))
-    jax.tree.map(lambda a, b: np.testing.assert_array_equal(np.asarray(a), np.asarray(b)), *states)
+    for state in states[1:]:
+        jax.tree.map(lambda a, b: np.testing.assert_array_equal(np.asarray(a), np.asarray(b)), states[0], state)

@@ -115,7 +115,7 @@ def program(case: Case, mesh: Mesh, kernel: str | None):
     setting = Setting(axis, layout, kernel, 512, 512, gather_groups=1, regather=False, interpret=False)
 
     def on_device(q_BlHK, k_BlGK, v_BlGK, do_BlHK, position_l):
-        dropout = Dropout(case.rate, jnp.uint32(0), jnp.arange(1), position_l) if case.rate else None
+        dropout = Dropout(case.rate, jnp.uint32(0), jnp.arange(1), position_l, 0) if case.rate else None
         attend = partial(make_attend("lss", causal(position_l), setting), dropout=dropout)
         o_BlHK, transpose = jax.vjp(attend, q_BlHK, k_BlGK, v_BlGK)
         return o_BlHK, *transpose(do_BlHK)

@@ -9,7 +9,7 @@ from jax.sharding import AbstractMesh, Mesh
 
 from lss_jax.config import Config, ConfigError
 from lss_jax.layout import Layout
-from lss_jax.mesh import SEQ, cut_axes
+from lss_jax.mesh import MODEL, SEQ, if_cut
 
 COMMUNICATED = "attention_communicated"  # keys and values from other devices: kept, or moved again on the way back
 ATTENDED = "attention_rows"  # rows and their log-sum-exp: with these kept, no score is computed again but in blocks
@@ -39,14 +39,14 @@ class Setting:
 
 def layout_on(config: Config, mesh: Mesh | AbstractMesh) -> Layout:
     """The token order of a config on this mesh."""
-    return Layout(config.attention.layout, mesh.shape[SEQ])
+    return Layout(config.attention.layout, mesh.shape[SEQ], mesh.shape[MODEL])
 
 
 def setting_on(config: Config, mesh: Mesh | AbstractMesh) -> Setting:
     """The static side of a config's attention on this mesh."""
     attention = config.attention
     return Setting(
-        axis=SEQ if SEQ in cut_axes(mesh) else None,
+        axis=if_cut(SEQ, mesh),
         layout=layout_on(config, mesh),
         kernel=kernel_on(config, mesh),
         block_queries=attention.block_queries,

@@ -7,6 +7,7 @@ from lss_jax.config import Config
 from lss_jax.dropout import EMBEDDING
 from lss_jax.embeddings import Head, LearnedPositions, TokenEmbedding, logits, sinusoidal
 from lss_jax.layers import Segment, Stack, drop, layer_norm
+from lss_jax.tensor_parallel import gather_sequence
 
 
 class Decoder(nnx.Module):
@@ -14,7 +15,7 @@ class Decoder(nnx.Module):
 
     def __init__(self, config: Config, rngs: nnx.Rngs):
         model = config.model
-        self.sinusoidal = model.positions == "sinusoidal"
+        self.sinusoidal, self.vocab_parallel = model.positions == "sinusoidal", model.vocab_parallel
         self.tokens = TokenEmbedding(model, rngs)
         if model.positions == "learned":
             self.positions = LearnedPositions(model, config.data.seq_len, rngs)
@@ -24,12 +25,18 @@ class Decoder(nnx.Module):
             self.head = Head(model, rngs)
 
     def __call__(self, tokens_Bl: jax.Array, segment: Segment) -> jax.Array:
-        """Logits `BlV` (float32) of the token after each of `tokens_Bl`, which stand at `segment.positions_l`."""
-        x_BlE = self.tokens(tokens_Bl)
+        """Logits (float32) of the token after each of `tokens_Bl`, which stand at `segment.positions_l`.
+
+        They are those of this device's tokens, `BpV`; or, with `model.vocab_parallel`, of all of the segment's tokens
+        and this device's share of the vocabulary, `BlV`.
+        """
+        x_BpE = self.tokens(tokens_Bl, segment.model_axis)
         if hasattr(self, "positions"):
-            x_BlE = self.positions(x_BlE)
+            x_BpE = self.positions(x_BpE)
         if self.sinusoidal:
-            x_BlE = sinusoidal(x_BlE, segment.positions_l)
-        x_BlE = self.stack(drop(x_BlE, segment.dropout, EMBEDDING), segment)
-        x_BlE = self.final_norm(x_BlE)
-        return self.head(x_BlE) if hasattr(self, "head") else logits(x_BlE, self.tokens.kernel_EV())
+            x_BpE = sinusoidal(x_BpE, segment.positions_p)
+        x_BpE = self.stack(drop(x_BpE, segment.dropout, EMBEDDING), segment)
+        x = self.final_norm(x_BpE)
+        if self.vocab_parallel:
+            x = gather_sequence(x, segment.model_axis)  # a share of the vocabulary is for every token
+        return self.head(x) if hasattr(self, "head") else logits(x, self.tokens.kernel_EV())
