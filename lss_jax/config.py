@@ -338,7 +338,7 @@ def _strategy_on_mesh(config: Config, seq: int, model: int) -> Iterator[str]:
             f'model.heads={heads} is not divisible by {by}, which attention.strategy="ulysses" needs; '
             f'use model.heads={_next_multiple(heads, seq * model)} or attention.strategy="lss"'
         )
-    if model > 1 and groups > 0 and kv_heads % (groups * model) and kv_heads % groups == 0:
+    if groups > 0 and kv_heads % groups == 0 and kv_heads // model % groups:
         yield (
             f"model.kv_heads={kv_heads} is not divisible by attention.gather_groups={groups} times mesh.model={model}; "
             f"use attention.gather_groups=1 or another divisor of {kv_heads // model}"

@@ -33,23 +33,22 @@ def double_sum(partial: Any, specs: Any, mesh: Mesh) -> Any:
     """Local, partial gradients (and any sums that ride along) to finished ones: an all-reduce per axis.
 
     What has the same sums to take travels as one vector, since XLA combines many separate sums as it sees fit. The few
-    vectors that take a sum together it makes one all-reduce.
+    vectors that are left, two or three, it combines where they take the same sum.
     """
     leaves, treedef = jax.tree.flatten(partial)
     missing = [_missing(spec, mesh) for spec in jax.tree.leaves(specs)]
-    groups = {axes: [leaf for leaf, a in zip(leaves, missing, strict=True) if a == axes] for axes in missing}
-    vectors, unravel = zip(*map(ravel_pytree, groups.values()), strict=True)
-    sums = dict(zip(groups, vectors, strict=True))
-    sums = _summed(sums, MODEL)  # the parts of one segment
-    sums = _summed(sums, SEQ)  # first average: the segments of one sequence
-    sums = _summed(sums, DATA)  # second average: the sequences of one batch
-    finished = {axes: iter(back(sums[axes])) for axes, back in zip(groups, unravel, strict=True)}
-    return jax.tree.unflatten(treedef, [next(finished[axes]) for axes in missing])
-
-
-def _summed(vectors: dict[tuple[str, ...], jax.Array], axis: str) -> dict[tuple[str, ...], jax.Array]:
-    """The vectors, those of them summed that take the sum over `axis`."""
-    return {axes: jax.lax.psum(vector, axis) if axis in axes else vector for axes, vector in vectors.items()}
+    for axes in dict.fromkeys(missing):
+        group = [index for index, others in enumerate(missing) if others == axes]
+        vector, unravel = ravel_pytree([leaves[index] for index in group])
+        if MODEL in axes:
+            vector = jax.lax.psum(vector, MODEL)  # before the averages: the parts of one segment
+        if SEQ in axes:
+            vector = jax.lax.psum(vector, SEQ)  # first average: the segments of one sequence
+        if DATA in axes:
+            vector = jax.lax.psum(vector, DATA)  # second average: the sequences of one batch
+        for index, leaf in zip(group, unravel(vector), strict=True):
+            leaves[index] = leaf
+    return jax.tree.unflatten(treedef, leaves)
 
 
 def _missing(spec: PartitionSpec, mesh: Mesh) -> tuple[str, ...]:

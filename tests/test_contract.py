@@ -284,9 +284,16 @@ def test_groups_and_sizes_of_a_hybrid():
     }
 
 
-def test_evaluation_gathers_and_adds_two_scalars_twice():
-    model, mesh = model_on(2, 4, model__layers=LAYERS, attention__layout="contiguous")
+@pytest.mark.parametrize(
+    ("sizes", "expected"),
+    [
+        ((2, 4), {"all-gather": LAYERS, "scalar all-reduce": 2}),
+        ((2, 2, 2), {"all-gather": 3 * LAYERS, "reduce-scatter": 2 * LAYERS, "scalar all-reduce": 3}),
+    ],
+)
+def test_evaluation_goes_forward_and_adds_two_scalars_over_each_axis(sizes, expected):
+    model, mesh = model_on(*sizes, model__layers=LAYERS, attention__layout="contiguous")
     found = hlo.collectives(
         make_eval_step(model, mesh).lower(model.shapes, batch_shapes(model, mesh)).compile().as_text()
     )
-    assert dict(hlo.counts(found)) == {"all-gather": LAYERS, "scalar all-reduce": 2}
+    assert dict(hlo.counts(found)) == expected

@@ -38,7 +38,10 @@ class Batch(NamedTuple):
 
 
 def batch_specs(packed: bool) -> Batch:
-    """How a batch is cut; `packed`: with documents."""
+    """How a batch is cut; `packed`: with documents.
+
+    A model group has its segment whole: masks and a vocabulary in shares need all of it, and tokens are few bytes.
+    """
     whole = P(DATA, SEQ)
     return Batch(whole, whole, P(SEQ), P(DATA), P(None, DATA, SEQ) if packed else None)
 
