@@ -17,6 +17,7 @@ import jax
 from jax.flatten_util import ravel_pytree
 from jax.sharding import Mesh, PartitionSpec
 
+from lss_jax.hlo import GRADIENTS
 from lss_jax.mesh import DATA, MODEL, SEQ, cut_axes, named_axes
 
 
@@ -29,6 +30,7 @@ def varying(params: Any, specs: Any, mesh: Mesh) -> Any:
     return jax.tree.map(cast, params, specs)
 
 
+@jax.named_scope(GRADIENTS)
 def double_sum(partial: Any, specs: Any, mesh: Mesh) -> Any:
     """Local, partial gradients (and any sums that ride along) to finished ones: an all-reduce per axis.
 

@@ -1,6 +1,7 @@
 """Reads the collectives out of a compiled program's text, with the trip counts of the loops they stand in.
 
-It knows the synchronous forms, as XLA writes them for CPU.
+XLA writes a collective in several forms, and all count as one: a plain instruction; a start and a done, between which
+other work may run; a fusion; and on TPUs a reduce-scatter as an all-reduce of which each device takes a slice.
 """
 
 import math
@@ -8,48 +9,90 @@ import re
 from collections import Counter
 from typing import NamedTuple
 
+import numpy as np
+
+# The parts of a step, as names on the way to an operation (`jax.named_scope`), by which a program is read.
+ATTENTION, REGIONS, LOSS, MASK = "attention", "regions", "loss", "mask"
+POSITIONS, GRADIENTS, OPTIMIZER = "positions", "gradients", "optimizer"
+ELSEWHERE = "elsewhere"  # or the name is lost
+PLACE = re.compile(rf"\b({'|'.join((ATTENTION, REGIONS, LOSS, MASK, POSITIONS, GRADIENTS, OPTIMIZER))})\b")
+
 KINDS = "all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute|collective-broadcast"
-OP = re.compile(rf" = (?P<type>.*?) (?P<kind>{KINDS})\(")
+INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%(?P<name>[\w.-]+) = (?P<type>.*?) (?P<op>[\w-]+)\((?P<operands>.*)$")
+COLLECTIVE = re.compile(rf"(?P<kind>{KINDS})(?P<part>-start|-done)?$")
 COMPUTATION = re.compile(r"^(?P<entry>ENTRY )?%?(?P<name>[\w.-]+) \(.*\{$")
 CALLED = re.compile(r"(?:calls|to_apply|body|condition|true_computation|false_computation)=%?([\w.-]+)")
 BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
+CONDITION = re.compile(r"condition=%([\w.-]+)")
+BELOW = re.compile(r"compare\(.*%(?P<limit>constant[\w.-]*)\), direction=LT")
 SHAPE = re.compile(r"(?:f|bf|s|u)(\d+)\[([\d,]*)\]")
+SOURCE = re.compile(r'op_name="([^"]*)"')
+NAME = re.compile(r"%([\w.-]+)")
 
 
 class Collective(NamedTuple):
-    """One collective instruction; sizes are those of its result on one device."""
+    """One collective; sizes are those of its result on one device."""
 
     kind: str
     elements: int
     bytes: int
-    group_size: int  # devices that take part; of a permutation, how many send
+    group: tuple[int, ...]  # devices that take part in the first of its groups; of a permutation, a sender and receiver
     times: int  # per run of the program
+    asynchronous: bool  # other work may run meanwhile
+    source: str  # the path of names by which the program asked for it
+
+    @property
+    def place(self) -> str:
+        """The part of the step that it belongs to; in attention and regions also which way it goes."""
+        places = PLACE.findall(self.source)
+        if not places:
+            return ELSEWHERE
+        way = (" backward" if "transpose(" in self.source else " forward") if places[0] in (ATTENTION, REGIONS) else ""
+        return places[0] + way
+
+    @property
+    def group_size(self) -> int:
+        """Devices in a group."""
+        return len(self.group)
+
+    def axes(self, mesh_shape: dict[str, int]) -> tuple[str, ...]:
+        """The mesh axes that it moves something along."""
+        coordinates = np.array(np.unravel_index(self.group, tuple(mesh_shape.values())))
+        return tuple(name for name, place in zip(mesh_shape, coordinates, strict=True) if len(set(place.tolist())) > 1)
+
+
+class Instruction(NamedTuple):
+    """One line of a computation."""
+
+    name: str
+    type: str
+    op: str
+    operands: str  # and what follows
+    line: str
 
 
 def collectives(text: str) -> list[Collective]:
     """All collectives of a compiled program (`compiled.as_text()`)."""
-    bodies, entry = _computations(text)
+    computations, entry = _computations(text)
     found: list[Collective] = []
 
-    def visit(name: str, times: int | None) -> None:
-        for line in bodies[name]:
-            op = OP.search(line)
-            if op:
-                assert times is not None, f"a collective in a loop of unknown length: {line[:200]}"
-                parts = [
-                    (int(bits), math.prod(map(int, filter(None, s.split(",")))))
-                    for bits, s in SHAPE.findall(op["type"])
-                ]
-                elements, size = sum(count for _, count in parts), sum(bits // 8 * count for bits, count in parts)
-                found.append(Collective(op["kind"], elements, size, _group_size(line), times))
-            trips = TRIPS.search(line)
-            repeats = None if " while(" in line and not trips else int(trips[1]) if trips else 1
-            inside = None if times is None or repeats is None else times * repeats
-            for called in CALLED.findall(line) + [n.strip(" %") for b in BRANCHES.findall(line) for n in b.split(",")]:
-                visit(called, inside)
+    def visit(name: str, times: int | None, caller: Instruction | None) -> None:
+        body = computations[name]
+        for instruction in body.values():
+            form = COLLECTIVE.match(instruction.op)
+            if form and form["part"] != "-done":
+                assert times is not None, f"a collective in a loop of unknown length: {instruction.line[:200]}"
+                found.append(_collective(form, instruction, body, times, caller))
+            inside = times
+            if instruction.op == "while":
+                trips = _trips(instruction, computations)
+                inside = None if times is None or trips is None else times * trips
+            line = instruction.line
+            for called in CALLED.findall(line) + [n for b in BRANCHES.findall(line) for n in NAME.findall(b)]:
+                visit(called, inside, instruction)
 
-    visit(entry, 1)
+    visit(entry, 1, None)
     return found
 
 
@@ -62,31 +105,98 @@ def counts(found: list[Collective]) -> Counter:
     return total
 
 
-def _computations(text: str) -> tuple[dict[str, list[str]], str]:
-    bodies: dict[str, list[str]] = {}
+def _collective(form, instruction: Instruction, body: dict[str, Instruction], times: int, caller) -> Collective:
+    """The collective of an instruction of this computation, which `caller` calls."""
+    started = form["part"] == "-start"
+    done = [x for x in body.values() if started and x.op.endswith("-done") and f"%{instruction.name})" in x.operands]
+    result = done[0] if done else instruction
+    kind, source = form["kind"], SOURCE.search(instruction.line)
+    if kind == "all-reduce":
+        taken = _slice_of(instruction, body, caller)
+        if taken:
+            kind, result, source = "reduce-scatter", taken, source or SOURCE.search(taken.line)
+    parts = [(int(bits), math.prod(map(int, filter(None, s.split(","))))) for bits, s in SHAPE.findall(result.type)]
+    return Collective(
+        kind=kind,
+        elements=sum(count for _, count in parts),
+        bytes=sum(bits // 8 * count for bits, count in parts),
+        group=_group(instruction.line),
+        times=times,
+        asynchronous=(started and '"is_sync":true' not in instruction.line)
+        or "async_collective_name" in instruction.line,
+        source=source[1] if source else "",
+    )
+
+
+def _slice_of(instruction: Instruction, body: dict[str, Instruction], caller: Instruction | None) -> Instruction | None:
+    """What takes a slice of an all-reduce's result, if nobody else wants any of it."""
+    users = [
+        x for x in body.values() if re.search(rf"%{re.escape(instruction.name)}[,)]", x.operands.split("),")[0] + ")")
+    ]
+    if len(users) != 1:
+        return None
+    (user,) = users
+    if user.op == "dynamic-slice":
+        return caller if caller is not None and "all-reduce-scatter" in caller.line else user
+    return user if user.op == "fusion" and "dynamic-slice" in user.name else None
+
+
+def _computations(text: str) -> tuple[dict[str, dict[str, Instruction]], str]:
+    """The instructions of every computation by name, and which one is the program."""
+    computations: dict[str, dict[str, Instruction]] = {}
     entry = current = ""
     for line in text.splitlines():
-        head = COMPUTATION.match(line)
+        head, instruction = COMPUTATION.match(line), INSTRUCTION.match(line)
         if head:
             current = head["name"]
-            bodies[current] = []
+            computations[current] = {}
             entry = current if head["entry"] else entry
-        elif current:
-            bodies[current].append(line)
-    return bodies, entry
+        elif instruction and current:
+            computations[current][instruction["name"]] = Instruction(**instruction.groupdict(), line=line)
+    return computations, entry
 
 
-def _group_size(line: str) -> int:
+def _trips(loop: Instruction, computations: dict[str, dict[str, Instruction]]) -> int | None:
+    """How often a loop's body runs, None if that depends on the data; XLA counts from zero."""
+    known = TRIPS.search(loop.line)
+    if known:
+        return int(known[1])
+    condition = CONDITION.search(loop.line)
+    assert condition, f"a loop without a condition: {loop.line[:200]}"
+    instructions = computations[condition[1]]
+    limits = [BELOW.search(x.line) for x in instructions.values() if x.op == "compare"]
+    if len(limits) != 1 or not limits[0]:
+        return None
+    constant = re.match(r"(\d+)\)", instructions[limits[0]["limit"]].operands)
+    return int(constant[1]) if constant else None
+
+
+def _group(line: str) -> tuple[int, ...]:
+    """The devices of the first group, in the order of the mesh."""
     pairs = re.search(r"source_target_pairs=\{(.*?)\}\}", line)
     if pairs:
-        return pairs[1].count("{")
+        moves = [tuple(map(int, pair.split(","))) for pair in re.findall(r"\{(\d+,\d+)", pairs[0])]
+        return next((move for move in moves if move[0] != move[1]), moves[0])
     listed = re.search(r"replica_groups=\{\{([\d,]+)\}", line)
     if listed:
-        return listed[1].count(",") + 1
-    by_axis = re.search(r"replica_groups=mesh\[([^\]]*)\].*?\{([^}]*)\}", line)
+        return tuple(map(int, listed[1].split(",")))
+    by_axis = re.search(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\((\[.*?\)?)\))? \{([^}]*)\}", line)
     if by_axis:
-        sizes = dict(re.findall(r"'(\w+)'=(\d+)", by_axis[1]))
-        return math.prod(int(sizes[name]) for name in re.findall(r"'(\w+)'", by_axis[2]))
-    iota = re.search(r"replica_groups=\[(\d+),(\d+)\]<=", line)
+        sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", by_axis[1])}
+        devices = _iota(by_axis[2] or str(list(sizes.values())).replace(" ", "")).reshape(tuple(sizes.values()))
+        first = tuple(slice(None) if name in re.findall(r"'(\w+)'", by_axis[3]) else 0 for name in sizes)
+        return tuple(devices[first].ravel().tolist())
+    iota = re.search(r"replica_groups=\[(\d+),(\d+)\]<=(\[[\d,]+\](?:T\([\d,]+\))?)", line)
     assert iota, f"unknown form of replica groups: {line[:300]}"
-    return int(iota[2])
+    return tuple(_iota(iota[3]).reshape(int(iota[1]), int(iota[2]))[0].tolist())
+
+
+def _iota(written: str) -> np.ndarray:
+    """Numbers from zero of a shape, transposed, as in `[24,144]T(1,0)`, in a row."""
+    shape, _, order = written.partition("T")
+    numbers = np.arange(math.prod(_ints(shape))).reshape(_ints(shape))
+    return (numbers.transpose(_ints(order)) if order else numbers).ravel()
+
+
+def _ints(written: str) -> list[int]:
+    return [int(number) for number in re.findall(r"\d+", written)]

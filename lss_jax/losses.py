@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from lss_jax.data.loader import IGNORED
+from lss_jax.hlo import LOSS
 from lss_jax.tensor_parallel import own_numbers, own_part
 
 
@@ -28,6 +29,7 @@ def cross_entropy(logits_BlV: jax.Array, targets_Bl: jax.Array) -> LossSum:
     return LossSum(jnp.sum(nats_Bl, where=counted_Bl), jnp.sum(counted_Bl, dtype=jnp.float32))
 
 
+@jax.named_scope(LOSS)
 def cross_entropy_of_shares(logits_BlV: jax.Array, targets_Bl: jax.Array, axis: str) -> LossSum:
     """The same where each device of `axis` has all tokens' logits of its share of the vocabulary.
 

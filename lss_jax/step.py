@@ -13,15 +13,18 @@ from jax.sharding import PartitionSpec as P
 from lss_jax.attention import make_attend
 from lss_jax.attention.mask import Intervals, bidirectional, documents, prefix_causal, window
 from lss_jax.attention.setting import layout_on, setting_on
+from lss_jax.checkpoint import like
 from lss_jax.config import Config
-from lss_jax.data.loader import IGNORED, Batch, batch_specs
+from lss_jax.data.loader import IGNORED, Batch, batch_like, batch_specs
 from lss_jax.dropout import Dropout, hashed
 from lss_jax.gradients import double_sum, varying
+from lss_jax.hlo import OPTIMIZER, POSITIONS
 from lss_jax.layers import Segment
 from lss_jax.losses import LossSum, cross_entropy, cross_entropy_of_shares
 from lss_jax.mesh import DATA, MODEL, SEQ, cut_axes, if_cut, named_axes, over_cut_axes
 from lss_jax.models import Model, Params
-from lss_jax.state import TrainState, state_shardings
+from lss_jax.optimizer import make_optimizer
+from lss_jax.state import TrainState, init_state, state_shardings
 from lss_jax.tensor_parallel import own_part
 
 SUM_SPECS = LossSum(P(), P())  # scalars: they ride along with the gradients, through the same two sums
@@ -30,16 +33,28 @@ SUM_SPECS = LossSum(P(), P())  # scalars: they ride along with the gradients, th
 def make_train_step(model: Model, optimizer: optax.GradientTransformation, mesh: Mesh) -> jax.stages.Wrapped:
     """The jitted step: a state (donated) and a global batch to the next state and its `loss` and `grad_norm`."""
     loss_and_gradient = make_loss_and_gradient(model, mesh)
+    kept = state_shardings(model, optimizer, mesh)
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
         loss, gradient = loss_and_gradient(state.params, batch, state.step)
-        updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
-        metrics = {"loss": loss, "grad_norm": optax.tree.norm(gradient)}
+        with jax.named_scope(OPTIMIZER):
+            updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
+            params = optax.apply_updates(state.params, updates)
+            params = jax.lax.with_sharding_constraint(params, kept.params)  # from where their moments lie, if elsewhere
+            metrics = {"loss": loss, "grad_norm": optax.tree.norm(gradient)}
         return TrainState(state.step + 1, params, opt_state), metrics
 
-    kept = state_shardings(model, optimizer, mesh)
     return jax.jit(train_step, out_shardings=(kept, None), donate_argnums=0)
+
+
+def lower_train_step(model: Model, mesh: Mesh) -> jax.stages.Lowered:
+    """The training step for a state and a batch of which there are shapes alone: to be compiled and looked at."""
+    config, optimizer = model.config, make_optimizer(model.config.optim)
+    shapes = jax.eval_shape(lambda: init_state(model, optimizer, mesh, config.seed))
+    state = like(shapes, state_shardings(model, optimizer, mesh))
+    layout, packed = layout_on(config, mesh), bool(config.data.separator)
+    batch = batch_like(config.data.batch_size, config.data.seq_len, mesh, layout, packed)
+    return make_train_step(model, optimizer, mesh).lower(state, batch)
 
 
 LossAndGradient = Callable[[Params, Batch, jax.Array | int], tuple[jax.Array, Params]]
@@ -88,6 +103,7 @@ def make_eval_step(model: Model, mesh: Mesh) -> jax.stages.Wrapped:
     return jax.jit(lambda params, batch: on_segments(padded(params, model, mesh), batch))
 
 
+@jax.named_scope(POSITIONS)
 def in_layout_order(params: Params, model: Model, mesh: Mesh, back: bool = False) -> Params:
     """Local parameters (or gradients) with the rows of cut tables where their tokens are, or `back` where they lie."""
     layout, axes = layout_on(model.config, mesh), tuple(axis for axis in cut_axes(mesh) if axis != DATA)
@@ -105,6 +121,7 @@ def padded(params: Params, model: Model, mesh: Mesh) -> Params:
     return jax.tree.map(with_rows, params, model.specs) if missing else params
 
 
+@jax.named_scope(POSITIONS)
 def cropped(gradient: Params, model: Model, mesh: Mesh) -> Params:
     """The inverse of `padded`. What the mesh does not divide is whole on every device, so it is first gathered."""
     missing = _missing_rows(model, mesh)

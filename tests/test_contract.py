@@ -3,40 +3,23 @@
 What a strategy's layer takes is predicted by its own `traffic`, beside its collectives.
 """
 
-import math
 from collections import Counter
 
 import jax
 import pytest
-from helpers import model_on, sampled
+from helpers import batch_on, model_on, sampled
 
-from lss_jax import hlo
-from lss_jax.attention import STRATEGIES
-from lss_jax.attention.setting import Sizes, layout_on, setting_on
-from lss_jax.checkpoint import like
-from lss_jax.data.loader import batch_like
+from lss_jax import contract, hlo
 from lss_jax.mesh import named_axes
-from lss_jax.models import build_model, parameter_count
-from lss_jax.optimizer import make_optimizer
-from lss_jax.state import init_state, kept_specs, moment_specs, state_shardings
-from lss_jax.step import make_eval_step, make_train_step
+from lss_jax.models import parameter_count
+from lss_jax.step import lower_train_step, make_eval_step
 
 LAYERS = 3
-NORMS = 24  # at most: of nine kernels and biases, the head, the tokens and the positions, for two global norms
-
-
-def batch_shapes(model, mesh):
-    config = model.config
-    layout, packed = layout_on(config, mesh), bool(config.data.separator)
-    return batch_like(config.data.batch_size, config.data.seq_len, mesh, layout, packed)
 
 
 def lowered_step(*sizes, **changes):
     model, mesh = model_on(*sizes, **{"model__layers": LAYERS, **changes})
-    optimizer = make_optimizer(model.config.optim)
-    shapes = jax.eval_shape(lambda: init_state(model, optimizer, mesh, 0))
-    state = like(shapes, state_shardings(model, optimizer, mesh))
-    return model, mesh, make_train_step(model, optimizer, mesh).lower(state, batch_shapes(model, mesh))
+    return model, mesh, lower_train_step(model, mesh)
 
 
 def compiled_step(*sizes, **changes):
@@ -44,121 +27,19 @@ def compiled_step(*sizes, **changes):
     return model, mesh, hlo.collectives(lowered.compile().as_text())
 
 
-def sizes_of(config, mesh):
-    """Of one call of attention on one device."""
-    data, layout = mesh.shape["data"], layout_on(config, mesh)
-    return Sizes(
-        B=config.data.batch_size // data // config.optim.accumulate,
-        l=layout.padded(config.data.seq_len) // layout.devices,
-        H=config.model.heads // layout.parts,
-        G=config.model.kv_heads // layout.parts,
-        K=config.model.width // config.model.heads,
-        itemsize=4,
-    )
-
-
-def predicted(config, mesh):
-    """How often each kind of collective runs, and how many bytes come out of them on a device: (kind, bytes) to times.
-
-    Per layer and microbatch what the strategy and the regions take; per microbatch what a vocabulary in shares takes.
-    """
-    per_microbatch = of_vocabulary(config, mesh)
-    for _ in range(config.model.layers):
-        per_microbatch += of_attention(config, mesh) + of_regions(config, mesh)
-    times = of_step(config, mesh) + of_sharded_state(config, mesh)
-    for _ in range(config.optim.accumulate):
-        times += per_microbatch
-    return times
-
-
-def of_attention(config, mesh):
-    """One layer: what the strategy says."""
-    times: Counter = Counter()
-    if mesh.shape["seq"] > 1:
-        strategy = STRATEGIES[config.attention.strategy]
-        traffic = strategy.traffic(sizes_of(config, mesh), setting_on(config, mesh))
-        for one in traffic["forward"] + traffic["backward"]:
-            times[one.kind, one.bytes] += one.times
-    return times
-
-
-def of_regions(config, mesh):
-    """One layer: attention and MLP each gather and scatter forward, and backward; with remat they gather once more."""
-    model = mesh.shape["model"]
-    if model == 1:
-        return Counter()
-    segment = segment_bytes(config, mesh)
-    gathers = 4 + 2 * (config.model.remat == "block")
-    return Counter({("all-gather", segment): gathers, ("reduce-scatter", segment // model): 4})
-
-
-def of_vocabulary(config, mesh):
-    """Rows out of the table's shares, segments into the head's; for the loss two numbers and a maximum per token."""
-    model, sizes = mesh.shape["model"], sizes_of(config, mesh)
-    if model == 1 or not config.model.vocab_parallel:
-        return Counter()
-    segment, scalars = segment_bytes(config, mesh), 2 * sizes.B * sizes.l * 4
-    gathers = Counter({("all-gather", segment): 2, ("all-gather", scalars): 1})
-    scatters = Counter({("reduce-scatter", segment // model): 2, ("reduce-scatter", scalars // model): 1})
-    return gathers + scatters + Counter({("all-reduce", None): 1})
-
-
-def of_step(config, mesh):
-    """Once: a sum over each axis; norms of what is cut, for the global norm, over the axes that cut it.
-
-    A learned table of a length that the mesh does not divide is whole between steps, and so is its gradient, which is
-    gathered; under zigzag its rows are exchanged, there and back. Ulysses gathers the intervals of all queries.
-    """
-    data, seq, model = (mesh.shape[axis] for axis in ("data", "seq", "model"))
-    attention, sizes, width = config.attention, sizes_of(config, mesh), config.model.width
-    times = Counter({("all-reduce", None): (data > 1) + (seq > 1) + (model > 1)})
-    times["scalar all-reduce", None] += int(model > 1)
-    if config.model.positions == "learned" and seq * model > 1:
-        if sizes.l * seq != config.data.seq_len:
-            times["all-gather", seq * sizes.l * width * 4] += 1
-        elif seq > 1:
-            times["scalar all-reduce", None] += 1
-        if attention.layout == "zigzag" and seq > 1:
-            times["collective-permute", sizes.l // model // 2 * width * 4] += 4
-    if attention.strategy == "ulysses" and seq > 1:
-        packed = bool(config.data.separator)  # else all microbatches share the intervals
-        rows, runs = (sizes.B, config.optim.accumulate) if packed else (1, 1)
-        times["all-gather", seq * 2 * rows * sizes.l * 4] += runs
-    return +times
-
-
-def of_sharded_state(config, mesh):
-    """Once, for every parameter that other devices update a part of: this device's whole of it."""
-    model = build_model(config)
-    trees = (model.shapes, kept_specs(model, mesh), moment_specs(model, mesh))
-    times: Counter = Counter()
-    for leaf, kept, moment in zip(*map(jax.tree.leaves, trees), strict=True):
-        if named_axes(kept) != named_axes(moment):
-            times["all-gather", leaf.size * 4 // math.prod(mesh.shape[axis] for axis in named_axes(kept))] += 1
-    return times
-
-
-def segment_bytes(config, mesh):
-    """Of a segment's activations."""
-    sizes = sizes_of(config, mesh)
-    return sizes.B * sizes.l * config.model.width * sizes.itemsize
-
-
-def found_in(collectives):
-    """The same of a compiled program; the sizes of the sums have a test of their own."""
-    times: Counter = Counter()
-    for one in collectives:
-        is_sum = one.kind == "all-reduce"
-        kind = "scalar all-reduce" if is_sum and one.elements <= NORMS else one.kind
-        times[kind, None if is_sum else one.bytes] += one.times
-    return times
+def check_contract(*sizes, **changes):
+    model, mesh, found = compiled_step(*sizes, **changes)
+    compiled, predicted = contract.found(found, mesh), contract.predicted(model, mesh)
+    assert not contract.disagreements(compiled, predicted)
+    if model.config.model.dtype == "float32":
+        moved = {line: total.bytes for line, total in compiled.items() if line.kind != "scalars"}
+        assert moved == {line: total.bytes for line, total in predicted.items() if line.kind != "scalars"}
 
 
 @pytest.mark.parametrize("scan", [True, False])
 @pytest.mark.parametrize("sizes", [(1, 1), (8, 1), (1, 8), (2, 4), (1, 1, 4), (2, 2, 2)])
 def test_collectives_of_a_training_step(sizes, scan):
-    model, mesh, found = compiled_step(*sizes, model__scan_layers=scan)
-    assert found_in(found) == predicted(model.config, mesh)
+    check_contract(*sizes, model__scan_layers=scan)
 
 
 @pytest.mark.parametrize(("sizes", "per_layer"), [((1, 8), 2), ((1, 1, 4), 8), ((2, 2, 2), 10)])
@@ -190,8 +71,7 @@ VARIANTS = {
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_collectives_of_every_variant(variant):
-    model, mesh, found = compiled_step(2, 4, **VARIANTS[variant])
-    assert found_in(found) == predicted(model.config, mesh)
+    check_contract(2, 4, **VARIANTS[variant])
 
 
 HYBRID_VARIANTS = {
@@ -207,20 +87,17 @@ HYBRID_SAMPLE = {"remat, gathered again", "padded", "vocabulary, microbatches", 
 
 @pytest.mark.parametrize("variant", sampled(HYBRID_VARIANTS, HYBRID_SAMPLE))
 def test_collectives_of_every_variant_of_a_hybrid(variant):
-    model, mesh, found = compiled_step(2, 2, 2, **HYBRID_VARIANTS[variant])
-    assert found_in(found) == predicted(model.config, mesh)
+    check_contract(2, 2, 2, **HYBRID_VARIANTS[variant])
 
 
 @pytest.mark.parametrize("variant", ["contiguous", "remat", "grouped queries", "documents", "microbatches"])
 @pytest.mark.parametrize("strategy", ["ring", "ulysses"])
 def test_collectives_of_every_strategy(strategy, variant):
-    model, mesh, found = compiled_step(2, 4, attention__strategy=strategy, **VARIANTS[variant])
-    assert found_in(found) == predicted(model.config, mesh)
+    check_contract(2, 4, attention__strategy=strategy, **VARIANTS[variant])
 
 
 def test_ulysses_repeats_key_value_heads_for_many_devices():
-    model, mesh, found = compiled_step(1, 4, attention__strategy="ulysses", model__kv_heads=1)
-    assert found_in(found) == predicted(model.config, mesh)
+    check_contract(1, 4, attention__strategy="ulysses", model__kv_heads=1)
 
 
 def test_bfloat16_travels_as_such_and_its_gradients_in_float32():
@@ -272,7 +149,7 @@ def test_groups_and_sizes_of_a_hybrid():
         by_spec[named_axes(spec)] += shape.size
     shared = by_spec[frozenset()] + 2  # norms, tokens, biases after a scatter; and the two sums of the loss
     of_model_group = shared + by_spec[frozenset(["model"])] // 2
-    sizes = {(one.kind, one.group_size, one.elements) for one in found if one.elements > NORMS}
+    sizes = {(one.kind, one.group_size, one.elements) for one in found if one.elements > contract.SCALARS}
     assert sizes == {
         ("all-gather", 2, segment),  # over model
         ("reduce-scatter", 2, segment // 2),
@@ -293,7 +170,6 @@ def test_groups_and_sizes_of_a_hybrid():
 )
 def test_evaluation_goes_forward_and_adds_two_scalars_over_each_axis(sizes, expected):
     model, mesh = model_on(*sizes, model__layers=LAYERS, attention__layout="contiguous")
-    found = hlo.collectives(
-        make_eval_step(model, mesh).lower(model.shapes, batch_shapes(model, mesh)).compile().as_text()
-    )
+    batch = batch_on(mesh, model.config)
+    found = hlo.collectives(make_eval_step(model, mesh).lower(model.shapes, batch).compile().as_text())
     assert dict(hlo.counts(found)) == expected

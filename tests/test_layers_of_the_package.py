@@ -11,8 +11,8 @@ ROWS = [
     {"models", "data"},
     {"losses", "gradients", "optimizer", "state", "checkpoint", "metrics"},
     {"step"},
-    {"trainer", "cli"},
-    {"train", "evaluate"},
+    {"trainer", "cli", "contract"},
+    {"train", "evaluate", "audit"},
 ]
 ROW = {name: row for row, names in enumerate(ROWS) for name in names}
 

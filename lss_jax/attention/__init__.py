@@ -13,6 +13,7 @@ from lss_jax.attention import lss, ring, ulysses
 from lss_jax.attention.mask import Intervals
 from lss_jax.attention.setting import Setting
 from lss_jax.dropout import Dropout
+from lss_jax.hlo import ATTENTION, MASK
 
 
 class Strategy(NamedTuple):
@@ -34,8 +35,10 @@ Attend = Callable[..., jax.Array]  # (q_BlHK, k_BlGK, v_BlGK, dropout) -> o_BlHK
 def make_attend(strategy: str, mask: Intervals, setting: Setting) -> Attend:
     """The attention of every layer of a step: local `q_BlHK, k_BlGK, v_BlGK` and dropout (or None) to `o_BlHK`."""
     if strategy == "ulysses":
-        mask = ulysses.whole_mask(mask, setting)
+        with jax.named_scope(MASK):
+            mask = ulysses.whole_mask(mask, setting)
 
+    @jax.named_scope(ATTENTION)
     def attend(q_BlHK: jax.Array, k_BlGK: jax.Array, v_BlGK: jax.Array, dropout: Dropout | None = None) -> jax.Array:
         return STRATEGIES[strategy].attention(q_BlHK, k_BlGK, v_BlGK, mask, dropout, setting)
 

@@ -31,8 +31,8 @@ def lss_attention(
 def traffic(sizes: Sizes, setting: Setting) -> dict[str, list[Traffic]]:
     """What one layer moves: gradients travel in float32, so that the sum over devices rounds once."""
     N, groups = setting.layout.devices, setting.gather_groups
-    gather = Traffic("all-gather", groups, N * sizes.pair // groups * sizes.itemsize)
-    scatter = Traffic("reduce-scatter", groups, sizes.pair // groups * 4)
+    gather = Traffic("all-gather", groups, N * sizes.pair // groups, sizes.itemsize)
+    scatter = Traffic("reduce-scatter", groups, sizes.pair // groups, 4)
     return {"forward": [gather], "backward": [gather, scatter] if setting.regather else [scatter]}
 
 

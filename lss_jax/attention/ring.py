@@ -41,8 +41,8 @@ def ring_attention(
 def traffic(sizes: Sizes, setting: Setting) -> dict[str, list[Traffic]]:
     """What one layer moves."""
     N = setting.layout.devices
-    pair = Traffic("collective-permute", N - 1, sizes.pair * sizes.itemsize)
-    return {"forward": [pair], "backward": [pair, Traffic("collective-permute", N, sizes.pair * 4)]}
+    pair = Traffic("collective-permute", N - 1, sizes.pair, sizes.itemsize)
+    return {"forward": [pair], "backward": [pair, Traffic("collective-permute", N, sizes.pair, 4)]}
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(4,))

@@ -109,7 +109,13 @@ class Traffic(NamedTuple):
 
     kind: str  # as XLA calls it
     times: int
-    bytes: int  # of its result on one device
+    elements: int  # of its result on one device
+    itemsize: int
+
+    @property
+    def bytes(self) -> int:
+        """Of its result on one device."""
+        return self.elements * self.itemsize
 
 
 @dataclasses.dataclass(frozen=True)

@@ -39,8 +39,8 @@ def ulysses_attention(
 def traffic(sizes: Sizes, setting: Setting) -> dict[str, list[Traffic]]:
     """What one layer moves."""
     G = math.lcm(sizes.G, setting.layout.devices)
-    token = sizes.B * sizes.l * sizes.K * sizes.itemsize
-    inward, outward = (Traffic("all-to-all", 1, token * heads) for heads in (sizes.H + 2 * G, sizes.H))
+    head = sizes.B * sizes.l * sizes.K
+    inward, outward = (Traffic("all-to-all", 1, head * heads, sizes.itemsize) for heads in (sizes.H + 2 * G, sizes.H))
     return {"forward": [inward, outward], "backward": [outward, inward]}
 
 
