@@ -51,7 +51,6 @@ def test_lss_takes_two_collectives_a_layer_where_nvidia_takes_eight(sizes, per_l
 
 
 VARIANTS = {
-    "moments in shares": {"optim__shard_state": True},
     "contiguous": {"attention__layout": "contiguous"},
     "rope": {"model__positions": "rope"},
     "microbatches": {"optim__accumulate": 4},
@@ -81,6 +80,7 @@ HYBRID_VARIANTS = {
     "vocabulary, microbatches": {"model__vocab_parallel": True, "optim__accumulate": 4, "data__seq_len": 96},
     "ring": {"attention__strategy": "ring"},
     "ulysses": {"attention__strategy": "ulysses", "attention__layout": "contiguous"},
+    "moments in shares": {"optim__shard_state": True},
 }
 HYBRID_SAMPLE = {"remat, gathered again", "padded", "vocabulary, microbatches", "ulysses", "moments in shares"}
 
