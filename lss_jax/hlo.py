@@ -6,7 +6,6 @@ other work may run; a fusion; and on TPUs a reduce-scatter as an all-reduce of w
 
 import math
 import re
-from collections import Counter
 from typing import NamedTuple
 
 import numpy as np
@@ -71,6 +70,14 @@ class Instruction(NamedTuple):
     operands: str  # and what follows
     line: str
 
+    @property
+    def arguments(self) -> list[str]:
+        """The names of its operands."""
+        return NAME.findall(self.operands.split(")")[0])
+
+
+Computation = dict[str, Instruction]  # by name
+
 
 def collectives(text: str) -> list[Collective]:
     """All collectives of a compiled program (`compiled.as_text()`)."""
@@ -83,7 +90,7 @@ def collectives(text: str) -> list[Collective]:
             form = COLLECTIVE.match(instruction.op)
             if form and form["part"] != "-done":
                 assert times is not None, f"a collective in a loop of unknown length: {instruction.line[:200]}"
-                found.append(_collective(form, instruction, body, times, caller))
+                found.append(_collective(form, instruction, body, times, caller, computations))
             inside = times
             if instruction.op == "while":
                 trips = _trips(instruction, computations)
@@ -96,23 +103,21 @@ def collectives(text: str) -> list[Collective]:
     return found
 
 
-def counts(found: list[Collective]) -> Counter:
-    """How often each kind runs; all-reduces of a few scalars under a name of their own."""
-    total: Counter = Counter()
-    for one in found:
-        small = one.kind == "all-reduce" and one.elements <= 2
-        total["scalar all-reduce" if small else one.kind] += one.times
-    return total
-
-
-def _collective(form, instruction: Instruction, body: dict[str, Instruction], times: int, caller) -> Collective:
+def _collective(
+    form: re.Match,
+    instruction: Instruction,
+    body: Computation,
+    times: int,
+    caller: Instruction | None,
+    computations: dict[str, Computation],
+) -> Collective:
     """The collective of an instruction of this computation, which `caller` calls."""
     started = form["part"] == "-start"
-    done = [x for x in body.values() if started and x.op.endswith("-done") and f"%{instruction.name})" in x.operands]
+    done = [user for user in _users(instruction, body) if started and user.op.endswith("-done")]
     result = done[0] if done else instruction
     kind, source = form["kind"], SOURCE.search(instruction.line)
     if kind == "all-reduce":
-        taken = _slice_of(instruction, body, caller)
+        taken = _slice_of(instruction, body, caller, computations)
         if taken:
             kind, result, source = "reduce-scatter", taken, source or SOURCE.search(taken.line)
     parts = [(int(bits), math.prod(map(int, filter(None, s.split(","))))) for bits, s in SHAPE.findall(result.type)]
@@ -128,22 +133,34 @@ def _collective(form, instruction: Instruction, body: dict[str, Instruction], ti
     )
 
 
-def _slice_of(instruction: Instruction, body: dict[str, Instruction], caller: Instruction | None) -> Instruction | None:
-    """What takes a slice of an all-reduce's result, if nobody else wants any of it."""
-    users = [
-        x for x in body.values() if re.search(rf"%{re.escape(instruction.name)}[,)]", x.operands.split("),")[0] + ")")
-    ]
+def _slice_of(
+    instruction: Instruction, body: Computation, caller: Instruction | None, computations: dict[str, Computation]
+) -> Instruction | None:
+    """What takes a slice of an all-reduce's result, directly or in a fusion, if nobody else wants any of it."""
+    users = _users(instruction, body)
     if len(users) != 1:
         return None
     (user,) = users
     if user.op == "dynamic-slice":
         return caller if caller is not None and "all-reduce-scatter" in caller.line else user
-    return user if user.op == "fusion" and "dynamic-slice" in user.name else None
+    if user.op != "fusion":
+        return None
+    called = CALLED.search(user.line)
+    assert called, f"a fusion that calls nothing: {user.line[:200]}"
+    inside = computations[called[1]]
+    place = f"{user.arguments.index(instruction.name)})"
+    parameter = next(x for x in inside.values() if x.op == "parameter" and x.operands.startswith(place))
+    slices = _users(parameter, inside)
+    return user._replace(type=slices[0].type) if [x.op for x in slices] == ["dynamic-slice"] else None
 
 
-def _computations(text: str) -> tuple[dict[str, dict[str, Instruction]], str]:
+def _users(instruction: Instruction, body: Computation) -> list[Instruction]:
+    return [x for x in body.values() if instruction.name in x.arguments]
+
+
+def _computations(text: str) -> tuple[dict[str, Computation], str]:
     """The instructions of every computation by name, and which one is the program."""
-    computations: dict[str, dict[str, Instruction]] = {}
+    computations: dict[str, Computation] = {}
     entry = current = ""
     for line in text.splitlines():
         head, instruction = COMPUTATION.match(line), INSTRUCTION.match(line)
@@ -156,7 +173,7 @@ def _computations(text: str) -> tuple[dict[str, dict[str, Instruction]], str]:
     return computations, entry
 
 
-def _trips(loop: Instruction, computations: dict[str, dict[str, Instruction]]) -> int | None:
+def _trips(loop: Instruction, computations: dict[str, Computation]) -> int | None:
     """How often a loop's body runs, None if that depends on the data; XLA counts from zero."""
     known = TRIPS.search(loop.line)
     if known:

@@ -47,14 +47,14 @@ def make_train_step(model: Model, optimizer: optax.GradientTransformation, mesh:
     return jax.jit(train_step, out_shardings=(kept, None), donate_argnums=0)
 
 
-def lower_train_step(model: Model, mesh: Mesh) -> jax.stages.Lowered:
+def trace_train_step(model: Model, mesh: Mesh) -> jax.stages.Traced:
     """The training step for a state and a batch of which there are shapes alone: to be compiled and looked at."""
     config, optimizer = model.config, make_optimizer(model.config.optim)
     shapes = jax.eval_shape(lambda: init_state(model, optimizer, mesh, config.seed))
     state = like(shapes, state_shardings(model, optimizer, mesh))
     layout, packed = layout_on(config, mesh), bool(config.data.separator)
     batch = batch_like(config.data.batch_size, config.data.seq_len, mesh, layout, packed)
-    return make_train_step(model, optimizer, mesh).lower(state, batch)
+    return make_train_step(model, optimizer, mesh).trace(state, batch)
 
 
 LossAndGradient = Callable[[Params, Batch, jax.Array | int], tuple[jax.Array, Params]]
@@ -142,11 +142,12 @@ def _missing_rows(model: Model, mesh: Mesh) -> int:
 def local_loss(model: Model, mesh: Mesh, params: Params, batch: Batch, dropout: Dropout | None) -> LossSum:
     """This device's share of the loss: its own part of the segment, of its own sequences."""
     config, axis = model.config, if_cut(MODEL, mesh)
+    mask = mask_of(config, batch.positions_L, batch.documents_2BL)
     positions_p = own_part(batch.positions_L, axis, 0)
     segment = Segment(
         positions_l=batch.positions_L,
         positions_p=positions_p,
-        attend=make_attend(config.attention.strategy, mask_of(config, batch), setting_on(config, mesh)),
+        attend=make_attend(config.attention.strategy, mask, setting_on(config, mesh)),
         dropout=dropout and dropout._replace(position_l=positions_p),
         model_axis=axis,
     )
@@ -158,14 +159,14 @@ def local_loss(model: Model, mesh: Mesh, params: Params, batch: Batch, dropout: 
     return cross_entropy(logits, own_part(targets_Bl, axis, 1))
 
 
-def mask_of(config: Config, batch: Batch) -> Intervals:
-    """What each local query sees: causal, narrowed or widened as the config says."""
-    positions_l, attention, seq_len = batch.positions_L, config.attention, config.data.seq_len
+def mask_of(config: Config, positions_l: jax.Array, documents_2Bl: jax.Array | None) -> Intervals:
+    """What each local query sees: causal, narrowed or widened as the config says, its own document alone."""
+    attention, seq_len = config.attention, config.data.seq_len
     mask = prefix_causal(positions_l, attention.prefix) & bidirectional(positions_l, seq_len)
     if attention.window:
         mask &= window(positions_l, attention.window)
-    if batch.documents_2BL is not None:
-        mask &= documents(batch.documents_2BL)
+    if documents_2Bl is not None:
+        mask &= documents(documents_2Bl)
     return mask
 
 

@@ -11,7 +11,7 @@ ROWS = [
     {"models", "data"},
     {"losses", "gradients", "optimizer", "state", "checkpoint", "metrics"},
     {"step"},
-    {"trainer", "cli", "contract"},
+    {"trainer", "cli", "contract", "operations"},
     {"train", "evaluate", "audit"},
 ]
 ROW = {name: row for row, names in enumerate(ROWS) for name in names}
