@@ -27,6 +27,7 @@ CONDITION = re.compile(r"condition=%([\w.-]+)")
 BELOW = re.compile(r"compare\(.*%(?P<limit>constant[\w.-]*)\), direction=LT")
 SHAPE = re.compile(r"(?:f|bf|s|u)(\d+)\[([\d,]*)\]")
 SOURCE = re.compile(r'op_name="([^"]*)"')
+NEAR = 30  # instructions to ask for a lost name
 NAME = re.compile(r"%([\w.-]+)")
 
 
@@ -47,8 +48,8 @@ class Collective(NamedTuple):
         places = PLACE.findall(self.source)
         if not places:
             return ELSEWHERE
-        way = (" backward" if "transpose(" in self.source else " forward") if places[0] in (ATTENTION, REGIONS) else ""
-        return places[0] + way
+        way = (" backward" if "transpose(" in self.source else " forward") if places[-1] in (ATTENTION, REGIONS) else ""
+        return places[-1] + way
 
     @property
     def group_size(self) -> int:
@@ -113,45 +114,63 @@ def _collective(
 ) -> Collective:
     """The collective of an instruction of this computation, which `caller` calls."""
     started = form["part"] == "-start"
-    done = [user for user in _users(instruction, body) if started and user.op.endswith("-done")]
-    result = done[0] if done else instruction
-    kind, source = form["kind"], SOURCE.search(instruction.line)
-    if kind == "all-reduce":
-        taken = _slice_of(instruction, body, caller, computations)
-        if taken:
-            kind, result, source = "reduce-scatter", taken, source or SOURCE.search(taken.line)
+    users = _users(instruction, body)
+    done = [user for user in users if started and user.op.endswith("-done")]
+    slices = _slices(instruction, body, computations) if form["kind"] == "all-reduce" else None
+    (result,) = done or (slices or [instruction])[:1]
     parts = [(int(bits), math.prod(map(int, filter(None, s.split(","))))) for bits, s in SHAPE.findall(result.type)]
     return Collective(
-        kind=kind,
+        kind="reduce-scatter" if slices else form["kind"],
         elements=sum(count for _, count in parts),
         bytes=sum(bits // 8 * count for bits, count in parts),
         group=_group(instruction.line),
         times=times,
         asynchronous=(started and '"is_sync":true' not in instruction.line)
         or "async_collective_name" in instruction.line,
-        source=source[1] if source else "",
+        source=_source(instruction, body, caller),
     )
 
 
-def _slice_of(
-    instruction: Instruction, body: Computation, caller: Instruction | None, computations: dict[str, Computation]
-) -> Instruction | None:
-    """What takes a slice of an all-reduce's result, directly or in a fusion, if nobody else wants any of it."""
-    users = _users(instruction, body)
-    if len(users) != 1:
-        return None
-    (user,) = users
-    if user.op == "dynamic-slice":
-        return caller if caller is not None and "all-reduce-scatter" in caller.line else user
-    if user.op != "fusion":
-        return None
-    called = CALLED.search(user.line)
-    assert called, f"a fusion that calls nothing: {user.line[:200]}"
-    inside = computations[called[1]]
-    place = f"{user.arguments.index(instruction.name)})"
-    parameter = next(x for x in inside.values() if x.op == "parameter" and x.operands.startswith(place))
-    slices = _users(parameter, inside)
-    return user._replace(type=slices[0].type) if [x.op for x in slices] == ["dynamic-slice"] else None
+def _source(instruction: Instruction, body: Computation, caller: Instruction | None) -> str:
+    """Its name; if the compiler has lost that, the name of the nearest instruction that has a place in the step."""
+    own = SOURCE.search(instruction.line)
+    if own:
+        return own[1]
+    near = {one.name: one for one in (instruction, caller) if one}
+    for number in range(NEAR):
+        if number == len(near):
+            break
+        one = list(near.values())[number]
+        source = SOURCE.search(one.line)
+        if source and PLACE.search(source[1]):
+            return source[1]
+        near |= {x.name: x for x in (*_users(one, body), *(body[name] for name in one.arguments if name in body))}
+    return ""
+
+
+def _slices(
+    instruction: Instruction, body: Computation, computations: dict[str, Computation]
+) -> list[Instruction] | None:
+    """What takes slices of a result, in fusions too, if nobody else wants any of it."""
+    found: list[Instruction] = []
+    for user in _users(instruction, body):
+        if user.op == "dynamic-slice":
+            found.append(user)
+            continue
+        inside: list[Instruction] | None = None
+        if user.op == "bitcast":
+            inside = _slices(user, body, computations)
+        elif user.op == "fusion":
+            called = CALLED.search(user.line)
+            assert called, f"a fusion that calls nothing: {user.line[:200]}"
+            fused = computations[called[1]]
+            place = f"{user.arguments.index(instruction.name)})"
+            parameter = next(x for x in fused.values() if x.op == "parameter" and x.operands.startswith(place))
+            inside = _slices(parameter, fused, computations)
+        if inside is None:
+            return None
+        found += inside
+    return found or None
 
 
 def _users(instruction: Instruction, body: Computation) -> list[Instruction]:

@@ -205,7 +205,7 @@ def test_a_program_that_does_not_fit_is_told_with_its_sizes():
     )
     result = audit.audited(model, make_mesh((1, 4, 1), devices_of("tpu:v5e:2x2")))
     text = audit.text_of(result, None)
-    assert "does not fit: Used" in text and "Exceeded hbm capacity by" in text
+    assert "does not fit: " in text and "exceed" in text.lower()
     assert "attention forward" in text, "what was predicted stands there all the same"
 
 
