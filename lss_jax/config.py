@@ -12,6 +12,10 @@ class ConfigError(ValueError):
     """A user's input that cannot work: one line per problem, each with the values, the rule and the remedy."""
 
 
+class RunError(RuntimeError):
+    """What ends a run under way, through no fault of the config: what happened, what is safe, what to do."""
+
+
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
     data: int
@@ -71,6 +75,7 @@ class OptimConfig:
     beta1: float
     beta2: float
     accumulate: int
+    max_skipped: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,6 +91,7 @@ class Config:
     checkpoint_every: int
     checkpoints_kept: int
     log_every: int
+    heartbeat_timeout: int
 
 
 MeshSizes = tuple[int, int, int]
@@ -200,13 +206,15 @@ def _out_of_range(config: Config) -> Iterator[str]:
     at_least_1 = {
         **{f"model.{k}": getattr(model, k) for k in ("vocab", "layers", "width", "heads", "kv_heads", "mlp_width")},
         **{f"data.{k}": getattr(data, k) for k in ("seq_len", "batch_size")},
-        **{f"optim.{k}": getattr(optim, k) for k in ("steps", "accumulate")},
+        **{f"optim.{k}": getattr(optim, k) for k in ("steps", "accumulate", "max_skipped")},
         **{f"attention.{k}": getattr(attention, k) for k in ("block_queries", "block_keys", "gather_groups")},
         **{k: getattr(config, k) for k in ("checkpoint_every", "checkpoints_kept", "log_every", "eval_batches")},
     }
     for key, value in at_least_1.items():
         if value < 1:
             yield f"{key}={value} must be at least 1"
+    if config.heartbeat_timeout < 10:
+        yield f"heartbeat_timeout={config.heartbeat_timeout} must be at least 10 s, or busy processes count as lost"
     at_least_0 = {
         "seed": config.seed,
         "eval_every": config.eval_every,
