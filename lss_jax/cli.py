@@ -1,6 +1,7 @@
 """What the command lines share: the config from a file or a run, overrides, and errors as one line and exit code 2."""
 
 import argparse
+import functools
 import logging
 import os
 import re
@@ -17,7 +18,7 @@ from absl import logging as absl_logging
 from ml_collections import ConfigDict, config_flags
 
 from lss_jax import distributed
-from lss_jax.config import Config, ConfigError, RunError, flat, unknown_key
+from lss_jax.config import Config, ConfigError, RunError, flat, gather_problems, unknown_key
 from lss_jax.distributed import Launch
 from lss_jax.peers import Alone, Peers
 
@@ -31,7 +32,8 @@ def run(main: Callable[[], int]) -> None:
 
     A mistake in the input is exit code 2, a run that had to be stopped 3.
     """
-    absl_logging.set_verbosity(absl_logging.ERROR)  # libraries' warnings about their own affairs
+    absl_logging.set_verbosity(absl_logging.FATAL)  # libraries' warnings, and errors that they raise as well
+    sys.unraisablehook = lambda _: None  # TensorStore prints there, too, what its failed writes raise in our thread
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("warning: %(message)s"))
     logging.getLogger("lss_jax").addHandler(handler)
@@ -110,18 +112,21 @@ def override(config: ConfigDict, arguments: list[str]) -> ConfigDict:
     Raises:
       ConfigError: an unknown key or argument, or a value that does not parse.
     """
+    gather_problems(*(functools.partial(_override_one, config, argument) for argument in arguments))
+    return config
+
+
+def _override_one(config: ConfigDict, argument: str) -> None:
     known = list(flat(config))
-    for argument in arguments:
-        match = re.fullmatch(r"--config\.([^=]+)=.*", argument, re.DOTALL)
-        if not match:
-            raise ConfigError(f"unknown argument {argument!r}; see --help. {OVERRIDES}")
-        if match[1] not in known:
-            raise ConfigError(unknown_key(match[1], known))
+    match = re.fullmatch(r"--config\.([^=]+)=.*", argument, re.DOTALL)
+    if not match:
+        raise ConfigError(f"unknown argument {argument!r}; see --help. {OVERRIDES}")
+    if match[1] not in known:
+        raise ConfigError(unknown_key(match[1], known))
     values = flags.FlagValues()
-    config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=arguments)
+    config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=[argument])
     try:
-        values(["", *arguments])
+        values(["", argument])
     except (flags.Error, ValueError, TypeError) as error:
         reason = str(error).replace("\n", " ")
         raise ConfigError(f"{reason}; give a value of the same type as the default in configs/base.py") from error
-    return values["config"].value

@@ -3,7 +3,7 @@
 import dataclasses
 import difflib
 import typing
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -199,6 +199,22 @@ def validate(config: Config, device_count: int) -> MeshSizes:
         raise ConfigError("\n".join(found))
     assert sizes is not None
     return sizes
+
+
+def gather_problems(*checks: Callable[[], object]) -> None:
+    """Runs all checks, so that the problems of all are told at once.
+
+    Raises:
+      ConfigError: what any of them raised, in their order.
+    """
+    found = []
+    for check in checks:
+        try:
+            check()
+        except ConfigError as error:
+            found.append(str(error))
+    if found:
+        raise ConfigError("\n".join(found))
 
 
 def _out_of_range(config: Config) -> Iterator[str]:

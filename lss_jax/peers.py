@@ -113,6 +113,7 @@ class Peers(Alone):
 
     def _leave_in_turn(self, reason: str, grace: float) -> None:
         """Ends this process, unless it ends by itself before that; process 0, which serves the others, goes last."""
+        self._answered = float("inf")  # nothing is asked of process 0 from here on
         if not self._closed.wait(grace + (2 * BEAT if self._process == 0 else 0.0)):
             self._end()
             leave(reason)

@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from lss_jax.attention.setting import layout_on
 from lss_jax.checkpoint import CheckpointWriter, Restored, like, newest_step, restore_newest_sound
-from lss_jax.config import Config, ConfigError, RunError, validate
+from lss_jax.config import Config, ConfigError, RunError, gather_problems, validate
 from lss_jax.data.loader import (
     Batch,
     batch_like,
@@ -23,7 +23,7 @@ from lss_jax.data.loader import (
     shuffled_starts,
     training_windows,
 )
-from lss_jax.data.sources import Part, fingerprint, open_splits
+from lss_jax.data.sources import Part, check_file, fingerprint, open_splits
 from lss_jax.distributed import after_first, is_first
 from lss_jax.losses import LossSum
 from lss_jax.mesh import make_mesh, shardings
@@ -51,6 +51,11 @@ class Trainer:
     def __init__(self, config: Config, workdir: Path, devices: Sequence[jax.Device] | None = None):
         devices = jax.devices() if devices is None else devices
         self.config, self.workdir = config, workdir
+        gather_problems(
+            lambda: validate(config, len(devices)),
+            lambda: check_file(config.data.path) if config.data.path else None,
+            lambda: check_writable(workdir),
+        )
         self.mesh = make_mesh(validate(config, len(devices)), devices)
         self.model = build_model(config)
         self._blocks = self.mesh.devices.flat[0].platform == "cpu"
@@ -60,7 +65,6 @@ class Trainer:
         self._eval_step = make_eval_step(self.model, self.mesh)
         folder = workdir / "checkpoints"
         self.changes = {} if newest_step(folder) is None else check_workdir(config, workdir)
-        check_writable(workdir)
         self.splits = {name: Split(data, config, self.mesh) for name, data in open_splits(config.data).items()}
         self._source = self.splits["train"].data.source
         self._data = fingerprint(self._source)

@@ -169,15 +169,21 @@ def stdlib(path: str) -> MemorySource:
 
 def text(path: str) -> FileSource:
     """Any file, read as bytes."""
+    check_file(path)
+    file = Path(path).expanduser()
+    try:
+        return FileSource(file)
+    except OSError as error:
+        raise ConfigError(f"data.path={path!r} cannot be read ({error.strerror}); make it readable") from error
+
+
+def check_file(path: str) -> None:
+    """Refuses a file that is not there or has nothing in it."""
     file = Path(path).expanduser()
     if not file.is_file():
         raise ConfigError(f"data.path={path!r} is not a file; give the path of a text file ({NEEDS_NO_DOWNLOAD})")
     if file.stat().st_size == 0:
         raise ConfigError(f"data.path={path!r} is empty (0 bytes); give a file with text in it ({NEEDS_NO_DOWNLOAD})")
-    try:
-        return FileSource(file)
-    except OSError as error:
-        raise ConfigError(f"data.path={path!r} cannot be read ({error.strerror}); make it readable") from error
 
 
 def enwik8(path: str) -> FileSource:
