@@ -66,7 +66,7 @@ def _join(launch: Launch) -> bool:
             launch.processes,
             launch.process,
             initialization_timeout=timeout,
-            heartbeat_timeout_seconds=launch.heartbeat_timeout,
+            heartbeat_timeout_seconds=2 * launch.heartbeat_timeout,  # JAX then aborts; our peers are to say it first
         )
     except ValueError as error:
         if launch.coordinator is None and "coordinator_address should be defined" in str(error):

@@ -14,7 +14,7 @@ import jax
 
 LOST = 4  # exit code: another process was lost, or failed
 BEAT = 1.0  # seconds
-PATIENCE = 0.75  # of the heartbeat timeout: after that JAX aborts the process, with a message for experts
+PATIENCE = 0.6  # of the heartbeat timeout: the rest is for telling one another
 GRACE = 5.0  # seconds in which the processes that fail for the same reason can say it themselves
 ENDED = "ended"  # the last beat of a process that has ended in good order
 SAID, BEATS, AT = "lss_jax/said/", "lss_jax/beats/", "lss_jax/at/"

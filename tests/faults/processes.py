@@ -29,7 +29,7 @@ SMALL = {
 def write_text(folder: Path) -> Path:
     """A file with something to learn in it."""
     path = folder / "text"
-    path.write_bytes(bytes(np.random.default_rng(0).choice(list(b"abcdefgh     \n"), 20_000)))
+    path.write_bytes(bytes(np.random.default_rng(0).choice(list(b"abcdefgh     \n"), 20_000).astype(np.uint8)))
     return path
 
 
