@@ -77,13 +77,15 @@ def _line(record: Record) -> str:
 
 
 def read_records(path: Path) -> list[Record]:
-    """The records of a `metrics.jsonl`, with nan for null; a line that a kill cut short does not count."""
+    """The records of a `metrics.jsonl`, with nan for null; a line that was cut short or damaged does not count."""
     records = []
-    for line in path.read_text().splitlines() if path.exists() else []:
+    for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
         try:
-            records.append({k: math.nan if v is None else v for k, v in json.loads(line).items()})
+            record = json.loads(line)
         except json.JSONDecodeError:
             continue
+        if isinstance(record, dict) and isinstance(record.get("step"), int):
+            records.append({k: math.nan if v is None else v for k, v in record.items()})
     return records
 
 

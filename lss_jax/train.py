@@ -7,14 +7,14 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import jax
 
 from lss_jax import cli, distributed
 from lss_jax.attention.setting import layout_on, setting_on
-from lss_jax.config import from_dict
+from lss_jax.config import RunError, from_dict
 from lss_jax.metrics import console_line, read_records
 from lss_jax.models import parameter_count
 from lss_jax.peers import Alone, Peers
@@ -59,10 +59,15 @@ def train(trainer: Trainer, peers: Alone | Peers) -> str:
         seconds = trainer.compile()
         if talks:
             print(f"compiled in {seconds:.1f} s", flush=True)
-        for record in trainer.fit(peers.may_start):
-            if talks:
-                print(console_line(record, steps), flush=True)
-        trainer.save()
+        try:
+            for record in trainer.fit(peers.may_start):
+                if talks:
+                    print(console_line(record, steps), flush=True)
+            trainer.save()
+        except RunError:
+            with suppress(RunError):  # what was being saved before is sound
+                trainer.close()
+            raise
     trainer.close()
     return summarize(trainer) if talks else ""
 

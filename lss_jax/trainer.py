@@ -3,6 +3,7 @@
 import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import jax
@@ -74,7 +75,8 @@ class Trainer:
         self._skips = Skips(*found.notes["skips"]) if found else Skips(0, 0)
         after_first(lambda: keep_config(config, workdir))
         self._checkpoints = CheckpointWriter(folder, config.checkpoints_kept, self.step)
-        self._metrics = MetricsWriter(workdir, self.step) if is_first() else None
+        with self._writing_metrics():
+            self._metrics = MetricsWriter(workdir, self.step) if is_first() else None
 
     def compile(self) -> float:
         """Compiles the training step, unless that is done already; returns the seconds that it took."""
@@ -192,11 +194,15 @@ class Trainer:
                 )
 
     def _write(self, records: list[Record]) -> None:
-        if self._metrics is None:
-            return
+        if self._metrics is not None:
+            with self._writing_metrics():
+                for record in records:
+                    self._metrics.write(record)
+
+    @contextmanager
+    def _writing_metrics(self) -> Iterator[None]:
         try:
-            for record in records:
-                self._metrics.write(record)
+            yield
         except OSError as error:
             raise RunError(
                 f"the metrics cannot be written to {self.workdir} ({error.strerror}); {self._checkpoints.newest()}; "
