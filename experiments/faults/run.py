@@ -41,7 +41,7 @@ SMALL = {
     "optim.steps": 100_000,
 }
 DEVICES = 2
-AFTER = 25  # steps, then the fault strikes
+AFTER = 35  # steps, then the fault strikes: there are two checkpoints by then
 
 
 def command(data: str, workdir: Path) -> list[str]:
