@@ -31,20 +31,28 @@ SUM_SPECS = LossSum(P(), P())  # scalars: they ride along with the gradients, th
 
 
 def make_train_step(model: Model, optimizer: optax.GradientTransformation, mesh: Mesh) -> jax.stages.Wrapped:
-    """The jitted step: a state (donated) and a global batch to the next state and its `loss` and `grad_norm`."""
+    """The jitted step: a state (donated) and a global batch to the next state and its `loss` and `grad_norm`.
+
+    If one of these is not finite, parameters and optimizer stay as they are, and `step` goes on to the next batch. Both
+    are known to every device anyway, so that this needs no collective.
+    """
     loss_and_gradient = make_loss_and_gradient(model, mesh)
-    kept = state_shardings(model, optimizer, mesh)
+    placed = state_shardings(model, optimizer, mesh)
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
         loss, gradient = loss_and_gradient(state.params, batch, state.step)
         with jax.named_scope(OPTIMIZER):
             updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
             params = optax.apply_updates(state.params, updates)
-            params = jax.lax.with_sharding_constraint(params, kept.params)  # from where their moments lie, if elsewhere
+            params = jax.lax.with_sharding_constraint(
+                params, placed.params
+            )  # their moments may lie elsewhere
             metrics = {"loss": loss, "grad_norm": optax.tree.norm(gradient)}
-        return TrainState(state.step + 1, params, opt_state), metrics
+            good = jnp.isfinite(loss) & jnp.isfinite(metrics["grad_norm"])
+            kept = jax.tree.map(partial(jnp.where, good), (params, opt_state), (state.params, state.opt_state))
+        return TrainState(state.step + 1, *kept), metrics
 
-    return jax.jit(train_step, out_shardings=(kept, None), donate_argnums=0)
+    return jax.jit(train_step, out_shardings=(placed, None), donate_argnums=0)
 
 
 def trace_train_step(model: Model, mesh: Mesh) -> jax.stages.Traced:
