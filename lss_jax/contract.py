@@ -13,10 +13,10 @@ import jax
 from jax.sharding import Mesh, PartitionSpec
 
 from lss_jax.attention import STRATEGIES
-from lss_jax.attention.setting import Sizes, layout_on, setting_on
+from lss_jax.attention.setting import layout_on, setting_on, sizes_of
 from lss_jax.config import Config
 from lss_jax.hlo import ATTENTION, ELSEWHERE, GRADIENTS, LOSS, MASK, OPTIMIZER, POSITIONS, REGIONS, Collective
-from lss_jax.mesh import DATA, MODEL, SEQ, cut_axes, named_axes
+from lss_jax.mesh import MODEL, SEQ, cut_axes, named_axes
 from lss_jax.models import Model
 from lss_jax.state import kept_specs, moment_specs
 
@@ -87,19 +87,6 @@ def disagreements(compiled: Contract, expected: Contract) -> list[str]:
                 f"{other.times} with {other.elements:,} predicted"
             )
     return differences
-
-
-def sizes_of(config: Config, mesh: Mesh) -> Sizes:
-    """Of one call of attention on one device."""
-    layout = layout_on(config, mesh)
-    return Sizes(
-        B=config.data.batch_size // mesh.shape[DATA] // config.optim.accumulate,
-        l=layout.padded(config.data.seq_len) // layout.devices,
-        H=config.model.heads // layout.parts,
-        G=config.model.kv_heads // layout.parts,
-        K=config.model.width // config.model.heads,
-        itemsize=2 if config.model.dtype == "bfloat16" else 4,
-    )
 
 
 Part = Iterator[tuple[Line, int, int, int]]  # times, elements and itemsize of each

@@ -15,10 +15,9 @@ from jax.sharding import Mesh
 
 from lss_jax.attention.blocks import chunks_of_all, cut_queries, key_blocks, too_short, touched
 from lss_jax.attention.mask import Intervals
-from lss_jax.attention.setting import Setting, Sizes, setting_on
+from lss_jax.attention.setting import Setting, Sizes, setting_on, sizes_of
 from lss_jax.attention.targets import TARGETS
 from lss_jax.attention.tiles import facts, plan_of
-from lss_jax.contract import sizes_of
 from lss_jax.hlo import ATTENTION
 from lss_jax.mesh import MODEL
 from lss_jax.models import Model

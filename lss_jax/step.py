@@ -44,9 +44,7 @@ def make_train_step(model: Model, optimizer: optax.GradientTransformation, mesh:
         with jax.named_scope(OPTIMIZER):
             updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
             params = optax.apply_updates(state.params, updates)
-            params = jax.lax.with_sharding_constraint(
-                params, placed.params
-            )  # their moments may lie elsewhere
+            params = jax.lax.with_sharding_constraint(params, placed.params)  # their moments may lie elsewhere
             metrics = {"loss": loss, "grad_norm": optax.tree.norm(gradient)}
             good = jnp.isfinite(loss) & jnp.isfinite(metrics["grad_norm"])
             kept = jax.tree.map(partial(jnp.where, good), (params, opt_state), (state.params, state.opt_state))
