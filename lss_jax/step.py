@@ -39,15 +39,18 @@ def make_train_step(model: Model, optimizer: optax.GradientTransformation, mesh:
     loss_and_gradient = make_loss_and_gradient(model, mesh)
     placed = state_shardings(model, optimizer, mesh)
 
+    def updated(state: TrainState, gradient: Params) -> tuple[Params, Any]:
+        updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
+        return optax.apply_updates(state.params, updates), opt_state
+
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
         loss, gradient = loss_and_gradient(state.params, batch, state.step)
         with jax.named_scope(OPTIMIZER):
-            updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
-            params = optax.apply_updates(state.params, updates)
-            params = jax.lax.with_sharding_constraint(params, placed.params)  # their moments may lie elsewhere
             metrics = {"loss": loss, "grad_norm": optax.tree.norm(gradient)}
             good = jnp.isfinite(loss) & jnp.isfinite(metrics["grad_norm"])
-            kept = jax.tree.map(partial(jnp.where, good), (params, opt_state), (state.params, state.opt_state))
+            # A choice between programs, not between results: then the update happens in place, without a second state.
+            kept = jax.lax.cond(good, updated, lambda state, _: (state.params, state.opt_state), state, gradient)
+            kept = jax.lax.with_sharding_constraint(kept, (placed.params, placed.opt_state))
         return TrainState(state.step + 1, *kept), metrics
 
     return jax.jit(train_step, out_shardings=(placed, None), donate_argnums=0)

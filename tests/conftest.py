@@ -4,8 +4,11 @@ import os
 import tempfile
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-COMPILED = tempfile.TemporaryDirectory(prefix="lss_jax-tests-")  # equal programs are compiled once, subprocesses' too
-os.environ["JAX_COMPILATION_CACHE_DIR"] = COMPILED.name
+if (
+    "PYTEST_XDIST_WORKER" not in os.environ
+):  # equal programs are compiled once, by all workers and subprocesses together
+    COMPILED = tempfile.TemporaryDirectory(prefix="lss_jax-tests-")
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = COMPILED.name
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.5"
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")  # small programs, many: compiling is the cost
 

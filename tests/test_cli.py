@@ -2,16 +2,11 @@
 
 import json
 import os
-import random
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
-import jax
-import numpy as np
-import orbax.checkpoint as ocp
 import pytest
 
 from lss_jax.metrics import read_records
@@ -41,10 +36,6 @@ def call(arguments):
     return subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True, timeout=300)
 
 
-def saved_params(workdir, step):
-    return ocp.StandardCheckpointer().restore(workdir / "checkpoints" / str(step) / "params")
-
-
 def test_train_then_evaluate_then_train_on(tmp_path):
     workdir = tmp_path / "run"
     done = call(train(workdir, "--config.optim.steps=20"))
@@ -69,34 +60,6 @@ def test_train_then_evaluate_then_train_on(tmp_path):
     again = call(train(workdir, "--config.optim.steps=20"))
     assert again.returncode == 0 and "going on after step 20" in again.stdout
     assert json.loads((workdir / "config.json").read_text())["model"]["mlp_width"] == 128
-
-
-def test_killed_at_random_a_run_ends_bit_equal(tmp_path):
-    """SIGKILL at random moments of the same run, in a step or in a save, and started again until it gets through."""
-    arguments = ["--config.optim.steps=120", "--config.checkpoint_every=10", "--config.eval_every=0"]
-    whole = call(train(tmp_path / "whole", *arguments))
-    assert whole.returncode == 0, whole.stderr
-    dice, beginnings = random.Random(0), []
-    for _ in range(3):
-        process = subprocess.Popen(train(tmp_path / "parts", *arguments), cwd=ROOT, stdout=subprocess.PIPE, text=True)
-        lines = iter(process.stdout)
-        beginnings.append(next(line for line in lines if line.startswith("workdir")))
-        for _ in range(dice.randrange(5, 10)):  # two about compiling, then a line every 5 steps
-            next(lines)
-        time.sleep(dice.uniform(0.0, 0.1))
-        process.kill()
-        assert process.wait() == -signal.SIGKILL
-    resumed = call(train(tmp_path / "parts", *arguments))
-    assert resumed.returncode == 0, resumed.stderr
-    assert "going on after step" in resumed.stdout, beginnings
-    jax.tree.map(
-        np.testing.assert_array_equal, saved_params(tmp_path / "parts", 120), saved_params(tmp_path / "whole", 120)
-    )
-    parts, whole = (
-        [(r["step"], r["split"], r["loss"]) for r in read_records(tmp_path / name / "metrics.jsonl")]
-        for name in ("parts", "whole")
-    )
-    assert parts == whole, "each step once, with the same loss"
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

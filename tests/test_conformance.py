@@ -204,7 +204,7 @@ class TestLss(Conformance):
         case = Case(self.STRATEGY, "zigzag", 2, 2, 6, blocks=(64, 64), gather_groups=groups, regather=regather)
         check(case)
         arrays, mask = arrays_of(case.length, 6), shared_masks(case.length)["causal"]
-        ungrouped = attended(dataclasses.replace(case, gather_groups=1, regather=False, interpret=True), arrays, mask)
+        ungrouped = attended(dataclasses.replace(case, gather_groups=1, regather=False), arrays, mask)
         assert_close(attended(case, arrays, mask)._asdict(), ungrouped._asdict(), 1e-6)
 
     @pytest.mark.parametrize("ends", [(1, 0), (0, -1)], ids=["first", "last"])

@@ -90,7 +90,10 @@ def test_collectives_of_every_variant_of_a_hybrid(variant):
     check_contract(2, 2, 2, **HYBRID_VARIANTS[variant])
 
 
-@pytest.mark.parametrize("variant", ["contiguous", "remat", "grouped queries", "documents", "microbatches"])
+OF_STRATEGIES = ["contiguous", "remat", "grouped queries", "documents", "microbatches"]
+
+
+@pytest.mark.parametrize("variant", sampled(OF_STRATEGIES, {"remat", "documents"}))
 @pytest.mark.parametrize("strategy", ["ring", "ulysses"])
 def test_collectives_of_every_strategy(strategy, variant):
     check_contract(2, 4, attention__strategy=strategy, **VARIANTS[variant])

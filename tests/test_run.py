@@ -71,10 +71,10 @@ def test_an_interrupted_run_ends_like_an_uninterrupted_one(config, tmp_path):
 @pytest.mark.parametrize(
     ("sizes", "changes"),
     [
-        ((8, 1, 1), {}),
+        pytest.param((8, 1, 1), {}, marks=pytest.mark.grid),
         ((2, 3, 1), {}),
-        ((1, 1, 1), {}),
-        ((1, 3, 2), {"model__vocab_parallel": True}),
+        pytest.param((1, 1, 1), {}, marks=pytest.mark.grid),
+        pytest.param((1, 3, 2), {"model__vocab_parallel": True}, marks=pytest.mark.grid),
         ((2, 2, 2), {"optim__shard_state": True}),
     ],
 )
