@@ -11,8 +11,8 @@ ROWS = [
     {"models", "data"},
     {"losses", "gradients", "optimizer", "state", "checkpoint", "metrics"},
     {"step"},
-    {"trainer", "cli", "contract"},
-    {"train", "evaluate", "audit"},
+    {"trainer", "cli", "contract", "memory"},
+    {"train", "evaluate", "audit", "plan"},
 ]
 ROW = {name: row for row, names in enumerate(ROWS) for name in names}
 

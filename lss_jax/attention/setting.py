@@ -9,7 +9,7 @@ from jax.sharding import AbstractMesh, Mesh
 
 from lss_jax.config import Config, ConfigError
 from lss_jax.layout import Layout
-from lss_jax.mesh import MODEL, SEQ, if_cut
+from lss_jax.mesh import DATA, MODEL, SEQ, if_cut
 
 COMMUNICATED = "attention_communicated"  # keys and values from other devices: kept, or moved again on the way back
 ATTENDED = "attention_rows"  # rows and their log-sum-exp: with these kept, no score is computed again but in blocks
@@ -133,3 +133,16 @@ class Sizes:
     def pair(self) -> int:
         """Numbers in this segment's keys and values."""
         return 2 * self.B * self.l * self.G * self.K
+
+
+def sizes_of(config: Config, mesh: Mesh | AbstractMesh) -> Sizes:
+    """Of one call of attention on one device."""
+    layout = layout_on(config, mesh)
+    return Sizes(
+        B=config.data.batch_size // mesh.shape[DATA] // config.optim.accumulate,
+        l=layout.padded(config.data.seq_len) // layout.devices,
+        H=config.model.heads // layout.parts,
+        G=config.model.kv_heads // layout.parts,
+        K=config.model.width // config.model.heads,
+        itemsize=2 if config.model.dtype == "bfloat16" else 4,
+    )
