@@ -126,7 +126,7 @@ def _read(config: Config, arrays: Arrays) -> int:
 
 
 def _block(config: Config, arrays: Arrays) -> int:
-    """What is in work before attention's turn: with remat the block once more. Zeros for the pairs' gradient lie ready."""
+    """What is in work before attention's turn: with remat the block anew; pairs have zeros for a gradient."""
     pairs = arrays.pairs + _read(config, arrays)
     if config.model.remat == "none":
         return pairs + 3 * arrays.hidden + 6 * arrays.part + 4 * arrays.region
