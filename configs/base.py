@@ -14,6 +14,7 @@ def get_config() -> ConfigDict:
     config.eval_batches = 16  # batches of the validation split per evaluation
     config.checkpoint_every = 100  # steps between checkpoints; the last step always has one
     config.checkpoints_kept = 2  # older ones are deleted
+    config.heartbeat_timeout = 60  # seconds; when one of many processes is silent for so long, the others end
 
     config.mesh = mesh = ConfigDict()  # devices per axis; -1 in one of them: as many as there are
     mesh.data = -1  # groups that train on different sequences
@@ -71,4 +72,5 @@ def get_config() -> ConfigDict:
     optim.beta2 = 0.95
     optim.accumulate = 1  # microbatches per step
     optim.shard_state = False  # a share of Adam's moments per device, also of weights that are on all of them (ZeRO-1)
+    optim.max_skipped = 10  # so many steps in a row whose loss or gradient is not finite end the run
     return config

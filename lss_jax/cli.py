@@ -1,33 +1,79 @@
 """What the command lines share: the config from a file or a run, overrides, and errors as one line and exit code 2."""
 
 import argparse
+import functools
+import logging
+import os
 import re
 import runpy
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import NoReturn
 
-from absl import flags, logging
+import jax
+from absl import flags
+from absl import logging as absl_logging
 from ml_collections import ConfigDict, config_flags
 
-from lss_jax.config import ConfigError, flat, unknown_key
+from lss_jax import distributed
+from lss_jax.config import Config, ConfigError, RunError, flat, gather_problems, unknown_key
+from lss_jax.distributed import Launch
+from lss_jax.peers import Alone, Peers
 
 BAD_INPUT = 2
+FAILED = 3  # the run cannot go on; peers.LOST is the code where another process is why
 OVERRIDES = "Any key of the config can be changed by --config.KEY=VALUE, as in --config.optim.steps=1000."
 
 
 def run(main: Callable[[], int]) -> None:
-    """Ends the process with the exit code of `main`; a user's mistake is one line per problem and exit code 2."""
-    logging.set_verbosity(logging.ERROR)  # libraries' warnings about their own affairs
+    """Ends the process with the exit code of `main`; what a user can mend is one line per problem.
+
+    A mistake in the input is exit code 2, a run that had to be stopped 3.
+    """
+    absl_logging.set_verbosity(absl_logging.FATAL)  # libraries' warnings, and errors that they raise as well
+    sys.unraisablehook = lambda _: None  # TensorStore prints there, too, what its failed writes raise in our thread
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("warning: %(message)s"))
+    logging.getLogger("lss_jax").addHandler(handler)
+    logging.getLogger("lss_jax").propagate = False
     try:
         sys.exit(main())
-    except ConfigError as error:
+    except (ConfigError, RunError) as error:
         for problem in str(error).split("\n"):
             print(f"error: {problem}", file=sys.stderr)
-        sys.exit(BAD_INPUT)
+        _end(BAD_INPUT if isinstance(error, ConfigError) else FAILED)
     except KeyboardInterrupt:
         print("interrupted; the last checkpoint, if any, is intact", file=sys.stderr)
-        sys.exit(130)
+        _end(128 + signal.SIGINT)
+
+
+def _end(code: int) -> NoReturn:
+    """Ends the process after an error; if it is one of many without JAX's own farewell, which waits for all of them."""
+    if jax.distributed.is_initialized():
+        sys.stdout.flush()
+        os._exit(code)
+    sys.exit(code)
+
+
+def add_launch(parser: argparse.ArgumentParser) -> None:
+    """Adds the options that make this process one of many where no launcher says so."""
+    group = parser.add_argument_group(
+        "many processes", "started by Slurm, Open MPI, Kubernetes or on Cloud TPU they find one another; elsewhere:"
+    )
+    group.add_argument("--coordinator", metavar="HOST:PORT", help="where process 0 is, and a free port there")
+    group.add_argument("--processes", type=int, metavar="N", help="how many there are")
+    group.add_argument("--process", type=int, metavar="I", help="the number of this one, from 0")
+
+
+def start(arguments: argparse.Namespace, config: Config) -> Alone | Peers:
+    """Joins the other processes, if any; process 0 alone gives warnings."""
+    launch = Launch(arguments.coordinator, arguments.processes, arguments.process, config.heartbeat_timeout)
+    peers = distributed.start(launch)
+    if not distributed.is_first():
+        logging.getLogger("lss_jax").setLevel(logging.ERROR)
+    return peers
 
 
 def parse(
@@ -66,18 +112,21 @@ def override(config: ConfigDict, arguments: list[str]) -> ConfigDict:
     Raises:
       ConfigError: an unknown key or argument, or a value that does not parse.
     """
+    gather_problems(*(functools.partial(_override_one, config, argument) for argument in arguments))
+    return config
+
+
+def _override_one(config: ConfigDict, argument: str) -> None:
     known = list(flat(config))
-    for argument in arguments:
-        match = re.fullmatch(r"--config\.([^=]+)=.*", argument, re.DOTALL)
-        if not match:
-            raise ConfigError(f"unknown argument {argument!r}; see --help. {OVERRIDES}")
-        if match[1] not in known:
-            raise ConfigError(unknown_key(match[1], known))
+    match = re.fullmatch(r"--config\.([^=]+)=.*", argument, re.DOTALL)
+    if not match:
+        raise ConfigError(f"unknown argument {argument!r}; see --help. {OVERRIDES}")
+    if match[1] not in known:
+        raise ConfigError(unknown_key(match[1], known))
     values = flags.FlagValues()
-    config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=arguments)
+    config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=[argument])
     try:
-        values(["", *arguments])
+        values(["", argument])
     except (flags.Error, ValueError, TypeError) as error:
         reason = str(error).replace("\n", " ")
         raise ConfigError(f"{reason}; give a value of the same type as the default in configs/base.py") from error
-    return values["config"].value

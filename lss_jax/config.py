@@ -3,13 +3,17 @@
 import dataclasses
 import difflib
 import typing
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 
 class ConfigError(ValueError):
     """A user's input that cannot work: one line per problem, each with the values, the rule and the remedy."""
+
+
+class RunError(RuntimeError):
+    """What ends a run under way, through no fault of the config: what happened, what is safe, what to do."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,6 +77,7 @@ class OptimConfig:
     beta2: float
     accumulate: int
     shard_state: bool
+    max_skipped: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,6 +93,7 @@ class Config:
     checkpoint_every: int
     checkpoints_kept: int
     log_every: int
+    heartbeat_timeout: int
 
 
 MeshSizes = tuple[int, int, int]
@@ -197,18 +203,36 @@ def validate(config: Config, device_count: int) -> MeshSizes:
     return sizes
 
 
+def gather_problems(*checks: Callable[[], object]) -> None:
+    """Runs all checks, so that the problems of all are told at once.
+
+    Raises:
+      ConfigError: what any of them raised, in their order.
+    """
+    found = []
+    for check in checks:
+        try:
+            check()
+        except ConfigError as error:
+            found.append(str(error))
+    if found:
+        raise ConfigError("\n".join(found))
+
+
 def _out_of_range(config: Config) -> Iterator[str]:
     model, data, optim, attention = config.model, config.data, config.optim, config.attention
     at_least_1 = {
         **{f"model.{k}": getattr(model, k) for k in ("vocab", "layers", "width", "heads", "kv_heads", "mlp_width")},
         **{f"data.{k}": getattr(data, k) for k in ("seq_len", "batch_size")},
-        **{f"optim.{k}": getattr(optim, k) for k in ("steps", "accumulate")},
+        **{f"optim.{k}": getattr(optim, k) for k in ("steps", "accumulate", "max_skipped")},
         **{f"attention.{k}": getattr(attention, k) for k in ("block_queries", "block_keys", "gather_groups")},
         **{k: getattr(config, k) for k in ("checkpoint_every", "checkpoints_kept", "log_every", "eval_batches")},
     }
     for key, value in at_least_1.items():
         if value < 1:
             yield f"{key}={value} must be at least 1"
+    if config.heartbeat_timeout < 10:
+        yield f"heartbeat_timeout={config.heartbeat_timeout} must be at least 10 s, or busy processes count as lost"
     at_least_0 = {
         "seed": config.seed,
         "eval_every": config.eval_every,

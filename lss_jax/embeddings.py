@@ -8,6 +8,7 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 from lss_jax.config import ModelConfig
+from lss_jax.hlo import REGIONS
 from lss_jax.mesh import MODEL, SEQ
 from lss_jax.tensor_parallel import own_numbers, own_part, scatter_sequence
 
@@ -23,6 +24,7 @@ class TokenEmbedding(nnx.Module):
         spec = P(MODEL) if config.vocab_parallel else P()
         self.table_VE = nnx.Param(_normal(rngs, config.vocab, config.width), spec=spec)
 
+    @jax.named_scope(REGIONS)
     def __call__(self, tokens_Bl: jax.Array, axis: str | None) -> jax.Array:
         table_VE = self.table_VE[...].astype(self.dtype)
         if axis is None or not self.vocab_parallel:

@@ -8,13 +8,14 @@ from ml_collections import ConfigDict
 
 from lss_jax import cli, distributed
 from lss_jax.attention.setting import kernel_on
-from lss_jax.config import ConfigError, from_dict, validate
+from lss_jax.config import Config, ConfigError, from_dict, validate
 from lss_jax.data.sources import open_splits
 from lss_jax.mesh import make_mesh
-from lss_jax.metrics import add_record
+from lss_jax.metrics import Record, add_record
 from lss_jax.models import build_model
 from lss_jax.step import make_eval_step
-from lss_jax.trainer import Split, check_workdir, evaluate_split, restore_params, saved_config
+from lss_jax.trainer import Split, evaluate_split, restore_params
+from lss_jax.workdir import check_workdir, saved_config
 
 
 def main() -> int:
@@ -32,25 +33,30 @@ def main() -> int:
         help="default: valid; the whole test split is also added to metrics.jsonl",
     )
     parser.add_argument("--batches", type=int, metavar="N", help="only the first N batches (default: the whole split)")
+    cli.add_launch(parser)
     arguments, values = cli.parse(parser, lambda arguments: ConfigDict(saved_config(Path(arguments.workdir))))
     config, workdir = from_dict(values), Path(arguments.workdir)
     if arguments.batches is not None and arguments.batches < 1:
         raise ConfigError(f"--batches={arguments.batches} must be at least 1; leave it out for the whole split")
-    distributed.start()
+    with cli.start(arguments, config):
+        record = evaluate(config, workdir, arguments.split, arguments.batches)
+        if distributed.is_first():
+            if arguments.split == "test" and arguments.batches is None:
+                add_record(workdir, record)
+            shown = f"loss {record['loss']:.4f} nats/byte  {record['bits_per_byte']:.4f} bits/byte"
+            print(f"step {record['step']}  {arguments.split}  {shown}")
+    return 0
+
+
+def evaluate(config: Config, workdir: Path, name: str, batches: int | None) -> Record:
+    """The loss of the newest sound checkpoint over the first `batches` batches of a split, None for all of it."""
     check_workdir(config, workdir)
     mesh = make_mesh(validate(config, len(jax.devices())))
     kernel_on(config, mesh)  # refuses one that is for other devices
-    split = Split(open_splits(config.data)[arguments.split], config, mesh)
+    split = Split(open_splits(config.data)[name], config, mesh)
     model = build_model(config)
     step, params = restore_params(model, mesh, workdir)
-    losses = evaluate_split(make_eval_step(model, mesh), params, split, arguments.split, arguments.batches)
-    record = {"step": step, "split": arguments.split, **losses}
-    if arguments.split == "test" and arguments.batches is None:
-        add_record(workdir, record)
-    print(
-        f"step {step}  {arguments.split}  loss {record['loss']:.4f} nats/byte  {record['bits_per_byte']:.4f} bits/byte"
-    )
-    return 0
+    return {"step": step, "split": name, **evaluate_split(make_eval_step(model, mesh), params, split, name, batches)}
 
 
 if __name__ == "__main__":

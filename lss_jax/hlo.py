@@ -6,7 +6,6 @@ other work may run; a fusion; and on TPUs a reduce-scatter as an all-reduce of w
 
 import math
 import re
-from collections import Counter
 from typing import NamedTuple
 
 import numpy as np
@@ -28,6 +27,7 @@ CONDITION = re.compile(r"condition=%([\w.-]+)")
 BELOW = re.compile(r"compare\(.*%(?P<limit>constant[\w.-]*)\), direction=LT")
 SHAPE = re.compile(r"(?:f|bf|s|u)(\d+)\[([\d,]*)\]")
 SOURCE = re.compile(r'op_name="([^"]*)"')
+NEAR = 30  # instructions to ask for a lost name
 NAME = re.compile(r"%([\w.-]+)")
 
 
@@ -48,8 +48,8 @@ class Collective(NamedTuple):
         places = PLACE.findall(self.source)
         if not places:
             return ELSEWHERE
-        way = (" backward" if "transpose(" in self.source else " forward") if places[0] in (ATTENTION, REGIONS) else ""
-        return places[0] + way
+        way = (" backward" if "transpose(" in self.source else " forward") if places[-1] in (ATTENTION, REGIONS) else ""
+        return places[-1] + way
 
     @property
     def group_size(self) -> int:
@@ -71,6 +71,14 @@ class Instruction(NamedTuple):
     operands: str  # and what follows
     line: str
 
+    @property
+    def arguments(self) -> list[str]:
+        """The names of its operands."""
+        return NAME.findall(self.operands.split(")")[0])
+
+
+Computation = dict[str, Instruction]  # by name
+
 
 def collectives(text: str) -> list[Collective]:
     """All collectives of a compiled program (`compiled.as_text()`)."""
@@ -83,7 +91,7 @@ def collectives(text: str) -> list[Collective]:
             form = COLLECTIVE.match(instruction.op)
             if form and form["part"] != "-done":
                 assert times is not None, f"a collective in a loop of unknown length: {instruction.line[:200]}"
-                found.append(_collective(form, instruction, body, times, caller))
+                found.append(_collective(form, instruction, body, times, caller, computations))
             inside = times
             if instruction.op == "while":
                 trips = _trips(instruction, computations)
@@ -96,54 +104,82 @@ def collectives(text: str) -> list[Collective]:
     return found
 
 
-def counts(found: list[Collective]) -> Counter:
-    """How often each kind runs; all-reduces of a few scalars under a name of their own."""
-    total: Counter = Counter()
-    for one in found:
-        small = one.kind == "all-reduce" and one.elements <= 2
-        total["scalar all-reduce" if small else one.kind] += one.times
-    return total
-
-
-def _collective(form, instruction: Instruction, body: dict[str, Instruction], times: int, caller) -> Collective:
+def _collective(
+    form: re.Match,
+    instruction: Instruction,
+    body: Computation,
+    times: int,
+    caller: Instruction | None,
+    computations: dict[str, Computation],
+) -> Collective:
     """The collective of an instruction of this computation, which `caller` calls."""
     started = form["part"] == "-start"
-    done = [x for x in body.values() if started and x.op.endswith("-done") and f"%{instruction.name})" in x.operands]
-    result = done[0] if done else instruction
-    kind, source = form["kind"], SOURCE.search(instruction.line)
-    if kind == "all-reduce":
-        taken = _slice_of(instruction, body, caller)
-        if taken:
-            kind, result, source = "reduce-scatter", taken, source or SOURCE.search(taken.line)
+    users = _users(instruction, body)
+    done = [user for user in users if started and user.op.endswith("-done")]
+    slices = _slices(instruction, body, computations) if form["kind"] == "all-reduce" else None
+    (result,) = done or (slices or [instruction])[:1]
     parts = [(int(bits), math.prod(map(int, filter(None, s.split(","))))) for bits, s in SHAPE.findall(result.type)]
     return Collective(
-        kind=kind,
+        kind="reduce-scatter" if slices else form["kind"],
         elements=sum(count for _, count in parts),
         bytes=sum(bits // 8 * count for bits, count in parts),
         group=_group(instruction.line),
         times=times,
         asynchronous=(started and '"is_sync":true' not in instruction.line)
         or "async_collective_name" in instruction.line,
-        source=source[1] if source else "",
+        source=_source(instruction, body, caller),
     )
 
 
-def _slice_of(instruction: Instruction, body: dict[str, Instruction], caller: Instruction | None) -> Instruction | None:
-    """What takes a slice of an all-reduce's result, if nobody else wants any of it."""
-    users = [
-        x for x in body.values() if re.search(rf"%{re.escape(instruction.name)}[,)]", x.operands.split("),")[0] + ")")
-    ]
-    if len(users) != 1:
-        return None
-    (user,) = users
-    if user.op == "dynamic-slice":
-        return caller if caller is not None and "all-reduce-scatter" in caller.line else user
-    return user if user.op == "fusion" and "dynamic-slice" in user.name else None
+def _source(instruction: Instruction, body: Computation, caller: Instruction | None) -> str:
+    """Its name; if the compiler has lost that, the name of the nearest instruction that has a place in the step."""
+    own = SOURCE.search(instruction.line)
+    if own:
+        return own[1]
+    near = {one.name: one for one in (instruction, caller) if one}
+    for number in range(NEAR):
+        if number == len(near):
+            break
+        one = list(near.values())[number]
+        source = SOURCE.search(one.line)
+        if source and PLACE.search(source[1]):
+            return source[1]
+        near |= {x.name: x for x in (*_users(one, body), *(body[name] for name in one.arguments if name in body))}
+    return ""
 
 
-def _computations(text: str) -> tuple[dict[str, dict[str, Instruction]], str]:
+def _slices(
+    instruction: Instruction, body: Computation, computations: dict[str, Computation]
+) -> list[Instruction] | None:
+    """What takes slices of a result, in fusions too, if nobody else wants any of it."""
+    found: list[Instruction] = []
+    for user in _users(instruction, body):
+        if user.op == "dynamic-slice":
+            found.append(user)
+            continue
+        inside: list[Instruction] | None = None
+        if user.op == "bitcast":
+            inside = _slices(user, body, computations)
+        elif user.op == "fusion":
+            called = CALLED.search(user.line)
+            assert called, f"a fusion that calls nothing: {user.line[:200]}"
+            fused = computations[called[1]]
+            place = f"{user.arguments.index(instruction.name)})"
+            parameter = next(x for x in fused.values() if x.op == "parameter" and x.operands.startswith(place))
+            inside = _slices(parameter, fused, computations)
+        if inside is None:
+            return None
+        found += inside
+    return found or None
+
+
+def _users(instruction: Instruction, body: Computation) -> list[Instruction]:
+    return [x for x in body.values() if instruction.name in x.arguments]
+
+
+def _computations(text: str) -> tuple[dict[str, Computation], str]:
     """The instructions of every computation by name, and which one is the program."""
-    computations: dict[str, dict[str, Instruction]] = {}
+    computations: dict[str, Computation] = {}
     entry = current = ""
     for line in text.splitlines():
         head, instruction = COMPUTATION.match(line), INSTRUCTION.match(line)
@@ -156,7 +192,7 @@ def _computations(text: str) -> tuple[dict[str, dict[str, Instruction]], str]:
     return computations, entry
 
 
-def _trips(loop: Instruction, computations: dict[str, dict[str, Instruction]]) -> int | None:
+def _trips(loop: Instruction, computations: dict[str, Computation]) -> int | None:
     """How often a loop's body runs, None if that depends on the data; XLA counts from zero."""
     known = TRIPS.search(loop.line)
     if known:

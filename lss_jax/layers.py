@@ -16,6 +16,7 @@ from lss_jax.attention.setting import ATTENDED, COMMUNICATED
 from lss_jax.config import ModelConfig
 from lss_jax.dropout import AFTER_ATTENTION, AFTER_MLP, ATTENTION, LAYER, Dropout
 from lss_jax.embeddings import INIT_STDDEV, Rope
+from lss_jax.hlo import REGIONS
 from lss_jax.mesh import MODEL
 from lss_jax.tensor_parallel import SCATTERED, gather_sequence, scatter_sequence
 
@@ -95,6 +96,7 @@ class SelfAttention(nnx.Module):
         stddev = _residual_stddev(config)
         self.out = Linear(config, (H, K), (E,), rngs, kernel_spec=rows, bias_spec=P(), stddev=stddev)
 
+    @jax.named_scope(REGIONS)
     def __call__(self, x_BpE: jax.Array, segment: Segment) -> jax.Array:
         x_BlE = gather_sequence(x_BpE, segment.model_axis)
         q_BlHK, k_BlGK = self.query(x_BlE), self.key(x_BlE)
@@ -114,6 +116,7 @@ class Mlp(nnx.Module):
         stddev = _residual_stddev(config)
         self.down = Linear(config, (F,), (E,), rngs, kernel_spec=P(MODEL), bias_spec=P(), stddev=stddev)
 
+    @jax.named_scope(REGIONS)
     def __call__(self, x_BpE: jax.Array, axis: str | None) -> jax.Array:
         h_BlF = jax.nn.gelu(self.up(gather_sequence(x_BpE, axis)))
         return self.down.biased(scatter_sequence(self.down.product(h_BlF), axis))

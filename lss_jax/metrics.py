@@ -3,10 +3,13 @@
 import json
 import math
 import os
+import time
 from pathlib import Path
 from typing import Any
 
-from tensorboardX import SummaryWriter
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.proto.summary_pb2 import Summary
 
 Record = dict[str, Any]  # step, split, loss, bits_per_byte; train also learning_rate, grad_norm, tokens_per_second, ...
 
@@ -20,25 +23,38 @@ class MetricsWriter:
     """Appends records to `DIR/metrics.jsonl` (one JSON object a line) and `DIR/tensorboard/`.
 
     `resumed_step` is the step that the run goes on from: records of later steps, which will come again, are dropped.
+    Records are on disk when `write` returns, or it raises OSError.
     """
 
     def __init__(self, workdir: Path, resumed_step: int):
         path = workdir / "metrics.jsonl"
         _rewrite(path, [r for r in read_records(path) if r["step"] <= resumed_step])
-        self._file = path.open("a", buffering=1)
-        self._tensorboard = SummaryWriter(str(workdir / "tensorboard"), purge_step=resumed_step + 1)
+        self._file = path.open("a")
+        (workdir / "tensorboard").mkdir(exist_ok=True)
+        self._tensorboard = EventsWriter(str(workdir / "tensorboard" / "events"))
+        restart = SessionLog(status=SessionLog.START)  # has TensorBoard drop the later steps too
+        self._add_event(resumed_step + 1, session_log=restart)
 
     def write(self, record: Record) -> None:
         """Writes one record to both places."""
-        self._file.write(json.dumps(record) + "\n")
-        for name, value in record.items():
-            if name not in ("step", "split"):
-                self._tensorboard.add_scalar(f"{record['split']}/{name}", value, record["step"])
+        self._file.write(_line(record))
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        values = [
+            Summary.Value(tag=f"{record['split']}/{name}", simple_value=value)
+            for name, value in record.items()
+            if name not in ("step", "split")
+        ]
+        self._add_event(record["step"], summary=Summary(value=values))
 
     def close(self) -> None:
         """Closes the files."""
         self._file.close()
         self._tensorboard.close()
+
+    def _add_event(self, step: int, **content: Any) -> None:
+        self._tensorboard.write_event(Event(wall_time=time.time(), step=step, **content))
+        self._tensorboard.flush()
 
 
 def add_record(workdir: Path, record: Record) -> None:
@@ -50,18 +66,26 @@ def add_record(workdir: Path, record: Record) -> None:
 
 def _rewrite(path: Path, records: list[Record]) -> None:
     unfinished = path.with_suffix(".unfinished")
-    unfinished.write_text("".join(json.dumps(record) + "\n" for record in records))
+    unfinished.write_text("".join(map(_line, records)))
     os.replace(unfinished, path)
 
 
+def _line(record: Record) -> str:
+    """A record as JSON, which has no word for infinity and the like: null."""
+    finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
+    return json.dumps(finite) + "\n"
+
+
 def read_records(path: Path) -> list[Record]:
-    """The records of a `metrics.jsonl`; a line that a kill cut short does not count."""
+    """The records of a `metrics.jsonl`, with nan for null; a line that was cut short or damaged does not count."""
     records = []
-    for line in path.read_text().splitlines() if path.exists() else []:
+    for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
         try:
-            records.append(json.loads(line))
+            record = json.loads(line)
         except json.JSONDecodeError:
             continue
+        if isinstance(record, dict) and isinstance(record.get("step"), int):
+            records.append({k: math.nan if v is None else v for k, v in record.items()})
     return records
 
 

@@ -23,7 +23,7 @@ from lss_jax.contract import predicted
 from lss_jax.memory import Memory, memory_of
 from lss_jax.mesh import AXES, SEQ, make_mesh, named_axes
 from lss_jax.models import Model, build_model
-from lss_jax.step import lower_train_step
+from lss_jax.step import trace_train_step
 from lss_jax.topology import FORMS, devices_of
 
 UNITS = {"MiB": 2**20, "GiB": 2**30, "TiB": 2**40, "MB": 10**6, "GB": 10**9, "TB": 10**12}
@@ -294,7 +294,7 @@ def check(config: Config, cut: Cut, devices: Sequence[jax.Device], topology: str
     """Compiles the step of this config and says what it needs; 1 if that is more than there is."""
     print(f"\ncompiling for {topology} ...", flush=True)
     try:
-        program = lower_train_step(build_model(config), make_mesh(cut.sizes, devices)).compile()
+        program = trace_train_step(build_model(config), make_mesh(cut.sizes, devices)).lower().compile()
     except jax.errors.JaxRuntimeError as error:  # a compiler that knows its devices' memory
         print(f"does not fit: {str(error).splitlines()[0]}")
         return 1

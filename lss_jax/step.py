@@ -31,30 +31,36 @@ SUM_SPECS = LossSum(P(), P())  # scalars: they ride along with the gradients, th
 
 
 def make_train_step(model: Model, optimizer: optax.GradientTransformation, mesh: Mesh) -> jax.stages.Wrapped:
-    """The jitted step: a state (donated) and a global batch to the next state and its `loss` and `grad_norm`."""
+    """The jitted step: a state (donated) and a global batch to the next state and its `loss` and `grad_norm`.
+
+    If one of these is not finite, parameters and optimizer stay as they are, and `step` goes on to the next batch. Both
+    are known to every device anyway, so that this needs no collective.
+    """
     loss_and_gradient = make_loss_and_gradient(model, mesh)
-    kept = state_shardings(model, optimizer, mesh)
+    placed = state_shardings(model, optimizer, mesh)
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
         loss, gradient = loss_and_gradient(state.params, batch, state.step)
         with jax.named_scope(OPTIMIZER):
             updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
             params = optax.apply_updates(state.params, updates)
-            params = jax.lax.with_sharding_constraint(params, kept.params)  # from where their moments lie, if elsewhere
+            params = jax.lax.with_sharding_constraint(params, placed.params)  # their moments may lie elsewhere
             metrics = {"loss": loss, "grad_norm": optax.tree.norm(gradient)}
-        return TrainState(state.step + 1, params, opt_state), metrics
+            good = jnp.isfinite(loss) & jnp.isfinite(metrics["grad_norm"])
+            kept = jax.tree.map(partial(jnp.where, good), (params, opt_state), (state.params, state.opt_state))
+        return TrainState(state.step + 1, *kept), metrics
 
-    return jax.jit(train_step, out_shardings=(kept, None), donate_argnums=0)
+    return jax.jit(train_step, out_shardings=(placed, None), donate_argnums=0)
 
 
-def lower_train_step(model: Model, mesh: Mesh) -> jax.stages.Lowered:
+def trace_train_step(model: Model, mesh: Mesh) -> jax.stages.Traced:
     """The training step for a state and a batch of which there are shapes alone: to be compiled and looked at."""
     config, optimizer = model.config, make_optimizer(model.config.optim)
     shapes = jax.eval_shape(lambda: init_state(model, optimizer, mesh, config.seed))
     state = like(shapes, state_shardings(model, optimizer, mesh))
     layout, packed = layout_on(config, mesh), bool(config.data.separator)
     batch = batch_like(config.data.batch_size, config.data.seq_len, mesh, layout, packed)
-    return make_train_step(model, optimizer, mesh).lower(state, batch)
+    return make_train_step(model, optimizer, mesh).trace(state, batch)
 
 
 LossAndGradient = Callable[[Params, Batch, jax.Array | int], tuple[jax.Array, Params]]
@@ -142,11 +148,12 @@ def _missing_rows(model: Model, mesh: Mesh) -> int:
 def local_loss(model: Model, mesh: Mesh, params: Params, batch: Batch, dropout: Dropout | None) -> LossSum:
     """This device's share of the loss: its own part of the segment, of its own sequences."""
     config, axis = model.config, if_cut(MODEL, mesh)
+    mask = mask_of(config, batch.positions_L, batch.documents_2BL)
     positions_p = own_part(batch.positions_L, axis, 0)
     segment = Segment(
         positions_l=batch.positions_L,
         positions_p=positions_p,
-        attend=make_attend(config.attention.strategy, mask_of(config, batch), setting_on(config, mesh)),
+        attend=make_attend(config.attention.strategy, mask, setting_on(config, mesh)),
         dropout=dropout and dropout._replace(position_l=positions_p),
         model_axis=axis,
     )
@@ -158,14 +165,14 @@ def local_loss(model: Model, mesh: Mesh, params: Params, batch: Batch, dropout: 
     return cross_entropy(logits, own_part(targets_Bl, axis, 1))
 
 
-def mask_of(config: Config, batch: Batch) -> Intervals:
-    """What each local query sees: causal, narrowed or widened as the config says."""
-    positions_l, attention, seq_len = batch.positions_L, config.attention, config.data.seq_len
+def mask_of(config: Config, positions_l: jax.Array, documents_2Bl: jax.Array | None) -> Intervals:
+    """What each local query sees: causal, narrowed or widened as the config says, its own document alone."""
+    attention, seq_len = config.attention, config.data.seq_len
     mask = prefix_causal(positions_l, attention.prefix) & bidirectional(positions_l, seq_len)
     if attention.window:
         mask &= window(positions_l, attention.window)
-    if batch.documents_2BL is not None:
-        mask &= documents(batch.documents_2BL)
+    if documents_2Bl is not None:
+        mask &= documents(documents_2Bl)
     return mask
 
 

@@ -11,12 +11,9 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from lss_jax.hlo import REGIONS
-
 SCATTERED = "region_output"  # a part: no larger than the block's input, and cheaper to keep than to sum again
 
 
-@jax.named_scope(REGIONS)
 def gather_sequence(x_BpE: jax.Array, axis: str | None) -> jax.Array:
     """Into a region: every head and column needs every token of the segment, `x_BlE`."""
     if axis is None:
@@ -24,7 +21,6 @@ def gather_sequence(x_BpE: jax.Array, axis: str | None) -> jax.Array:
     return jax.lax.all_gather(x_BpE, axis, axis=1, tiled=True)
 
 
-@jax.named_scope(REGIONS)
 def scatter_sequence(x_BlE: jax.Array, axis: str | None) -> jax.Array:
     """Out of a region: the sum of all devices' terms, of which each keeps its own tokens, `x_BpE`.
 

@@ -5,16 +5,22 @@ import os
 import shlex
 import signal
 import sys
+import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+
+import jax
 
 from lss_jax import cli, distributed
 from lss_jax.attention.setting import layout_on
-from lss_jax.config import from_dict
+from lss_jax.config import RunError, from_dict
 from lss_jax.metrics import console_line, read_records
 from lss_jax.models import parameter_count
+from lss_jax.peers import Alone, Peers
 from lss_jax.trainer import Trainer
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)  # the last is for Slurm: sbatch --signal=USR1@120
 
 
 def main() -> int:
@@ -26,50 +32,79 @@ def main() -> int:
     )
     parser.add_argument("--config", required=True, metavar="FILE", help="for example configs/default.py")
     parser.add_argument("--workdir", metavar="DIR", help="where the run is kept (default: runs/NAME of the config)")
+    cli.add_launch(parser)
     arguments, values = cli.parse(parser, lambda arguments: cli.load_config_file(arguments.config))
     config = from_dict(values)
-    distributed.start()
-    trainer = Trainer(config, Path(arguments.workdir or Path("runs") / Path(arguments.config).stem))
-    with stopping_on_signals(trainer) as received:
+    with cli.start(arguments, config) as peers:
+        trainer = Trainer(config, Path(arguments.workdir or Path("runs") / Path(arguments.config).stem))
+        with stopping_on_signals(peers):
+            summary = train(trainer, peers)
+        if not distributed.is_first():
+            return 128 + peers.signal if peers.signal else 0
+        if peers.signal:
+            print(f"stopped after step {trainer.step}, which is saved; the same command goes on from there")
+            return 128 + peers.signal
+        print(summary)
+        return 0
+
+
+def train(trainer: Trainer, peers: Alone | Peers) -> str:
+    """Trains to the end, or until it is asked to stop, saves, and returns what there is to say."""
+    talks, steps = distributed.is_first(), trainer.config.optim.steps
+    if talks:
         introduce(trainer)
-        if trainer.step < config.optim.steps:
+    if trainer.step < steps:
+        if talks:
             print("compiling the training step ...", flush=True)
-            print(f"compiled in {trainer.compile():.1f} s", flush=True)
-            for record in trainer.fit():
-                print(console_line(record, config.optim.steps), flush=True)
+        seconds = trainer.compile()
+        if talks:
+            print(f"compiled in {seconds:.1f} s", flush=True)
+        try:
+            for record in trainer.fit(peers.may_start):
+                if talks:
+                    print(console_line(record, steps), flush=True)
             trainer.save()
-        summary = summarize(trainer)
-        trainer.close()
-    if received:
-        print(f"stopped after step {trainer.step}, which is saved; the same command goes on from there")
-        return 128 + received[0]
-    print(summary)
-    return 0
+        except RunError:
+            with suppress(RunError):  # what was being saved before is sound
+                trainer.close()
+            raise
+    trainer.close()
+    return summarize(trainer) if talks else ""
 
 
 @contextmanager
-def stopping_on_signals(trainer: Trainer) -> Iterator[list[int]]:
-    """The first Ctrl-C or SIGTERM ends the training after the step in hand, the next one ends the process at once."""
-    received: list[int] = []
+def stopping_on_signals(peers: Alone | Peers) -> Iterator[None]:
+    """Ctrl-C, SIGTERM or SIGUSR1 end the training after the step in hand; a second Ctrl-C ends the process at once.
 
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-
-    def restore() -> None:
+    A thread sees to it, woken by the interpreter's own handler: the main thread may be in a long step.
+    """
+    wakes, woken = os.pipe()
+    os.set_blocking(woken, False)
+    watch = threading.Thread(target=_watch_signals, args=(wakes, peers), daemon=True)
+    watch.start()
+    before = {number: signal.signal(number, lambda *_: None) for number in SIGNALS}
+    old = signal.set_wakeup_fd(woken)
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(old)
         for number, handler in before.items():
             signal.signal(number, handler)
+        os.close(woken)
+        watch.join()
+        os.close(wakes)
 
-    def stop(number: int, _frame: object) -> None:
-        received.append(number)
-        trainer.stopping = True
-        restore()
-        os.write(1, b"\nfinishing the step and saving; once more to quit at once\n")  # print is not for handlers
 
-    for number in before:
-        signal.signal(number, stop)
-    try:
-        yield received
-    finally:
-        restore()
+def _watch_signals(wakes: int, peers: Alone | Peers) -> None:
+    stopping = False
+    while received := os.read(wakes, 1):
+        number = received[0]
+        if stopping and number == signal.SIGINT:
+            os._exit(128 + number)
+        if not stopping and number in SIGNALS:
+            stopping = True
+            os.write(1, b"\nfinishing the step and saving; Ctrl-C (again) to quit at once\n")
+            peers.request_stop(number)
 
 
 def introduce(trainer: Trainer) -> None:
@@ -78,7 +113,8 @@ def introduce(trainer: Trainer) -> None:
     sizes = " x ".join(f"{axis}={size}" for axis, size in trainer.mesh.shape.items())
     layout, attention = layout_on(config, trainer.mesh), config.attention
     part = layout.padded(config.data.seq_len) // layout.devices // layout.parts
-    print(f"devices  {trainer.mesh.size} {devices[0].device_kind}, mesh {sizes}")
+    processes = f" in {jax.process_count()} processes" if jax.process_count() > 1 else ""
+    print(f"devices  {trainer.mesh.size} {devices[0].device_kind}{processes}, mesh {sizes}")
     print(
         f"model    {config.model.family}, {parameter_count(trainer.model):,} parameters, {config.model.dtype}, "
         f"attention {attention.strategy} ({attention.layout}, {trainer.kernel})"

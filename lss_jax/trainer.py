@@ -1,10 +1,9 @@
 """A run: mesh, model, data, compiled steps, state and files, all from one config."""
 
-import dataclasses
-import json
-import os
+import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import jax
@@ -13,8 +12,8 @@ from jax.sharding import Mesh
 from tqdm import tqdm
 
 from lss_jax.attention.setting import kernel_on, layout_on
-from lss_jax.checkpoint import Checkpoints, like
-from lss_jax.config import Config, ConfigError, changes, check_same_model, from_dict, validate
+from lss_jax.checkpoint import CheckpointWriter, Restored, like, newest_step, restore_newest_sound
+from lss_jax.config import Config, ConfigError, RunError, gather_problems, validate
 from lss_jax.data.loader import (
     Batch,
     batch_like,
@@ -25,20 +24,26 @@ from lss_jax.data.loader import (
     shuffled_starts,
     training_windows,
 )
-from lss_jax.data.sources import open_splits
+from lss_jax.data.sources import Part, check_file, fingerprint, open_splits
+from lss_jax.distributed import after_first, is_first
 from lss_jax.losses import LossSum
 from lss_jax.mesh import make_mesh, shardings
 from lss_jax.metrics import MetricsWriter, Record, bits_per_byte
 from lss_jax.models import Model, Params, build_model
 from lss_jax.optimizer import make_optimizer, make_schedule
+from lss_jax.skips import Skips
 from lss_jax.state import TrainState, init_state, kept_specs, state_shardings
 from lss_jax.step import make_eval_step, make_train_step
+from lss_jax.workdir import check_workdir, check_writable, keep_config
+
+log = logging.getLogger(__name__)
 
 
 class Trainer:
     """Trains a model in `workdir`, and goes on where the last run there stopped.
 
-    Building one validates everything, opens the data, makes or restores the state, and only then writes.
+    Building one validates everything, opens the data, makes or restores the state, and only then writes. Where there
+    are many processes, each builds one, and they do the same in the same order.
 
     Raises:
       ConfigError: the config, the data or the workdir cannot work; nothing has been written.
@@ -47,24 +52,32 @@ class Trainer:
     def __init__(self, config: Config, workdir: Path, devices: Sequence[jax.Device] | None = None):
         devices = jax.devices() if devices is None else devices
         self.config, self.workdir = config, workdir
+        gather_problems(
+            lambda: validate(config, len(devices)),
+            lambda: check_file(config.data.path) if config.data.path else None,
+            lambda: check_writable(workdir),
+        )
         self.mesh = make_mesh(validate(config, len(devices)), devices)
         self.kernel = kernel_on(config, self.mesh)
         self.model = build_model(config)
-        self.stopping = False  # set it (from a signal handler, say), and `fit` ends after the step in hand
         self._blocks = self.mesh.devices.flat[0].platform == "cpu"
         self._optimizer = make_optimizer(config.optim)
         self._schedule = make_schedule(config.optim)
         self._train_step: Callable | None = None
         self._eval_step = make_eval_step(self.model, self.mesh)
-        saved = Checkpoints(workdir / "checkpoints")
-        self.step = saved.latest_step() or 0
-        self.changes = check_workdir(config, workdir) if self.step else {}
-        check_writable(workdir)
+        folder = workdir / "checkpoints"
+        self.changes = {} if newest_step(folder) is None else check_workdir(config, workdir)
         self.splits = {name: Split(data, config, self.mesh) for name, data in open_splits(config.data).items()}
-        self.state = self._restored(saved) if self.step else self._fresh()
-        saved.close()
-        self._checkpoints = open_workdir(config, workdir)
-        self._metrics = MetricsWriter(workdir, self.step)
+        self._source = self.splits["train"].data.source
+        self._data = fingerprint(self._source)
+        found = self._restored(folder)
+        self.step = found.step if found else 0
+        self.state = TrainState(self._step_number(), **found.items) if found else self._fresh()
+        self._skips = Skips(*found.notes["skips"]) if found else Skips(0, 0)
+        after_first(lambda: keep_config(config, workdir))
+        self._checkpoints = CheckpointWriter(folder, config.checkpoints_kept, self.step)
+        with self._writing_metrics():
+            self._metrics = MetricsWriter(workdir, self.step) if is_first() else None
 
     def compile(self) -> float:
         """Compiles the training step, unless that is done already; returns the seconds that it took."""
@@ -76,11 +89,14 @@ class Trainer:
             self._train_step = step.lower(self.state, batch).compile()
         return time.perf_counter() - started
 
-    def fit(self) -> Iterator[Record]:
+    def fit(self, may_start: Callable[[int], bool] = lambda step: True) -> Iterator[Record]:
         """Trains up to `optim.steps`; yields a record each time that there is one, after writing it.
 
-        It can be left at any record and called again. On CPU every step is waited for: queued steps of simulated
-        devices block one another in XLA's thread pool.
+        It can be left at any record and called again, and stops before a step that `may_start` does not let pass. On
+        CPU every step is waited for: queued steps of simulated devices block one another in XLA's thread pool.
+
+        Raises:
+          RunError: too many steps were not finite, a checkpoint cannot be written, or the data has changed.
         """
         self.compile()
         assert self._train_step is not None
@@ -88,27 +104,29 @@ class Trainer:
         steps_timed, seconds = 0, 0.0
         batches = prefetched(self.training_batch, first, config.optim.steps)
         for step in range(first + 1, config.optim.steps + 1):
+            if not may_start(step):
+                break
             started = time.perf_counter()
             self.state, metrics = self._train_step(self.state, next(batches))
+            self._skips.add(step, metrics)
             self.step = step
             last = step == config.optim.steps
             logs = step % config.log_every == 0 or last
             if logs or self._blocks:
                 jax.block_until_ready(self.state)
+                self._settle()
             steps_timed, seconds = steps_timed + 1, seconds + time.perf_counter() - started
             records = []
             if logs:
+                self._checkpoints.check()
                 records.append(self._train_record(metrics, seconds / steps_timed))
                 steps_timed, seconds = 0, 0.0
             if last or (config.eval_every and step % config.eval_every == 0):
                 records.append(self.evaluate("valid", config.eval_batches))
-            for record in records:
-                self._metrics.write(record)
+            self._write(records)
             if last or step % config.checkpoint_every == 0:
                 self.save()
             yield from records  # with everything done, so that nothing is lost if nobody comes back
-            if self.stopping:
-                break
         batches.close()
 
     def evaluate(self, split: str, batches: int | None = None) -> Record:
@@ -124,25 +142,73 @@ class Trainer:
         return train.read(shuffled_starts(step, windows=windows, **order))
 
     def save(self) -> None:
-        """Starts saving the state as it is now; `close` waits for it."""
-        self._checkpoints.save(self.step, params=self.state.params, opt_state=self.state.opt_state)
+        """Starts saving the state as it is now; `close` waits for it.
+
+        Raises:
+          RunError: it cannot be saved, or should not be: the data is not what the run started with.
+        """
+        self._settle()
+        self._source.check()
+        notes = {"skips": [self._skips.total, self._skips.in_a_row], "data": self._data}
+        self._checkpoints.save(self.step, notes, params=self.state.params, opt_state=self.state.opt_state)
 
     def close(self) -> None:
         """Waits for what is still being written."""
         self._checkpoints.close()
-        self._metrics.close()
+        if self._metrics:
+            self._metrics.close()
 
     def _fresh(self) -> TrainState:
         return init_state(self.model, self._optimizer, self.mesh, self.config.seed)
 
-    def _restored(self, saved: Checkpoints) -> TrainState:
+    def _restored(self, folder: Path) -> Restored | None:
         placed = state_shardings(self.model, self._optimizer, self.mesh)
-        items = saved.restore(
-            self.step,
+        found = restore_newest_sound(
+            folder,
             params=like(self.model.shapes, placed.params),
             opt_state=like(jax.eval_shape(self._optimizer.init, self.model.shapes), placed.opt_state),
         )
-        return TrainState(jax.device_put(np.int32(self.step), placed.step), **items)
+        if found and found.notes["data"] != self._data and not self.changes.keys() & {"data.source", "data.path"}:
+            data, then = self.config.data, found.notes["data"]
+            raise ConfigError(
+                f"data.source={data.source!r}, data.path={data.path!r}: {self._data['bytes']} bytes with fingerprint "
+                f"{self._data['sha256'][:12]}, but the run in {self.workdir} was trained on {then['bytes']} bytes with "
+                f"{then['sha256'][:12]}; put the file back, give new data under a new data.path, or choose another "
+                f"--workdir"
+            )
+        return found
+
+    def _step_number(self) -> jax.Array:
+        placed = state_shardings(self.model, self._optimizer, self.mesh).step
+        return jax.make_array_from_callback((), placed, lambda _: np.array(self.step, np.int32))
+
+    def _settle(self) -> None:
+        """Tells of the steps that were skipped, and ends the run after too many in a row."""
+        for skipped in self._skips.settle():
+            log.warning("%s: update skipped (%d in a row, %d in all)", skipped, skipped.in_a_row, skipped.total)
+            if skipped.in_a_row >= self.config.optim.max_skipped:
+                self._checkpoints.wait()
+                raise RunError(
+                    f"{skipped}: not finite for optim.max_skipped={self.config.optim.max_skipped} steps in a row, none "
+                    f"of which reached the parameters; {self._checkpoints.newest()}; look at the data, or lower "
+                    f"optim.learning_rate"
+                )
+
+    def _write(self, records: list[Record]) -> None:
+        if self._metrics is not None:
+            with self._writing_metrics():
+                for record in records:
+                    self._metrics.write(record)
+
+    @contextmanager
+    def _writing_metrics(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise RunError(
+                f"the metrics cannot be written to {self.workdir} ({error.strerror}); {self._checkpoints.newest()}; "
+                f"make room or make the folder writable, then the same command goes on from there"
+            ) from error
 
     def _train_record(self, metrics: dict[str, jax.Array], step_seconds: float) -> Record:
         tokens = self.config.data.batch_size * self.config.data.seq_len
@@ -151,19 +217,20 @@ class Trainer:
             "split": "train",
             "loss": float(metrics["loss"]),
             "bits_per_byte": bits_per_byte(float(metrics["loss"])),
-            "learning_rate": float(self._schedule(self.step - 1)),
+            "learning_rate": float(self._schedule(self.step - 1 - self._skips.total)),
             "grad_norm": float(metrics["grad_norm"]),
             "tokens_per_second": tokens / step_seconds,
             "step_seconds": step_seconds,
+            "skipped": self._skips.total,
         }
 
 
 class Split:
     """A split of the data, to be read in batches for a mesh; finds the documents in it if they count."""
 
-    def __init__(self, data: np.ndarray, config: Config, mesh: Mesh):
+    def __init__(self, data: Part, config: Config, mesh: Mesh):
         self.data, self.batch_size, self.seq_len = data, config.data.batch_size, config.data.seq_len
-        self._documents = document_edges(data, config.data.separator)
+        self._documents = document_edges(data.mapped(), config.data.separator)
         if len(data) <= config.attention.prefix:
             raise ConfigError(
                 f"attention.prefix={config.attention.prefix} leaves nothing to predict in a split of {len(data)} "
@@ -188,7 +255,9 @@ def evaluate_split(
     starts = consecutive_starts(len(split.data), batch_size=split.batch_size, seq_len=split.seq_len)[:batches]
     nats, count = 0.0, 0.0
     made = prefetched(lambda index: split.read(starts[index]), 0, len(starts))
-    for batch in tqdm(made, desc=name, total=len(starts), unit="batch", leave=False, disable=None):
+    for batch in tqdm(
+        made, desc=name, total=len(starts), unit="batch", leave=False, disable=None if is_first() else True
+    ):
         sums = eval_step(params, batch)
         nats, count = nats + float(sums.nats), count + float(sums.tokens)
     loss = nats / max(count, 1.0)
@@ -196,58 +265,13 @@ def evaluate_split(
 
 
 def restore_params(model: Model, mesh: Mesh, workdir: Path) -> tuple[int, Params]:
-    """The newest saved step of a run, and its parameters, placed on this mesh.
+    """The newest sound step of a run, and its parameters, placed on this mesh.
 
     Raises:
-      ConfigError: the run has no checkpoint yet.
+      ConfigError: the run has no checkpoint yet, or no sound one any more.
     """
-    checkpoints = Checkpoints(workdir / "checkpoints")
-    step = checkpoints.latest_step()
-    if step is None:
+    placed = shardings(kept_specs(model, mesh), mesh)
+    found = restore_newest_sound(workdir / "checkpoints", params=like(model.shapes, placed))
+    if found is None:
         raise ConfigError(f"{workdir} has no checkpoint yet; train there first")
-    params = checkpoints.restore(step, params=like(model.shapes, shardings(kept_specs(model, mesh), mesh)))["params"]
-    checkpoints.close()
-    return step, params
-
-
-def check_workdir(config: Config, workdir: Path) -> dict:
-    """Refuses a workdir whose checkpoints cannot serve this config; returns what else differs, key to (then, now)."""
-    saved = from_dict(saved_config(workdir))
-    check_same_model(saved, config, workdir)
-    return changes(saved, config)
-
-
-def check_writable(workdir: Path) -> None:
-    """Refuses a workdir that cannot be written to; writes nothing."""
-    nearest = next(folder for folder in (workdir, *workdir.absolute().parents) if folder.exists())
-    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
-        raise ConfigError(f"workdir {workdir}: {nearest} is not a folder that can be written to; choose another")
-
-
-def open_workdir(config: Config, workdir: Path) -> Checkpoints:
-    """Makes the folder where needed and keeps the config beside the checkpoints."""
-    workdir.mkdir(parents=True, exist_ok=True)
-    unfinished = workdir / "config.json.unfinished"
-    unfinished.write_text(json.dumps(dataclasses.asdict(config), indent=2) + "\n")
-    os.replace(unfinished, workdir / "config.json")
-    return Checkpoints(workdir / "checkpoints", config.checkpoints_kept)
-
-
-def saved_config(workdir: Path) -> dict:
-    """The config of the run in `workdir`, as a nested dict.
-
-    Raises:
-      ConfigError: there is no run.
-    """
-    path = workdir / "config.json"
-    try:
-        values = json.loads(path.read_text())
-        from_dict(values)
-        return values
-    except OSError as error:
-        raise ConfigError(f"{path} cannot be read ({error.strerror}); give the --workdir of a training run") from error
-    except json.JSONDecodeError as error:
-        raise ConfigError(f"{path} is not valid JSON ({error}); restore it or choose another --workdir") from error
-    except (ConfigError, AttributeError) as error:
-        reason = str(error).splitlines()[0]
-        raise ConfigError(f"{path} is not a config of this program ({reason}); choose another --workdir") from error
+    return found.step, found.items["params"]

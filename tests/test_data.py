@@ -164,18 +164,20 @@ def config_of(source, path="", seq_len=48):
 def test_the_embedded_corpus_is_python_source_in_a_fixed_order():
     first, second = open_splits(config_of("stdlib")), open_splits(config_of("stdlib"))
     assert len(first["train"]) > 1_000_000
-    assert b"import " in first["valid"].tobytes() and b"import " in first["test"].tobytes()
+    assert all(b"import " in first[name].mapped().tobytes() for name in ("valid", "test"))
     for name in ("train", "valid", "test"):
-        np.testing.assert_array_equal(first[name], second[name])
+        np.testing.assert_array_equal(first[name].mapped(), second[name].mapped())
 
 
-def test_splits_are_ninety_five_five_and_memory_mapped(tmp_path):
+def test_splits_are_ninety_five_five_and_read_like_arrays(tmp_path):
     file = tmp_path / "text"
     file.write_bytes(bytes(range(200)) * 10)
     splits = open_splits(config_of("text", file))
     assert [len(splits[name]) for name in ("train", "valid", "test")] == [1800, 100, 100]
-    assert all(isinstance(split, np.memmap) for split in splits.values())
-    np.testing.assert_array_equal(np.concatenate(list(splits.values())), np.frombuffer(file.read_bytes(), np.uint8))
+    whole = np.frombuffer(file.read_bytes(), np.uint8)
+    np.testing.assert_array_equal(np.concatenate([split.mapped() for split in splits.values()]), whole)
+    for part in (slice(0, 7), slice(90, 200), slice(100, 105), slice(7, 3)):
+        np.testing.assert_array_equal(splits["valid"][part], whole[1800:1900][part])
 
 
 @pytest.mark.parametrize(

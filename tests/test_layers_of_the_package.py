@@ -5,13 +5,13 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).parents[1] / "lss_jax"
 ROWS = [
-    {"config", "mesh", "layout", "dropout", "tensor_parallel", "hlo"},
-    {"distributed", "topology", "attention", "embeddings"},
+    {"config", "mesh", "layout", "dropout", "tensor_parallel", "hlo", "peers"},
+    {"distributed", "topology", "attention", "embeddings", "checksums", "workdir"},
     {"layers"},
     {"models", "data"},
-    {"losses", "gradients", "optimizer", "state", "checkpoint", "metrics"},
+    {"losses", "gradients", "optimizer", "state", "checkpoint", "metrics", "skips"},
     {"step"},
-    {"trainer", "cli", "contract", "memory"},
+    {"trainer", "cli", "contract", "operations", "memory"},
     {"train", "evaluate", "audit", "plan"},
 ]
 ROW = {name: row for row, names in enumerate(ROWS) for name in names}

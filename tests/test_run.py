@@ -11,7 +11,8 @@ from helpers import small_config
 
 from lss_jax.config import ConfigError
 from lss_jax.metrics import MetricsWriter, console_line, duration, read_records
-from lss_jax.trainer import Trainer, saved_config
+from lss_jax.trainer import Trainer
+from lss_jax.workdir import saved_config
 
 TEXT = bytes(np.random.default_rng(0).choice(list(b"abcdefgh     \n"), 6000))
 
@@ -36,7 +37,8 @@ def run(config, workdir, stop_after=None, devices=None):
     """Trains, and stops after some step as a Ctrl-C would make it; returns the final parameters."""
     trainer = Trainer(config, workdir, devices)
     for record in trainer.fit():
-        trainer.stopping = stop_after is not None and record["step"] >= stop_after
+        if stop_after is not None and record["step"] >= stop_after:
+            break
     trainer.save()
     trainer.close()
     return jax.tree.map(np.asarray, trainer.state)
@@ -145,7 +147,7 @@ def test_metrics_have_the_promised_keys(config, tmp_path):
     for record in read_records(tmp_path / "run" / "metrics.jsonl"):
         keys = {"step", "split", "loss", "bits_per_byte"}
         if record["split"] == "train":
-            keys |= {"learning_rate", "grad_norm", "tokens_per_second", "step_seconds"}
+            keys |= {"learning_rate", "grad_norm", "tokens_per_second", "step_seconds", "skipped"}
         assert set(record) == keys
         assert record["bits_per_byte"] == pytest.approx(record["loss"] / np.log(2))
     assert list((tmp_path / "run" / "tensorboard").glob("events.out.tfevents.*"))
@@ -224,6 +226,6 @@ def test_a_damaged_checkpoint_is_one_error(config, tmp_path):
         if file.is_file():
             file.write_bytes(b"")
     before = contents(tmp_path / "run")
-    with pytest.raises(ConfigError, match=r"checkpoints/2 cannot be restored \(.*\); delete that folder"):
+    with pytest.raises(ConfigError, match=r"no sound checkpoint is left: .*checkpoints/2 \(.*\); put one back"):
         Trainer(change(config, optim__steps=12), tmp_path / "run")
     assert contents(tmp_path / "run") == before

@@ -88,10 +88,14 @@ def _gathered(kv_2BGlK: jax.Array, setting: Setting) -> jax.Array:
 
 
 def _scattered(dkv_N2BGKl: jax.Array, setting: Setting) -> jax.Array:
-    """Every device has its rows' share of all gradients: the sum over devices, each keeping its own segment."""
+    """Every device has its rows' share of all gradients: the sum over devices, each keeping its own segment.
+
+    A segment travels as one vector: of arrays TPUs would cut padded tiles, and mend the borders afterwards.
+    """
     if setting.axis is None:
         return dkv_N2BGKl[0]
-    return jax.lax.psum_scatter(dkv_N2BGKl, setting.axis)
+    N, *segment = dkv_N2BGKl.shape
+    return jax.lax.psum_scatter(dkv_N2BGKl.reshape(N, -1), setting.axis).reshape(segment)
 
 
 def _groups(

@@ -91,10 +91,11 @@ class Tables(NamedTuple):
     rate_1: Any  # of dropout
 
 
-def plan_of(
-    q_BlHK: jax.Array, kv_N2BGlK: jax.Array, dropout: PairDropout | None, setting: Setting, target: Target
-) -> Plan:
-    """How these queries and keys are cut, in blocks no larger than the config says, and the target has room for."""
+def plan_of(q_BlHK: Any, kv_N2BGlK: Any, dropout: PairDropout | None, setting: Setting, target: Target) -> Plan:
+    """How queries and keys of these shapes and dtype are cut.
+
+    Blocks are no larger than the config says, and than the target has room for.
+    """
     B, l, H, K = q_BlHK.shape
     layout = setting.layout
     least = SMALLEST if setting.interpret else target.least

@@ -9,7 +9,7 @@ import re
 from collections import deque
 from collections.abc import Callable, Generator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import jax
 import numpy as np
@@ -21,6 +21,16 @@ from lss_jax.layout import Layout
 from lss_jax.mesh import DATA, SEQ, shardings
 
 T = TypeVar("T")
+
+
+class Bytes(Protocol):
+    """A long array of bytes (uint8) of which slices are read: a NumPy array, or a part of a file."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, part: slice, /) -> np.ndarray: ...
+
+
 IGNORED = -1  # a target that does not count
 
 
@@ -69,14 +79,14 @@ def consecutive_starts(length: int, *, batch_size: int, seq_len: int) -> list[np
 
 
 def read_batch(
-    data: np.ndarray,
+    data: Bytes,
     starts_B: np.ndarray,
     seq_len: int,
     mesh: Mesh,
     layout: Layout,
     documents: np.ndarray | None = None,
 ) -> Batch:
-    """The windows of `data` (bytes, memory-mapped) at `starts_B`, cut over the mesh.
+    """The windows of `data` at `starts_B`, cut over the mesh.
 
     What lies beyond the end of `data`, or pads the window to a length that the mesh divides, is token 0 with an ignored
     target. With `documents` (from `document_edges`) the first token of a document is no target.
@@ -144,7 +154,7 @@ def _runs(positions: np.ndarray) -> list[range]:
     return [range(int(part[0]), int(part[-1]) + 1) for part in parts]
 
 
-def _read(data: np.ndarray, start: int, run: range, seq_len: int, documents: np.ndarray | None) -> np.ndarray:
+def _read(data: Bytes, start: int, run: range, seq_len: int, documents: np.ndarray | None) -> np.ndarray:
     """Tokens and targets, `[2, run]`, of a run of positions in the window at `start`."""
     stop = min(run.stop, seq_len)
     found = data[start + run.start : start + stop + 1].astype(np.int32) if run.start < stop else np.zeros(0, np.int32)

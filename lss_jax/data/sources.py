@@ -2,17 +2,20 @@
 
 import hashlib
 import os
+import sys
 import sysconfig
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any, Protocol
 
 import numpy as np
 import pooch
 
-from lss_jax.config import ConfigError, DataConfig
+from lss_jax.config import ConfigError, DataConfig, RunError
 
-Splits = dict[str, np.ndarray]  # "train", "valid", "test": bytes (uint8), views of one array
+WHOLE = 2**28  # bytes: longer files are fingerprinted by as many bytes, in evenly spaced blocks
+BLOCK = 2**12
 
 # enwik8 (Mahoney 2006): the first 10^8 bytes of the English Wikipedia dump of 2006-03-03.
 ENWIK8_URL = "http://mattmahoney.net/dc/enwik8.zip"
@@ -29,15 +32,103 @@ SHORTEST = 40  # bytes: 5% are then a byte and its next one
 STDLIB_LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "idlelib"}
 
 
-def open_splits(config: DataConfig) -> Splits:
-    """Opens the configured source, memory-mapped, as its first 90, next 5 and last 5 percent.
+class Source(Protocol):
+    """A long array of bytes, somewhere."""
+
+    size: int
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        """The bytes from `start` to `stop` (uint8), no others."""
+
+    def mapped(self) -> np.ndarray:
+        """All of it, memory-mapped if it is a file."""
+
+    def check(self) -> None:
+        """Raises a RunError if it is no longer what it was when it was opened."""
+
+
+class MemorySource:
+    """An array of bytes."""
+
+    def __init__(self, data: np.ndarray):
+        self._data, self.size = data, len(data)
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        return self._data[start:stop]
+
+    def mapped(self) -> np.ndarray:
+        return self._data
+
+    def check(self) -> None:
+        pass
+
+
+class FileSource:
+    """A file. It is read, not mapped, by the loader: if a mapped file shrinks, reading on ends the process (SIGBUS)."""
+
+    def __init__(self, path: Path):
+        self._path = path
+        self._file = path.open("rb", buffering=0)
+        self._seen = os.fstat(self._file.fileno())
+        self.size = self._seen.st_size
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        try:
+            found = os.pread(self._file.fileno(), stop - start, start)
+        except OSError as error:
+            raise self._changed(f"cannot be read any more ({error.strerror})") from error
+        if len(found) < stop - start:
+            raise self._changed(f"ends before byte {stop}")
+        return np.frombuffer(found, np.uint8)
+
+    def mapped(self) -> np.ndarray:
+        return np.memmap(self._path, dtype=np.uint8, mode="r")
+
+    def check(self) -> None:
+        try:
+            now = os.stat(self._path)
+        except OSError as error:
+            raise self._changed(f"cannot be found any more ({error.strerror})") from error
+        if now.st_size != self._seen.st_size:
+            raise self._changed(f"has {now.st_size} bytes now")
+        if (now.st_mtime_ns, now.st_ino) != (self._seen.st_mtime_ns, self._seen.st_ino):
+            raise self._changed("was written to")
+
+    def _changed(self, what: str) -> RunError:
+        return RunError(
+            f"data.path={str(self._path)!r} had {self.size} bytes when the run started, and {what}; put the file back "
+            f"as it was, then the same command goes on from the last checkpoint"
+        )
+
+
+class Part:
+    """A part of a source that reads like an array of bytes; every reading is an audit event, `lss_jax.read`."""
+
+    def __init__(self, source: Source, start: int, stop: int):
+        self.source, self._start, self._stop = source, start, stop
+
+    def __len__(self) -> int:
+        return self._stop - self._start
+
+    def __getitem__(self, part: slice) -> np.ndarray:
+        start, stop, _ = part.indices(len(self))
+        sys.audit("lss_jax.read", self._start + start, self._start + max(start, stop))
+        return self.source.read(self._start + start, self._start + max(start, stop))
+
+    def mapped(self) -> np.ndarray:
+        """All of it, memory-mapped if it is a file."""
+        return self.source.mapped()[self._start : self._stop]
+
+
+def open_splits(config: DataConfig) -> dict[str, Part]:
+    """Opens the configured source as its first 90 ("train"), next 5 ("valid") and last 5 percent ("test").
 
     Raises:
       ConfigError: a file that is missing, empty, too short for one training window, or not what it should be; or a
         download that is needed and cannot be had.
     """
-    data = SOURCES[config.source](config.path)
-    size = len(data)
+    source = SOURCES[config.source](config.path)
+    size = source.size
     ends = {"train": size * 90 // 100, "valid": size * 95 // 100, "test": size}
     shown = f"data.source={config.source!r}, data.path={config.path!r}: {size} bytes"
     if ends["train"] < config.seq_len + 1:
@@ -48,10 +139,21 @@ def open_splits(config: DataConfig) -> Splits:
     if size < SHORTEST:
         raise ConfigError(f"{shown} are too few for a validation and a test split; use at least {SHORTEST} bytes")
     starts = [0, *ends.values()]
-    return {name: data[start:end] for (name, end), start in zip(ends.items(), starts, strict=False)}
+    return {name: Part(source, start, end) for (name, end), start in zip(ends.items(), starts, strict=False)}
 
 
-def stdlib(path: str) -> np.ndarray:
+def fingerprint(source: Source) -> dict[str, Any]:
+    """Size and SHA-256 of a source; of a long one only blocks are read, evenly spaced from its start to its end."""
+    data, digest = source.mapped(), hashlib.sha256()
+    if source.size <= WHOLE:
+        digest.update(data.data)
+    else:
+        for start in np.linspace(0, source.size - BLOCK, WHOLE // BLOCK).astype(np.int64):
+            digest.update(data[start : start + BLOCK].data)
+    return {"bytes": source.size, "sha256": digest.hexdigest()}
+
+
+def stdlib(path: str) -> MemorySource:
     """The source files of the running Python's standard library, one after the other.
 
     Their order is fixed, by the hash of their names, so that the three splits are much alike.
@@ -62,36 +164,42 @@ def stdlib(path: str) -> np.ndarray:
     kept.sort(key=lambda name: hashlib.sha256(name.as_posix().encode()).digest())
     if not kept:
         raise ConfigError(f'data.source="stdlib": no .py files under {root}; use data.source="text" and data.path')
-    return np.frombuffer(b"".join((root / name).read_bytes() for name in kept), dtype=np.uint8)
+    return MemorySource(np.frombuffer(b"".join((root / name).read_bytes() for name in kept), dtype=np.uint8))
 
 
-def text(path: str) -> np.ndarray:
+def text(path: str) -> FileSource:
     """Any file, read as bytes."""
+    check_file(path)
+    file = Path(path).expanduser()
+    try:
+        return FileSource(file)
+    except OSError as error:
+        raise ConfigError(f"data.path={path!r} cannot be read ({error.strerror}); make it readable") from error
+
+
+def check_file(path: str) -> None:
+    """Refuses a file that is not there or has nothing in it."""
     file = Path(path).expanduser()
     if not file.is_file():
         raise ConfigError(f"data.path={path!r} is not a file; give the path of a text file ({NEEDS_NO_DOWNLOAD})")
     if file.stat().st_size == 0:
         raise ConfigError(f"data.path={path!r} is empty (0 bytes); give a file with text in it ({NEEDS_NO_DOWNLOAD})")
-    try:
-        return np.memmap(file, dtype=np.uint8, mode="r")
-    except OSError as error:
-        raise ConfigError(f"data.path={path!r} cannot be read ({error.strerror}); make it readable") from error
 
 
-def enwik8(path: str) -> np.ndarray:
+def enwik8(path: str) -> FileSource:
     """The file at `path`, enwik8 or a prefix of it; without a path, the cached or downloaded whole."""
     path = path or str(_downloaded_enwik8())
-    data = text(path)
-    if len(data) > ENWIK8_BYTES:
+    source = text(path)
+    if source.size > ENWIK8_BYTES:
         raise ConfigError(
-            f"data.path={path!r} has {len(data)} bytes, but enwik8 has {ENWIK8_BYTES}; give the raw file (unzipped) "
+            f"data.path={path!r} has {source.size} bytes, but enwik8 has {ENWIK8_BYTES}; give the raw file (unzipped) "
             f'or a prefix of it, or use data.source="text"'
         )
     for length in sorted(ENWIK8_SHA256, reverse=True):
-        if length <= len(data):
-            _check_sha256(data[:length], ENWIK8_SHA256[length], path)
+        if length <= source.size:
+            _check_sha256(source.mapped()[:length], ENWIK8_SHA256[length], path)
             break
-    return data
+    return source
 
 
 def _check_sha256(data: np.ndarray, expected: str, path: str) -> None:
@@ -125,4 +233,4 @@ def _downloaded_enwik8() -> Path:
     return raw
 
 
-SOURCES: dict[str, Callable[[str], np.ndarray]] = {"stdlib": stdlib, "enwik8": enwik8, "text": text}
+SOURCES: dict[str, Callable[[str], Source]] = {"stdlib": stdlib, "enwik8": enwik8, "text": text}

@@ -6,6 +6,7 @@ from flax import nnx
 from lss_jax.config import Config
 from lss_jax.dropout import EMBEDDING
 from lss_jax.embeddings import Head, LearnedPositions, TokenEmbedding, logits, sinusoidal
+from lss_jax.hlo import REGIONS
 from lss_jax.layers import Segment, Stack, drop, layer_norm
 from lss_jax.tensor_parallel import gather_sequence
 
@@ -38,5 +39,6 @@ class Decoder(nnx.Module):
         x_BpE = self.stack(drop(x_BpE, segment.dropout, EMBEDDING), segment)
         x = self.final_norm(x_BpE)
         if self.vocab_parallel:
-            x = gather_sequence(x, segment.model_axis)  # a share of the vocabulary is for every token
+            with jax.named_scope(REGIONS):
+                x = gather_sequence(x, segment.model_axis)  # a share of the vocabulary is for every token
         return self.head(x) if hasattr(self, "head") else logits(x, self.tokens.kernel_EV())

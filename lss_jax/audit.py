@@ -1,0 +1,240 @@
+"""What the compiler made of a training step: `python -m lss_jax.audit --config configs/default.py`."""
+
+import argparse
+import json
+import math
+import re
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+from jax.sharding import Mesh
+
+from lss_jax import cli, contract, distributed, hlo, operations
+from lss_jax.attention.setting import kernel_on
+from lss_jax.config import ConfigError, from_dict, validate
+from lss_jax.contract import Contract
+from lss_jax.mesh import make_mesh
+from lss_jax.models import Model, build_model, parameter_count
+from lss_jax.step import trace_train_step
+from lss_jax.topology import FORMS, devices_of, memory_of
+
+DISAGREES = 1  # exit code of --check
+
+
+class Audit(NamedTuple):
+    """A step as it was compiled and as it was predicted; `None` where the program does not fit its devices."""
+
+    model: Model
+    mesh: Mesh
+    seconds: float  # of compilation
+    collectives: Contract | None
+    memory: dict[str, int] | None  # bytes on one device, by class
+    too_large: str  # what the compiler says of a program that does not fit
+    flops: int  # of matrix products outside attention, traced
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m lss_jax.audit",
+        description="Compile a config's training step, without allocating the model, and print what the compiler made "
+        "of it beside what this project's formulas predict: collectives, memory, operations.",
+        epilog=f"{cli.OVERRIDES} Compiling for a TPU or GPU that is not there takes its package: "
+        'pip install "jax[tpu]" or "jax[cuda13]".',
+        allow_abbrev=False,
+    )
+    parser.add_argument("--config", required=True, metavar="FILE", help="for example configs/default.py")
+    parser.add_argument("--topology", metavar="T", help=f"compile for these devices: {FORMS} (default: those at hand)")
+    parser.add_argument("--memory", metavar="SIZE", help="of a device, as in 16GiB (default: known for TPUs and GPUs)")
+    parser.add_argument("--json", metavar="OUT", help="also write everything there, for programs")
+    parser.add_argument(
+        "--check",
+        action="store_true",
+        help=f"exit with {DISAGREES} where the program and its prediction differ, or it does not fit",
+    )
+    arguments, values = cli.parse(parser, lambda arguments: cli.load_config_file(arguments.config))
+    config = from_dict(values)
+    room = bytes_from(arguments.memory) if arguments.memory else None
+    if arguments.topology:
+        devices = devices_of(arguments.topology)
+    else:
+        distributed.start()
+        devices = jax.devices()
+    mesh = make_mesh(validate(config, len(devices)), devices)
+    kernel_on(config, mesh)  # refuses one that is for other devices
+    result = audited(build_model(config), mesh)
+    room = room or memory_of(devices[0])
+    print(text_of(result, room))
+    if arguments.json:
+        Path(arguments.json).write_text(json.dumps(json_of(result, room), indent=2) + "\n")
+    return DISAGREES if arguments.check and problems(result, room) else 0
+
+
+def audited(model: Model, mesh: Mesh) -> Audit:
+    """Compiles the step for shapes alone."""
+    traced = trace_train_step(model, mesh)
+    flops = operations.traced(traced.jaxpr)
+    started = time.perf_counter()
+    try:
+        compiled = traced.lower().compile()
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        return Audit(model, mesh, time.perf_counter() - started, None, None, _shortfall(str(error)), flops)
+    seconds = time.perf_counter() - started
+    found = contract.found(hlo.collectives(compiled.as_text()), mesh)
+    return Audit(model, mesh, seconds, found, _memory(compiled), "", flops)
+
+
+def _shortfall(message: str) -> str:
+    """What the compiler says of the sizes."""
+    sizes = re.search(r"Used .*? of .*? hbm\. Exceeded hbm capacity by [\d.]+\w*", message)
+    return sizes[0] if sizes else message.splitlines()[0]
+
+
+def _memory(compiled: jax.stages.Compiled) -> dict[str, int]:
+    """Bytes on one device, by class: what goes in, by the shardings that the program asks for, and what comes to it."""
+    (state, batch), _ = compiled.args_info
+    (of_state, of_batch), _ = compiled.input_shardings
+
+    def size(infos: Any, shardings: Any) -> int:
+        """Of what the program uses: for the rest there is no sharding."""
+
+        def of_one(info: Any, sharding: Any) -> int:
+            return math.prod(sharding.shard_shape(info.shape)) * info.dtype.itemsize if sharding else 0
+
+        return sum(jax.tree.leaves(jax.tree.map(of_one, infos, shardings)))
+
+    analysis = compiled.memory_analysis()
+    assert analysis is not None, "every backend of XLA has one"
+    return {
+        "parameters": size(state.params, of_state.params),
+        "optimizer state": size(state.opt_state, of_state.opt_state),
+        "batch": size(batch, of_batch),
+        "temporaries": analysis.temp_size_in_bytes,
+    }
+
+
+def problems(audit: Audit, room: int | None) -> list[str]:
+    """Where program and prediction differ, and whether it is too large for a device's memory of `room` bytes."""
+    if audit.collectives is None or audit.memory is None:
+        return [f"it does not fit: {audit.too_large}"]
+    found = contract.disagreements(audit.collectives, contract.predicted(audit.model, audit.mesh))
+    expected = operations.outside_attention(audit.model, audit.mesh)
+    if audit.flops != expected:
+        found.append(f"operations outside attention: {audit.flops:,} in the program, {expected:,} predicted")
+    needed = sum(audit.memory.values())
+    if room and needed > room:
+        found.append(f"it does not fit: {_size(needed)} of {_size(room)}, {_size(needed - room)} too much")
+    return found
+
+
+def text_of(audit: Audit, room: int | None) -> str:
+    """For a terminal."""
+    config, mesh, device = audit.model.config, audit.mesh, audit.mesh.devices.flat[0]
+    sizes = " x ".join(f"{axis}={size}" for axis, size in mesh.shape.items())
+    lines = [
+        f"devices     {mesh.size:,} {device.device_kind}, mesh {sizes}",
+        f"model       {parameter_count(audit.model):,} parameters, {config.model.layers} layers, {config.model.dtype}, "
+        f"attention {config.attention.strategy} ({config.attention.layout}, {kernel_on(config, mesh)})",
+        f"step        {config.data.batch_size} sequences of {config.data.seq_len:,} tokens",
+        f"compiled    in {audit.seconds:.1f} s, jax {jax.__version__}",
+        "",
+        *_table_of_collectives(audit),
+        "",
+        *_table_of_memory(audit, room),
+        "",
+        *_table_of_operations(audit),
+    ]
+    differences = [f"differs     {problem}" for problem in problems(audit, room)]
+    return "\n".join([*lines, "", *(differences or ["all as predicted"])])
+
+
+def _table_of_collectives(audit: Audit) -> list[str]:
+    predicted = contract.predicted(audit.model, audit.mesh)
+    found = audit.collectives or {}
+    lines = [
+        "collectives per step; MB are of their results on one device",
+        f"{'':21}{'':20}{'':11}{'compiled':>14}{'':7}{'':9}{'predicted':>14}",
+        f"{'in':21}{'kind':20}{'over':11}{'times':>7}{'MB':>14}{'async':>7}  {'times':>7}{'MB':>14}",
+    ]
+    for line in sorted(found.keys() | predicted.keys()):
+        one, other = found.get(line), predicted.get(line)
+        lines.append(
+            f"{line.place:21}{line.kind:20}{','.join(line.axes):11}"
+            + (f"{one.times:7}{one.bytes / 1e6:14,.3f}{one.asynchronous:7}" if one else f"{'-':>7}{'-':>14}{'-':>7}")
+            + (f"  {other.times:7}{other.bytes / 1e6:14,.3f}" if other else f"  {'-':>7}{'-':>14}")
+        )
+    return lines if len(lines) > 3 else ["no collectives"]
+
+
+def _table_of_memory(audit: Audit, room: int | None) -> list[str]:
+    if audit.memory is None:
+        return ["memory per device", f"does not fit: {audit.too_large}"]
+    needed = sum(audit.memory.values())
+    lines = ["memory per device", *(f"{name:21}{_size(size):>14}" for name, size in audit.memory.items())]
+    verdict = f" of {_size(room)}, {'fits' if needed <= room else 'does not fit'}" if room else ""
+    return [*lines, f"{'all':21}{_size(needed):>14}{verdict}"]
+
+
+def _table_of_operations(audit: Audit) -> list[str]:
+    outside, attention = (of(audit.model, audit.mesh) for of in (operations.outside_attention, operations.attention))
+    return [
+        "floating-point operations per step and device, of matrix products",
+        f"{'outside attention':21}{audit.flops:>24,} traced{outside:>24,} predicted",
+        f"{'attention':21}{attention:>24,} by the blocks that the mask touches, on the busiest device",
+    ]
+
+
+def json_of(audit: Audit, room: int | None) -> dict[str, Any]:
+    """For programs: all figures, in bytes, seconds and operations, of one device and one step."""
+
+    def rows(lines: Contract | None) -> list[dict[str, Any]] | None:
+        return (
+            None
+            if lines is None
+            else [{**line._asdict(), "axes": list(line.axes), **lines[line]._asdict()} for line in sorted(lines)]
+        )
+
+    return {
+        "mesh": dict(audit.mesh.shape),
+        "device": audit.mesh.devices.flat[0].device_kind,
+        "parameters": parameter_count(audit.model),
+        "compile_seconds": audit.seconds,
+        "collectives": {
+            "compiled": rows(audit.collectives),
+            "predicted": rows(contract.predicted(audit.model, audit.mesh)),
+        },
+        "memory": audit.memory,
+        "memory_of_device": room,
+        "too_large": audit.too_large,
+        "operations": {
+            "outside_attention_traced": audit.flops,
+            "outside_attention_predicted": operations.outside_attention(audit.model, audit.mesh),
+            "attention": operations.attention(audit.model, audit.mesh),
+        },
+        "problems": problems(audit, room),
+    }
+
+
+def bytes_from(written: str) -> int:
+    """`16GiB`, `80GB` or a number of bytes.
+
+    Raises:
+      ConfigError: it is none of these.
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]i?)?B?", written)
+    if not match:
+        raise ConfigError(f"--memory={written} is not a size; write it like 16GiB, 80GB or 17179869184")
+    unit = match[2] or ""
+    return int(float(match[1]) * (1024 if unit.endswith("i") else 1000) ** (" KMGT".index(unit[0]) if unit else 0))
+
+
+def _size(count: float) -> str:
+    """Bytes in words."""
+    return f"{count / 2**30:,.2f} GiB" if count >= 2**30 else f"{count / 2**20:,.2f} MiB"
+
+
+if __name__ == "__main__":
+    cli.run(main)

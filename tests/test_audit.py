@@ -1,0 +1,215 @@
+"""The audit: what it reads in compiled programs, what it says of them, and that it sees what is wrong."""
+
+import json
+import subprocess
+import sys
+
+import jax
+import pytest
+from helpers import model_on
+
+from lss_jax import audit, contract, hlo, operations
+from lss_jax.attention import lss
+from lss_jax.config import ConfigError
+from lss_jax.mesh import make_mesh
+from lss_jax.step import trace_train_step
+from lss_jax.topology import devices_of
+
+LAYERS = 3
+
+GPU = """
+ENTRY %main (p: f32[8]) -> f32[64] {
+  %p = f32[8]{0} parameter(0)
+  %ag = (f32[8]{0}, f32[64]{0}) all-gather-start(%p), replica_groups={{0,1},{2,3}}, metadata={op_name="f/attention/x"}
+  %ar = f32[8]{0} all-reduce-start(%p), replica_groups=[2,2]<=[2,2]T(1,0), config={"is_sync":true}
+  %done = f32[8]{0} all-reduce-done(%ar)
+  ROOT %out = f32[64]{0} all-gather-done(%ag)
+}
+"""
+TPU = """
+%cond (s: (s32[], bf16[4,6])) -> pred[] {
+  %s = (s32[], bf16[4,6]{1,0}) parameter(0)
+  %constant.7 = s32[]{:T(128)} constant(5)
+  %i = s32[] get-tuple-element(%s), index=0
+  ROOT %lt = pred[] compare(%i, %constant.7), direction=LT
+}
+
+%taken (a: bf16[4,6], b: s32[]) -> bf16[6] {
+  %a = bf16[4,6]{1,0} parameter(0)
+  %b = s32[] parameter(1)
+  %ds = bf16[1,6]{1,0} dynamic-slice(%a, %b, %b), dynamic_slice_sizes={1,6}
+  ROOT %bitcast = bf16[6]{0} bitcast(%ds)
+}
+
+%body (s: (s32[], bf16[4,6])) -> (s32[], bf16[4,6]) {
+  %s = (s32[], bf16[4,6]{1,0}) parameter(0)
+  %x = bf16[4,6]{1,0} get-tuple-element(%s), index=1
+  %ar = bf16[4,6]{1,0} all-reduce(%x), replica_groups={{0,1,2,3}}
+  %mine = bf16[6]{0} fusion(%ar, %i), kind=kLoop, calls=%taken, metadata={op_name="jit(f)/transpose(jvp())/attention/x"}
+  ROOT %t = (s32[], bf16[4,6]{1,0}) tuple(%i, %x)
+}
+
+%all-reduce-scatter.1 (input: f32[4,6]) -> f32[1,6] {
+  %input = f32[4,6]{1,0} parameter(0)
+  %sum = f32[4,6]{1,0} all-reduce(%input), replica_groups=mesh['a'=4,'b'=2], device_ids=([2,4]T(1,0)) {'b'}
+  ROOT %own = f32[1,6]{1,0} dynamic-slice(%sum, %c, %c), dynamic_slice_sizes={1,6}
+}
+
+ENTRY %main (p: f32[4,6]) -> f32[1,6] {
+  %p = f32[4,6]{1,0} parameter(0)
+  %loop = (s32[], bf16[4,6]{1,0}) while(%init), condition=%cond, body=%body
+  %cp = (f32[6]{0}, f32[6]{0}, u32[]) collective-permute-start(%p), source_target_pairs={{0,0},{1,3},{3,1}}
+  %cpd = f32[6]{0} collective-permute-done(%cp)
+  ROOT %rs = f32[1,6]{1,0} fusion(%p), kind=kCustom, calls=%all-reduce-scatter.1, metadata={op_name="jit(f)/regions/y"}
+}
+"""
+
+
+def test_the_forms_of_gpus_are_read():
+    gather, reduce = hlo.collectives(GPU)
+    assert gather[:3] == ("all-gather", 64, 256) and gather.asynchronous and gather.place == "attention forward"
+    assert reduce[:3] == ("all-reduce", 8, 32) and not reduce.asynchronous and reduce.group == (0, 2)
+    assert gather.axes({"data": 2, "seq": 2, "model": 1}) == ("seq",)
+    assert reduce.axes({"data": 2, "seq": 2, "model": 1}) == ("data",)
+
+
+def test_the_forms_of_tpus_are_read():
+    """A reduce-scatter as an all-reduce and a slice, in a loop of whose length only the condition knows, and fused."""
+    in_loop, permute, fused = hlo.collectives(TPU)
+    assert in_loop[:3] == ("reduce-scatter", 6, 12) and in_loop.times == 5 and in_loop.place == "attention backward"
+    assert permute[:3] == ("collective-permute", 6, 24) and permute.asynchronous and permute.group == (1, 3)
+    assert fused[:3] == ("reduce-scatter", 6, 24) and fused.group == (0, 4) and fused.place == "regions forward"
+
+
+def test_a_sum_that_somebody_needs_whole_stays_a_sum():
+    text = TPU.replace("tuple(%i, %x)", "tuple(%i, %ar)")
+    assert hlo.collectives(text)[0][:3] == ("all-reduce", 24, 48)
+
+
+VARIANTS = {
+    "dense": ((2, 4), {"attention__kernel": "dense"}),
+    "remat": ((2, 4), {"model__remat": "block", "model__kv_heads": 2}),
+    "hybrid, vocabulary": ((2, 2, 2), {"model__remat": "block", "model__vocab_parallel": True}),
+    "ulysses, microbatches": ((1, 4), {"attention__strategy": "ulysses", "optim__accumulate": 2}),
+    "ring, padded": ((2, 3), {"attention__strategy": "ring", "data__seq_len": 47}),
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_operations_outside_attention_are_as_predicted(variant):
+    sizes, changes = VARIANTS[variant]
+    model, mesh = model_on(*sizes, model__layers=LAYERS, **changes)
+    assert operations.traced(trace_train_step(model, mesh).jaxpr) == operations.outside_attention(model, mesh)
+
+
+def test_operations_of_attention_follow_the_mask():
+    """Blocks of 16 by 16 of 512 tokens on 4 devices, in zigzag: whole, half and a diagonal of them."""
+    size = {"data__seq_len": 512, "attention__block_queries": 16, "attention__block_keys": 16}
+    flops = {window: operations.attention(*model_on(1, 4, attention__window=window, **size)) for window in (0, 16)}
+    dense = operations.attention(*model_on(1, 4, attention__kernel="dense", **size))
+    blocks = 32  # in a row, of which a causal mask leaves 16.5 on average and a window of 16 at most two
+    assert flops[0] / dense == pytest.approx((blocks + 1) / 2 / blocks * 7 / 6)
+    assert flops[16] / dense <= 2 / blocks * 7 / 6
+
+
+def test_the_text_and_the_json_tell_the_same():
+    result = audit.audited(*model_on(2, 4, model__layers=LAYERS))
+    text, values = audit.text_of(result, 2**30), audit.json_of(result, 2**30)
+    assert text.splitlines()[-1] == "all as predicted" and "of 1.00 GiB, fits" in text
+    assert json.loads(json.dumps(values)) == values and values["problems"] == []
+    assert values["collectives"]["compiled"][1]["times"] == LAYERS
+    assert f"{values['operations']['attention']:,} by the blocks" in text
+    (shortfall,) = audit.problems(result, 1000)
+    assert shortfall.startswith("it does not fit: ")
+
+
+def test_a_second_gather_is_seen(monkeypatch):
+    """Keys and values each for themselves, and one after the other."""
+    real = lss._gathered
+
+    def one_by_one(kv_2BGlK, setting):
+        both = real(kv_2BGlK, setting)
+        return real(kv_2BGlK + 0 * both[0], setting)
+
+    monkeypatch.setattr(lss, "_gathered", one_by_one)
+    result = audit.audited(*model_on(1, 8, model__layers=LAYERS))
+    assert any("attention forward: all-gather over seq: 6 with" in problem for problem in audit.problems(result, None))
+
+
+@pytest.mark.parametrize(("written", "size"), [("16GiB", 2**34), ("80GB", 80 * 10**9), ("1.5Ki", 1536), ("7", 7)])
+def test_sizes_are_read(written, size):
+    assert audit.bytes_from(written) == size
+
+
+@pytest.mark.parametrize("written", ["16 gigs", "", "-1GiB", "GiB"])
+def test_what_is_no_size_is_refused(written):
+    with pytest.raises(ConfigError, match="is not a size; write it like 16GiB"):
+        audit.bytes_from(written)
+
+
+def command(*arguments):
+    return subprocess.run(
+        [sys.executable, "-m", "lss_jax.audit", "--config", "configs/default.py", *arguments],
+        capture_output=True,
+        text=True,
+    )
+
+
+def test_the_command_checks_and_writes(tmp_path):
+    small = ["--config.model.layers=1", "--config.data.seq_len=32", "--config.mesh.seq=4", "--topology", "cpu:4"]
+    done = command(*small, "--check", "--json", str(tmp_path / "out.json"))
+    assert done.returncode == 0, done.stderr
+    assert "4 cpu, mesh data=1 x seq=4 x model=1" in done.stdout
+    assert json.loads((tmp_path / "out.json").read_text())["problems"] == []
+    assert command(*small, "--check", "--memory", "1KiB").returncode == audit.DISAGREES
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--topology", "tpu:v9:2x2"], "topology 'tpu:v9:2x2' is unknown; write it like"),
+        (["--memory", "much"], "--memory=much is not a size"),
+        (["--topology", "cpu:6", "--config.mesh.seq=4"], "mesh"),
+    ],
+)
+def test_bad_input_of_the_command_is_one_error(arguments, message):
+    done = command(*arguments)
+    assert done.returncode == 2 and done.stderr.startswith("error: ") and message in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+ON_TPU = [((1, 8), "lss", 2), ((1, 1, 8), "lss", 8), ((2, 2, 2), "lss", 10), ((1, 8), "ulysses", 4)]
+
+
+@pytest.mark.grid
+@pytest.mark.parametrize(("sizes", "strategy", "per_layer"), ON_TPU)
+def test_the_contract_holds_on_a_tpu_topology(sizes, strategy, per_layer):
+    """Compiled for eight chips that are not here, with the fused kernel."""
+    model, _ = model_on(
+        *sizes, model__layers=LAYERS, model__heads=8, model__width=512, data__seq_len=1024, attention__strategy=strategy
+    )
+    mesh = make_mesh((*sizes, 1)[:3], devices_of("tpu:v5p:2x2x2"))
+    result = audit.audited(model, mesh)
+    assert audit.problems(result, None) == []
+    assert result.collectives is not None
+    of_layers = sum(
+        total.times for line, total in result.collectives.items() if line.place.split()[0] in ("attention", "regions")
+    )
+    assert of_layers == per_layer * LAYERS
+
+
+@pytest.mark.grid
+def test_a_program_that_does_not_fit_is_told_with_its_sizes():
+    model, _ = model_on(
+        1, 4, model__layers=2, model__width=512, data__seq_len=2**17, data__batch_size=16, attention__kernel="dense"
+    )
+    result = audit.audited(model, make_mesh((1, 4, 1), devices_of("tpu:v5e:2x2")))
+    text = audit.text_of(result, None)
+    assert "does not fit: " in text and "exceed" in text.lower()
+    assert "attention forward" in text, "what was predicted stands there all the same"
+
+
+def test_what_is_predicted_has_no_trace_of_axes_of_one_device():
+    model, mesh = model_on(1, 1)
+    assert contract.predicted(model, mesh) == {}
+    assert len(jax.devices()) == 8
