@@ -68,7 +68,7 @@ def peaks(model: Model, mesh: Mesh | AbstractMesh) -> dict[str, float]:
     """Numbers that live at once, at each moment of the step that may need most."""
     config, arrays = model.config, arrays_of(model.config, mesh)
     parameters = _numbers(model, kept_specs(model, mesh), mesh)
-    layers = config.model.layers * _kept(config, arrays, mesh) + 1.75 * parameters  # gradients, weights turned
+    layers = config.model.layers * _kept(config, arrays, mesh) + 1.95 * parameters  # gradients, weights turned
     if config.optim.accumulate > 1:  # the sum over microbatches; and XLA has a second set of what is kept
         layers *= 2
     if config.model.remat == "none" and config.model.dtype == "bfloat16":  # the weights as they were rounded, turned
