@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 import jax
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 
 from lss_jax.attention import STRATEGIES
 from lss_jax.attention.setting import layout_on, setting_on, sizes_of
@@ -46,7 +46,7 @@ class Total(NamedTuple):
 Contract = dict[Line, Total]
 
 
-def found(collectives: Iterable[Collective], mesh: Mesh) -> Contract:
+def found(collectives: Iterable[Collective], mesh: Mesh | AbstractMesh) -> Contract:
     """Of a compiled program."""
     total: Contract = defaultdict(lambda: Total(0, 0, 0, 0))
     for one in collectives:
@@ -58,7 +58,7 @@ def found(collectives: Iterable[Collective], mesh: Mesh) -> Contract:
     return dict(total)
 
 
-def predicted(model: Model, mesh: Mesh) -> Contract:
+def predicted(model: Model, mesh: Mesh | AbstractMesh) -> Contract:
     """Of the training step of this model on this mesh."""
     parts = (_attention, _regions, _vocabulary, _positions, _masks, _gradients, _norms, _sharded_state)
     total: Contract = defaultdict(lambda: Total(0, 0, 0, 0))
@@ -92,7 +92,7 @@ def disagreements(compiled: Contract, expected: Contract) -> list[str]:
 Part = Iterator[tuple[Line, int, int, int]]  # times, elements and itemsize of each
 
 
-def _attention(model: Model, mesh: Mesh) -> Part:
+def _attention(model: Model, mesh: Mesh | AbstractMesh) -> Part:
     """Per layer and microbatch what the strategy says."""
     config, axes = model.config, _cut(mesh, SEQ)
     if not axes:
@@ -104,7 +104,7 @@ def _attention(model: Model, mesh: Mesh) -> Part:
             yield Line(f"{ATTENTION} {way}", one.kind, axes), times, one.elements, one.itemsize
 
 
-def _regions(model: Model, mesh: Mesh) -> Part:
+def _regions(model: Model, mesh: Mesh | AbstractMesh) -> Part:
     """Per layer and microbatch a gather and a scatter for each of attention and MLP, forward and backward.
 
     With remat they gather once more on the way back. A vocabulary in shares has its rows scattered and the head's
@@ -126,7 +126,7 @@ def _regions(model: Model, mesh: Mesh) -> Part:
         yield Line(f"{REGIONS} {way}", kind, axes), times * config.optim.accumulate, elements, sizes.itemsize
 
 
-def _vocabulary(model: Model, mesh: Mesh) -> Part:
+def _vocabulary(model: Model, mesh: Mesh | AbstractMesh) -> Part:
     """Where each device has a share of it: two numbers and a maximum per token, and the gradient of the two."""
     config, axes, sizes = model.config, _cut(mesh, MODEL), sizes_of(model.config, mesh)
     if axes and config.model.vocab_parallel:
@@ -136,7 +136,7 @@ def _vocabulary(model: Model, mesh: Mesh) -> Part:
         yield Line(LOSS, "all-gather", axes), times, 2 * tokens, 4
 
 
-def _positions(model: Model, mesh: Mesh) -> Part:
+def _positions(model: Model, mesh: Mesh | AbstractMesh) -> Part:
     """Under zigzag the rows of a learned table go to where their tokens are, and their gradient back.
 
     A table of a length that the mesh does not divide is whole between steps, and so its gradient is gathered.
@@ -151,7 +151,7 @@ def _positions(model: Model, mesh: Mesh) -> Part:
         yield Line(POSITIONS, "all-gather", axes), 1, rows * mesh.shape[SEQ], 4
 
 
-def _masks(model: Model, mesh: Mesh) -> Part:
+def _masks(model: Model, mesh: Mesh | AbstractMesh) -> Part:
     """Ulysses needs the intervals of all queries: once, or for packed documents in every microbatch."""
     config, axes, sizes = model.config, _cut(mesh, SEQ), sizes_of(model.config, mesh)
     if config.attention.strategy == "ulysses" and axes:
@@ -159,7 +159,7 @@ def _masks(model: Model, mesh: Mesh) -> Part:
         yield Line(MASK, "all-gather", axes), times, mesh.shape[SEQ] * 2 * rows * sizes.l, 4
 
 
-def _gradients(model: Model, mesh: Mesh) -> Part:
+def _gradients(model: Model, mesh: Mesh | AbstractMesh) -> Part:
     """The gradient law: over each axis one sum, of everything that the axis does not cut; the loss rides along."""
     for axis in cut_axes(mesh):
         elements = 2  # the loss, and how many tokens count
@@ -170,13 +170,13 @@ def _gradients(model: Model, mesh: Mesh) -> Part:
         yield Line(GRADIENTS, "all-reduce", (axis,)), 1, elements, 4
 
 
-def _norms(model: Model, mesh: Mesh) -> Part:
+def _norms(model: Model, mesh: Mesh | AbstractMesh) -> Part:
     """For the gradient's global norm the squares of what is cut are added up over the axes that cut it."""
     for axes in {_cut(mesh, *named_axes(spec)) for spec in jax.tree.leaves(kept_specs(model, mesh))} - {()}:
         yield Line(OPTIMIZER, "scalars", axes), 1, 1, 4
 
 
-def _sharded_state(model: Model, mesh: Mesh) -> Part:
+def _sharded_state(model: Model, mesh: Mesh | AbstractMesh) -> Part:
     """Each parameter that other devices update a part of: this device's whole of it."""
     kept, moments = (jax.tree.leaves(specs(model, mesh)) for specs in (kept_specs, moment_specs))
     for leaf, before, after in zip(jax.tree.leaves(model.shapes), kept, moments, strict=True):
@@ -185,21 +185,21 @@ def _sharded_state(model: Model, mesh: Mesh) -> Part:
             yield Line(OPTIMIZER, "all-gather", axes), 1, leaf.size // _shares(before, mesh), 4
 
 
-def _shares(spec: PartitionSpec, mesh: Mesh) -> int:
+def _shares(spec: PartitionSpec, mesh: Mesh | AbstractMesh) -> int:
     """Into how many parts a spec cuts an array."""
     return math.prod(mesh.shape[axis] for axis in named_axes(spec))
 
 
-def _segment(config: Config, mesh: Mesh) -> int:
+def _segment(config: Config, mesh: Mesh | AbstractMesh) -> int:
     """Numbers in a segment's activations."""
     sizes = sizes_of(config, mesh)
     return sizes.B * sizes.l * config.model.width
 
 
-def _padded(config: Config, mesh: Mesh) -> bool:
+def _padded(config: Config, mesh: Mesh | AbstractMesh) -> bool:
     return layout_on(config, mesh).padded(config.data.seq_len) != config.data.seq_len
 
 
-def _cut(mesh: Mesh, *axes: str) -> tuple[str, ...]:
+def _cut(mesh: Mesh | AbstractMesh, *axes: str) -> tuple[str, ...]:
     """Those of the axes that have more than one device, in the order of the mesh."""
     return tuple(axis for axis in cut_axes(mesh) if axis in axes)

@@ -37,7 +37,7 @@ def axes_of(part: str | tuple[str, ...] | None) -> tuple[str, ...]:
     return (part,) if isinstance(part, str) else part or ()
 
 
-def over_cut_axes(spec: PartitionSpec, mesh: Mesh) -> PartitionSpec:
+def over_cut_axes(spec: PartitionSpec, mesh: Mesh | AbstractMesh) -> PartitionSpec:
     """The spec without the axes of size 1.
 
     What is never cut never varies: with these specs `shard_map` sees values that do not vary over an axis of size 1,

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
 from jax.sharding import PartitionSpec as P
 
 from lss_jax.attention.setting import layout_on
@@ -35,7 +35,7 @@ def state_shardings(model: Model, optimizer: optax.GradientTransformation, mesh:
     return shardings(TrainState(P(), specs, moments), mesh)
 
 
-def moment_specs(model: Model, mesh: Mesh) -> Any:
+def moment_specs(model: Model, mesh: Mesh | AbstractMesh) -> Any:
     """How a parameter's moments lie: like it, or with `optim.shard_state` each of its copies has a share of them.
 
     ZeRO-1 (Rajbhandari et al. 2020, arXiv 1910.02054, Sec. 5.1). XLA then lets each device update its share of a
@@ -47,7 +47,7 @@ def moment_specs(model: Model, mesh: Mesh) -> Any:
     return jax.tree.map(lambda spec, leaf: _cut_further(spec, leaf.shape, mesh), specs, model.shapes)
 
 
-def _cut_further(spec: P, shape: tuple[int, ...], mesh: Mesh) -> P:
+def _cut_further(spec: P, shape: tuple[int, ...], mesh: Mesh | AbstractMesh) -> P:
     """Cut also over `data` and `seq`, where the spec leaves them out: the first dimension that takes both, or one."""
     free = [axis for axis in (DATA, SEQ) if axis in cut_axes(mesh) and axis not in named_axes(spec)]
     parts = [axes_of(part) for part in spec] + [()] * (len(shape) - len(spec))
@@ -59,7 +59,7 @@ def _cut_further(spec: P, shape: tuple[int, ...], mesh: Mesh) -> P:
     return spec
 
 
-def kept_specs(model: Model, mesh: Mesh) -> Any:
+def kept_specs(model: Model, mesh: Mesh | AbstractMesh) -> Any:
     """How parameters lie between steps: as in the model, but whole where they would have to be padded to be cut."""
     seq_len = model.config.data.seq_len
     if layout_on(model.config, mesh).padded(seq_len) == seq_len:

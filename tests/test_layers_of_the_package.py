@@ -11,8 +11,8 @@ ROWS = [
     {"models", "data"},
     {"losses", "gradients", "optimizer", "state", "checkpoint", "metrics", "skips"},
     {"step"},
-    {"trainer", "cli", "contract", "operations"},
-    {"train", "evaluate", "audit"},
+    {"trainer", "cli", "contract", "operations", "memory"},
+    {"train", "evaluate", "audit", "plan"},
 ]
 ROW = {name: row for row, names in enumerate(ROWS) for name in names}
 

@@ -1,0 +1,70 @@
+"""The memory model against the compiler's own numbers, on simulated devices: an upper bound, and a close one.
+
+The whole grid, also of middle-sized models, is that of `python -m experiments.planner.run`.
+"""
+
+import pytest
+from helpers import mesh_of, model_on
+from jax.sharding import AbstractMesh
+
+from experiments.planner import run as planner
+from lss_jax.memory import memory_of
+from lss_jax.mesh import AXES
+from lss_jax.step import trace_train_step
+
+CLOSE = 0.18  # what the README states
+
+
+def compiled_and_predicted(config):
+    sizes = (config.mesh.data, config.mesh.seq, config.mesh.model)
+    compiled = planner.compiled(config, mesh_of(*sizes))
+    return compiled, planner.predicted(config)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        planner.case((1, 8, 1), "enwik8", "regather", model__remat="block", model__dtype="bfloat16"),
+        planner.case((2, 2, 2), "gqa", "lss", model__remat="block"),
+        planner.case((2, 4, 1), "wide", "ring", model__remat="block"),
+        planner.case((1, 4, 2), "deep", "ulysses", model__remat="none"),
+    ],
+    ids=["regather", "hybrid", "ring", "ulysses"],
+)
+def test_prediction_is_a_close_upper_bound(case):
+    check(case)
+
+
+@pytest.mark.grid
+@pytest.mark.parametrize("number", range(len(planner.GRID)))
+def test_prediction_of_the_whole_grid(number):
+    check(planner.GRID[number])
+
+
+def check(case):
+    compiled, predicted = compiled_and_predicted(planner.config_of(case))
+    assert predicted["state and batch"] == compiled["state and batch"]
+    total = sum(compiled.values())
+    assert total <= sum(predicted.values()) <= (1 + CLOSE) * total
+
+
+VARIANTS = {
+    "learned table, padded": {"data__seq_len": 45},
+    "dropout": {"model__dropout": 0.1},
+    "documents": {"data__separator": "a"},
+    "moments in shares": {"optim__shard_state": True},
+    "microbatches": {"optim__accumulate": 2},
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_state_and_batch_are_exact(variant):
+    model, mesh = model_on(2, 2, 2, **VARIANTS[variant])
+    analysis = trace_train_step(model, mesh).lower().compile().memory_analysis()
+    parameters, moments, batch, _ = memory_of(model, mesh)
+    assert parameters + moments + batch == analysis.argument_size_in_bytes
+
+
+def test_an_abstract_mesh_will_do():
+    model, mesh = model_on(2, 4)
+    assert memory_of(model, AbstractMesh((2, 4, 1), AXES)) == memory_of(model, mesh)

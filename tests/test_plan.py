@@ -1,0 +1,63 @@
+"""The planner's command line, and what it says of meshes that nobody has."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from helpers import small_config
+
+from lss_jax.config import ConfigError
+from lss_jax.plan import largest, parse_size, plan
+
+ROOT = Path(__file__).parents[1]
+
+
+def run_plan(*arguments):
+    command = [sys.executable, "-m", "lss_jax.plan", "--config", "configs/enwik8.py", *arguments]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+
+
+def test_the_largest_that_holds():
+    assert [largest(lambda n, limit=limit: n <= limit, 100) for limit in (0, 1, 7, 64, 100, 200)] == [
+        0,
+        1,
+        7,
+        64,
+        100,
+        100,
+    ]
+
+
+def test_what_is_planned_fits_and_one_more_step_does_not():
+    memory = parse_size("64MiB")
+    cuts, impossible = plan(small_config(), 8, memory)
+    assert cuts and all(cut.longest.memory.total <= memory for cut in cuts)
+    assert any("ulysses" in one.reason for one in impossible)
+
+
+def test_thousands_of_devices(tmp_path):
+    done = run_plan("--devices", "4096", "--memory", "16GiB", "--json", str(tmp_path / "plan.json"))
+    assert done.returncode == 0, done.stderr
+    assert "recommended: " in done.stdout and "python -m lss_jax.train" in done.stdout
+    assert json.loads((tmp_path / "plan.json").read_text())["cuts"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--devices", "8", "--memory", "16"), "error: --memory=16 is no size; write it like 16GiB"),
+        (("--devices", "0", "--memory", "16GiB"), "error: --devices=0 must be at least 1"),
+        (("--devices", "8", "--memory", "1MiB"), "error: no way to cut --devices=8"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(arguments, message):
+    done = run_plan(*arguments)
+    assert done.returncode == 2 and done.stderr.startswith(message) and done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("written", ["", "16", "0GiB", "-1GiB", "lots"])
+def test_a_size_needs_a_unit(written):
+    with pytest.raises(ConfigError, match="is no size"):
+        parse_size(written)
