@@ -16,7 +16,7 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from lss_jax.attention.blocks import too_short
 from lss_jax.attention.setting import setting_on, sizes_of
 from lss_jax.config import Config
-from lss_jax.mesh import DATA, MODEL, SEQ, cut_axes, over_cut_axes
+from lss_jax.mesh import MODEL, SEQ, cut_axes, over_cut_axes
 from lss_jax.models import Model
 from lss_jax.state import kept_specs, moment_specs
 
@@ -68,17 +68,16 @@ def peaks(model: Model, mesh: Mesh | AbstractMesh) -> dict[str, float]:
     """Numbers that live at once, at each moment of the step that may need most."""
     config, arrays = model.config, arrays_of(model.config, mesh)
     parameters = _numbers(model, kept_specs(model, mesh), mesh)
-    layers = config.model.layers * _kept(config, arrays, mesh) + 1.95 * parameters  # gradients, weights turned
+    layers = config.model.layers * _kept(config, arrays, mesh) + parameters  # and the gradients so far
     if config.optim.accumulate > 1:  # the sum over microbatches; and XLA has a second set of what is kept
         layers *= 2
     if config.model.remat == "none" and config.model.dtype == "bfloat16":  # the weights as they were rounded, turned
         layers += parameters
     return {
-        "back through a block": layers + _block(config, arrays),
+        "back through a block": layers + _block(config, arrays) + parameters / config.model.layers,
         "back through attention": layers + _attention(config, arrays, mesh),
         "loss": layers + 2 * arrays.logits + 5 * arrays.part,
-        "update": parameters
-        * (3.85 if {DATA, SEQ} & {*cut_axes(mesh)} else 3.0),  # gradients, also as one vector; new ones
+        "update": 2.2 * parameters,  # the gradient as one vector, and its leaves; they leave the largest gaps
     }
 
 

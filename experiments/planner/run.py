@@ -223,9 +223,12 @@ def table(results: list[dict]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--topology", default="cpu:32", help="for which devices (default: %(default)s)")
+    parser.add_argument("--set", choices=SETS, help="one set of programs alone (default: all of them)")
     arguments = parser.parse_args()
     devices, kind = devices_of(arguments.topology), arguments.topology.partition(":")[0]
     sets = SETS if kind == "cpu" else {arguments.topology: tpu_sample()}
+    if arguments.set:
+        sets = {arguments.set: SETS[arguments.set]}
     results = []
     for name, case in ((name, case) for name, cases in sets.items() for case in cases):
         config, sizes = config_of(case), sizes_of(case)
