@@ -13,14 +13,17 @@ from jax.sharding import Mesh
 
 from lss_jax import cli, contract, distributed, hlo, operations
 from lss_jax.attention.setting import kernel_on
-from lss_jax.config import ConfigError, from_dict, validate
+from lss_jax.cli import parse_size, shown_size
+from lss_jax.config import from_dict, validate
 from lss_jax.contract import Contract
+from lss_jax.memory import memory_of
 from lss_jax.mesh import make_mesh
 from lss_jax.models import Model, build_model, parameter_count
 from lss_jax.step import trace_train_step
-from lss_jax.topology import FORMS, devices_of, memory_of
+from lss_jax.topology import FORMS, capacity_of, devices_of
 
 DISAGREES = 1  # exit code of --check
+CLASSES = ("parameters", "optimizer state", "batch", "temporaries")
 
 
 class Audit(NamedTuple):
@@ -55,7 +58,7 @@ def main() -> int:
     )
     arguments, values = cli.parse(parser, lambda arguments: cli.load_config_file(arguments.config))
     config = from_dict(values)
-    room = bytes_from(arguments.memory) if arguments.memory else None
+    room = parse_size(arguments.memory) if arguments.memory else None
     if arguments.topology:
         devices = devices_of(arguments.topology)
     else:
@@ -64,7 +67,7 @@ def main() -> int:
     mesh = make_mesh(validate(config, len(devices)), devices)
     kernel_on(config, mesh)  # refuses one that is for other devices
     result = audited(build_model(config), mesh)
-    room = room or memory_of(devices[0])
+    room = room or capacity_of(devices[0])
     print(text_of(result, room))
     if arguments.json:
         Path(arguments.json).write_text(json.dumps(json_of(result, room), indent=2) + "\n")
@@ -108,12 +111,13 @@ def _memory(compiled: jax.stages.Compiled) -> dict[str, int]:
 
     analysis = compiled.memory_analysis()
     assert analysis is not None, "every backend of XLA has one"
-    return {
-        "parameters": size(state.params, of_state.params),
-        "optimizer state": size(state.opt_state, of_state.opt_state),
-        "batch": size(batch, of_batch),
-        "temporaries": analysis.temp_size_in_bytes,
-    }
+    sizes = (
+        size(state.params, of_state.params),
+        size(state.opt_state, of_state.opt_state),
+        size(batch, of_batch),
+        analysis.temp_size_in_bytes,
+    )
+    return dict(zip(CLASSES, sizes, strict=True))
 
 
 def problems(audit: Audit, room: int | None) -> list[str]:
@@ -126,7 +130,9 @@ def problems(audit: Audit, room: int | None) -> list[str]:
         found.append(f"operations outside attention: {audit.flops:,} in the program, {expected:,} predicted")
     needed = sum(audit.memory.values())
     if room and needed > room:
-        found.append(f"it does not fit: {_size(needed)} of {_size(room)}, {_size(needed - room)} too much")
+        found.append(
+            f"it does not fit: {shown_size(needed)} of {shown_size(room)}, {shown_size(needed - room)} too much"
+        )
     return found
 
 
@@ -170,12 +176,20 @@ def _table_of_collectives(audit: Audit) -> list[str]:
 
 
 def _table_of_memory(audit: Audit, room: int | None) -> list[str]:
-    if audit.memory is None:
-        return ["memory per device", f"does not fit: {audit.too_large}"]
-    needed = sum(audit.memory.values())
-    lines = ["memory per device", *(f"{name:21}{_size(size):>14}" for name, size in audit.memory.items())]
-    verdict = f" of {_size(room)}, {'fits' if needed <= room else 'does not fit'}" if room else ""
-    return [*lines, f"{'all':21}{_size(needed):>14}{verdict}"]
+    compiled, predicted = audit.memory, predicted_memory(audit)
+    lines = [f"{'memory per device':21}{'compiled':>14}{'predicted':>14}"]
+    for name in CLASSES:
+        lines.append(f"{name:21}{shown_size(compiled[name]) if compiled else '-':>14}{shown_size(predicted[name]):>14}")
+    needed = sum(compiled.values()) if compiled else 0
+    lines.append(f"{'all':21}{shown_size(needed) if compiled else '-':>14}{shown_size(sum(predicted.values())):>14}")
+    if not compiled:
+        return [*lines, f"does not fit: {audit.too_large}"]
+    return [*lines, f"of {shown_size(room)}: {'fits' if needed <= room else 'does not fit'}"] if room else lines
+
+
+def predicted_memory(audit: Audit) -> dict[str, int]:
+    """Bytes on one device, by class, from shapes, specs and the planner's count of what lives at once."""
+    return dict(zip(CLASSES, memory_of(audit.model, audit.mesh), strict=True))
 
 
 def _table_of_operations(audit: Audit) -> list[str]:
@@ -206,7 +220,7 @@ def json_of(audit: Audit, room: int | None) -> dict[str, Any]:
             "compiled": rows(audit.collectives),
             "predicted": rows(contract.predicted(audit.model, audit.mesh)),
         },
-        "memory": audit.memory,
+        "memory": {"compiled": audit.memory, "predicted": predicted_memory(audit)},
         "memory_of_device": room,
         "too_large": audit.too_large,
         "operations": {
@@ -216,24 +230,6 @@ def json_of(audit: Audit, room: int | None) -> dict[str, Any]:
         },
         "problems": problems(audit, room),
     }
-
-
-def bytes_from(written: str) -> int:
-    """`16GiB`, `80GB` or a number of bytes.
-
-    Raises:
-      ConfigError: it is none of these.
-    """
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]i?)?B?", written)
-    if not match:
-        raise ConfigError(f"--memory={written} is not a size; write it like 16GiB, 80GB or 17179869184")
-    unit = match[2] or ""
-    return int(float(match[1]) * (1024 if unit.endswith("i") else 1000) ** (" KMGT".index(unit[0]) if unit else 0))
-
-
-def _size(count: float) -> str:
-    """Bytes in words."""
-    return f"{count / 2**30:,.2f} GiB" if count >= 2**30 else f"{count / 2**20:,.2f} MiB"
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from lss_jax.config import OptimConfig
@@ -24,10 +25,13 @@ def make_schedule(config: OptimConfig) -> optax.Schedule:
     )
 
 
-def make_optimizer(config: OptimConfig) -> optax.GradientTransformation:
-    """Clip by global norm, then AdamW (Loshchilov & Hutter 2019, arXiv 1711.05101) with decay on matrices alone."""
+def make_optimizer(config: OptimConfig) -> optax.GradientTransformationExtraArgs:
+    """Clip by global norm, then AdamW (Loshchilov & Hutter 2019, arXiv 1711.05101) with decay on matrices alone.
+
+    `update` takes the gradient's `norm`, if it is known already.
+    """
     return optax.chain(
-        optax.clip_by_global_norm(config.clip_norm),
+        clip_by_norm(config.clip_norm),
         optax.adamw(
             make_schedule(config),
             b1=config.beta1,
@@ -36,6 +40,16 @@ def make_optimizer(config: OptimConfig) -> optax.GradientTransformation:
             mask=decayed,
         ),
     )
+
+
+def clip_by_norm(largest: float) -> optax.GradientTransformationExtraArgs:
+    """As `optax.clip_by_global_norm`, which would take the norm, and the sums over devices in it, a second time."""
+
+    def update(gradient: Any, state: Any, params: Any = None, *, norm: Any = None, **_: Any) -> tuple[Any, Any]:
+        norm = optax.tree.norm(gradient) if norm is None else norm
+        return jax.tree.map(lambda leaf: jnp.where(norm < largest, leaf, leaf / norm * largest), gradient), state
+
+    return optax.GradientTransformationExtraArgs(lambda _: optax.EmptyState(), update)
 
 
 def decayed(params: Any) -> Any:

@@ -18,6 +18,7 @@ from jax.sharding import AbstractMesh
 from lss_jax import cli
 from lss_jax.attention import STRATEGIES
 from lss_jax.attention.setting import layout_on
+from lss_jax.cli import parse_size, shown_size
 from lss_jax.config import Config, ConfigError, MeshConfig, MeshSizes, from_dict, validate
 from lss_jax.contract import predicted
 from lss_jax.memory import Memory, memory_of
@@ -26,7 +27,6 @@ from lss_jax.models import Model, build_model
 from lss_jax.step import trace_train_step
 from lss_jax.topology import FORMS, devices_of
 
-UNITS = {"MiB": 2**20, "GiB": 2**30, "TiB": 2**40, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 TILE = 128  # lengths are multiples of so many tokens, and of what the mesh cuts them into
 LONGEST = 2**31 - 1  # positions are int32
 CLOSE = 0.05  # lengths that differ by less are as good as one another, and traffic decides
@@ -105,18 +105,6 @@ def main() -> int:
     overrides = [argument for argument in sys.argv[1:] if argument.startswith("--config.")]
     print(f"\n  {train_command(arguments.config, overrides, chosen(config, cuts[0]))}")
     return check(chosen(config, cuts[0]), cuts[0], devices, topology, memory) if topology else 0
-
-
-def parse_size(written: str) -> int:
-    """Bytes of `16GiB`, `80GB` or `512MiB`.
-
-    Raises:
-      ConfigError: it is no size, or has no unit.
-    """
-    match = re.fullmatch(rf"(\d+(?:\.\d+)?) ?({'|'.join(UNITS)})", written)
-    if not match or not float(match[1]):
-        raise ConfigError(f"--memory={written} is no size; write it like 16GiB, with a unit of {', '.join(UNITS)}")
-    return round(float(match[1]) * UNITS[match[2]])
 
 
 def plan(config: Config, devices: int, memory: int) -> tuple[list[Cut], list[Impossible]]:
@@ -267,12 +255,6 @@ def grouped(impossible: list[Impossible]) -> list[str]:
         f"{rule}: {', '.join(cuts[:2])}{f' and {len(cuts) - 2} more' if len(cuts) > 2 else ''}"
         for rule, cuts in by_rule.items()
     ]
-
-
-def shown_size(count: float) -> str:
-    """Bytes for the eye."""
-    unit = next(unit for unit in ("TiB", "GiB", "MiB") if count >= UNITS[unit] or unit == "MiB")
-    return f"{count / UNITS[unit]:,.2f} {unit}"
 
 
 def chosen(config: Config, cut: Cut) -> Config:

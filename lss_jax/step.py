@@ -30,7 +30,7 @@ from lss_jax.tensor_parallel import own_part
 SUM_SPECS = LossSum(P(), P())  # scalars: they ride along with the gradients, through the same two sums
 
 
-def make_train_step(model: Model, optimizer: optax.GradientTransformation, mesh: Mesh) -> jax.stages.Wrapped:
+def make_train_step(model: Model, optimizer: optax.GradientTransformationExtraArgs, mesh: Mesh) -> jax.stages.Wrapped:
     """The jitted step: a state (donated) and a global batch to the next state and its `loss` and `grad_norm`.
 
     If one of these is not finite, parameters and optimizer stay as they are, and `step` goes on to the next batch. Both
@@ -39,9 +39,12 @@ def make_train_step(model: Model, optimizer: optax.GradientTransformation, mesh:
     loss_and_gradient = make_loss_and_gradient(model, mesh)
     placed = state_shardings(model, optimizer, mesh)
 
-    def updated(state: TrainState, gradient: Params) -> tuple[Params, Any]:
-        updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
+    def updated(state: TrainState, gradient: Params, norm: jax.Array) -> tuple[Params, Any]:
+        updates, opt_state = optimizer.update(gradient, state.opt_state, state.params, norm=norm)
         return optax.apply_updates(state.params, updates), opt_state
+
+    def unchanged(state: TrainState, _gradient: Params, _norm: jax.Array) -> tuple[Params, Any]:
+        return state.params, state.opt_state
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
         loss, gradient = loss_and_gradient(state.params, batch, state.step)
@@ -49,7 +52,7 @@ def make_train_step(model: Model, optimizer: optax.GradientTransformation, mesh:
             metrics = {"loss": loss, "grad_norm": optax.tree.norm(gradient)}
             good = jnp.isfinite(loss) & jnp.isfinite(metrics["grad_norm"])
             # A choice between programs, not between results: then the update happens in place, without a second state.
-            kept = jax.lax.cond(good, updated, lambda state, _: (state.params, state.opt_state), state, gradient)
+            kept = jax.lax.cond(good, updated, unchanged, state, gradient, metrics["grad_norm"])
             kept = jax.lax.with_sharding_constraint(kept, (placed.params, placed.opt_state))
         return TrainState(state.step + 1, *kept), metrics
 

@@ -53,13 +53,20 @@ TPUS = {"v4": 3, "v5e": 2, "v5p": 3, "v6e": 2}  # generations, and along how man
 FORMS = "cpu:8, tpu:v5p:2x2x2, gpu:h100:16"
 
 
-# Bytes of memory per device. Source: Google Cloud's pages on TPU v4, v5e, v5p and v6e; the cards' data sheets.
-MEMORY = {"TPU v4": 32, "TPU v5 lite": 16, "TPU v5": 95, "TPU v6 lite": 32, "NVIDIA H100": 80, "NVIDIA A100": 80}  # GiB
+# Memory of a device. Source: Google Cloud's pages on TPU v4, v5e, v5p and v6e; the cards' data sheets.
+CAPACITY = {
+    "TPU v4": 32,
+    "TPU v5 lite": 16,
+    "TPU v5": 95,
+    "TPU v6 lite": 32,
+    "NVIDIA H100": 80,
+    "NVIDIA A100": 80,
+}  # GiB
 
 
-def memory_of(device: jax.Device) -> int | None:
+def capacity_of(device: jax.Device) -> int | None:
     """Bytes of a device's own memory, None if that is not known."""
-    for kind, size in sorted(MEMORY.items(), reverse=True):  # the longer name first
+    for kind, size in sorted(CAPACITY.items(), reverse=True):  # the longer name first
         if device.device_kind.startswith(kind):
             return size * 2**30
     return None

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 from helpers import small_config
 
+from lss_jax.cli import parse_size
 from lss_jax.config import ConfigError
-from lss_jax.plan import largest, parse_size, plan
+from lss_jax.plan import largest, plan
 
 ROOT = Path(__file__).parents[1]
 
