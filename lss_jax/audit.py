@@ -3,7 +3,6 @@
 import argparse
 import json
 import math
-import re
 import time
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,7 +15,7 @@ from lss_jax.attention.setting import kernel_on
 from lss_jax.cli import parse_size, shown_size
 from lss_jax.config import from_dict, validate
 from lss_jax.contract import Contract
-from lss_jax.memory import memory_of
+from lss_jax.memory import memory_of, shortfall
 from lss_jax.mesh import make_mesh
 from lss_jax.models import Model, build_model, parameter_count
 from lss_jax.step import trace_train_step
@@ -35,7 +34,9 @@ class Audit(NamedTuple):
     collectives: Contract | None
     memory: dict[str, int] | None  # bytes on one device, by class
     too_large: str  # what the compiler says of a program that does not fit
+    predicted: Contract
     flops: int  # of matrix products outside attention, traced
+    attention_flops: int  # by the blocks that the mask touches
 
 
 def main() -> int:
@@ -77,23 +78,15 @@ def main() -> int:
 def audited(model: Model, mesh: Mesh) -> Audit:
     """Compiles the step for shapes alone."""
     traced = trace_train_step(model, mesh)
-    flops = operations.traced(traced.jaxpr)
+    known = (contract.predicted(model, mesh), operations.traced(traced.jaxpr), operations.attention(model, mesh))
     started = time.perf_counter()
     try:
         compiled = traced.lower().compile()
     except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
-            raise
-        return Audit(model, mesh, time.perf_counter() - started, None, None, _shortfall(str(error)), flops)
+        return Audit(model, mesh, time.perf_counter() - started, None, None, shortfall(error), *known)
     seconds = time.perf_counter() - started
     found = contract.found(hlo.collectives(compiled.as_text()), mesh)
-    return Audit(model, mesh, seconds, found, _memory(compiled), "", flops)
-
-
-def _shortfall(message: str) -> str:
-    """What the compiler says of the sizes."""
-    sizes = re.search(r"Used .*? of .*? hbm\. Exceeded hbm capacity by [\d.]+\w*", message)
-    return sizes[0] if sizes else message.splitlines()[0]
+    return Audit(model, mesh, seconds, found, _memory(compiled), "", *known)
 
 
 def _memory(compiled: jax.stages.Compiled) -> dict[str, int]:
@@ -124,7 +117,7 @@ def problems(audit: Audit, room: int | None) -> list[str]:
     """Where program and prediction differ, and whether it is too large for a device's memory of `room` bytes."""
     if audit.collectives is None or audit.memory is None:
         return [f"it does not fit: {audit.too_large}"]
-    found = contract.disagreements(audit.collectives, contract.predicted(audit.model, audit.mesh))
+    found = contract.disagreements(audit.collectives, audit.predicted)
     expected = operations.outside_attention(audit.model, audit.mesh)
     if audit.flops != expected:
         found.append(f"operations outside attention: {audit.flops:,} in the program, {expected:,} predicted")
@@ -158,8 +151,7 @@ def text_of(audit: Audit, room: int | None) -> str:
 
 
 def _table_of_collectives(audit: Audit) -> list[str]:
-    predicted = contract.predicted(audit.model, audit.mesh)
-    found = audit.collectives or {}
+    predicted, found = audit.predicted, audit.collectives or {}
     lines = [
         "collectives per step; MB are of their results on one device",
         f"{'':21}{'':20}{'':11}{'compiled':>14}{'':7}{'':9}{'predicted':>14}",
@@ -193,11 +185,11 @@ def predicted_memory(audit: Audit) -> dict[str, int]:
 
 
 def _table_of_operations(audit: Audit) -> list[str]:
-    outside, attention = (of(audit.model, audit.mesh) for of in (operations.outside_attention, operations.attention))
+    outside = operations.outside_attention(audit.model, audit.mesh)
     return [
         "floating-point operations per step and device, of matrix products",
         f"{'outside attention':21}{audit.flops:>24,} traced{outside:>24,} predicted",
-        f"{'attention':21}{attention:>24,} by the blocks that the mask touches, on the busiest device",
+        f"{'attention':21}{audit.attention_flops:>24,} by the blocks that the mask touches, on the busiest device",
     ]
 
 
@@ -218,7 +210,7 @@ def json_of(audit: Audit, room: int | None) -> dict[str, Any]:
         "compile_seconds": audit.seconds,
         "collectives": {
             "compiled": rows(audit.collectives),
-            "predicted": rows(contract.predicted(audit.model, audit.mesh)),
+            "predicted": rows(audit.predicted),
         },
         "memory": {"compiled": audit.memory, "predicted": predicted_memory(audit)},
         "memory_of_device": room,
@@ -226,7 +218,7 @@ def json_of(audit: Audit, room: int | None) -> dict[str, Any]:
         "operations": {
             "outside_attention_traced": audit.flops,
             "outside_attention_predicted": operations.outside_attention(audit.model, audit.mesh),
-            "attention": operations.attention(audit.model, audit.mesh),
+            "attention": audit.attention_flops,
         },
         "problems": problems(audit, room),
     }

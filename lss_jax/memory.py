@@ -8,12 +8,13 @@ for a few configs on TPUs as well, whose compiler assigns buffers of its own.
 """
 
 import math
+import re
 from typing import Any, NamedTuple
 
 import jax
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
-from lss_jax.attention.blocks import too_short
+from lss_jax.attention.blockwise import scattered
 from lss_jax.attention.setting import setting_on, sizes_of
 from lss_jax.config import Config
 from lss_jax.mesh import MODEL, SEQ, cut_axes, over_cut_axes
@@ -38,6 +39,15 @@ class Memory(NamedTuple):
     def total(self) -> int:
         """All of them: this must fit."""
         return sum(self)
+
+
+def shortfall(error: jax.errors.JaxRuntimeError) -> str:
+    """What a compiler that knows its devices' memory says of a program that is too large; anything else is raised."""
+    message = str(error)
+    if "RESOURCE_EXHAUSTED" not in message:
+        raise error
+    sizes = re.search(r"Used .*? of .*? hbm\. Exceeded hbm capacity by [\d.]+\w*", message)
+    return sizes[0] if sizes else message.splitlines()[0]
 
 
 class Arrays(NamedTuple):
@@ -139,7 +149,7 @@ def _attention(config: Config, arrays: Arrays, mesh: Mesh | AbstractMesh) -> flo
     if arrays.scores:
         return 3.25 * arrays.scores + 10 * arrays.part  # of the mask a byte per score
     setting, sizes = setting_on(config, mesh), sizes_of(config, mesh)
-    in_order = setting.layout.devices > 1 and too_short(sizes.l // setting.layout.chunks_per_device, setting.block_keys)
+    in_order = scattered(sizes.l, setting)
     return (3 if in_order and config.attention.strategy == "lss" else 2) * arrays.pairs + arrays.pair + 8 * arrays.heads
 
 

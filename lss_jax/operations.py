@@ -13,7 +13,8 @@ import jax.numpy as jnp
 from jax.extend.core import ClosedJaxpr, Jaxpr
 from jax.sharding import Mesh
 
-from lss_jax.attention.blocks import chunks_of_all, cut_queries, key_blocks, too_short, touched
+from lss_jax.attention.blocks import chunks_of_all, cut_queries, key_blocks, visits
+from lss_jax.attention.blockwise import blocks_of_keys
 from lss_jax.attention.mask import Intervals
 from lss_jax.attention.setting import Setting, Sizes, setting_on, sizes_of
 from lss_jax.attention.targets import TARGETS
@@ -65,9 +66,9 @@ def attention(model: Model, mesh: Mesh) -> int:
 def _scores(mask: Intervals, sizes: Sizes, setting: Setting, rings: bool) -> int:
     """How many one device computes in a layer."""
     B, l, H, G, K, itemsize = (getattr(sizes, name) for name in ("B", "l", "H", "G", "K", "itemsize"))
-    layout, length = setting.layout, sizes.l * setting.layout.devices
+    layout = setting.layout
     if setting.kernel == "dense":
-        return B * H * l * length
+        return B * H * l * l * layout.devices
     if setting.kernel in TARGETS:
         dtype = jnp.bfloat16 if itemsize == 2 else jnp.float32
         q_BlHK = jax.ShapeDtypeStruct((B, l, H, K), dtype)
@@ -75,14 +76,9 @@ def _scores(mask: Intervals, sizes: Sizes, setting: Setting, rings: bool) -> int
         plan = plan_of(q_BlHK, kv_N2BGlK, None, setting, TARGETS[setting.kernel])
         tables, _ = facts(plan, mask, None)
         return int((tables.stop_Bj - tables.first_Bj).sum()) * H * plan.queries.size * plan.key_size
-    if too_short(l // layout.chunks_per_device, setting.block_keys) and not rings:
-        layout, l_of_keys = setting.uncut.layout, length
-    else:
-        l_of_keys = l
-    keys = key_blocks(chunks_of_all(layout, l_of_keys), setting.block_keys)
+    keys = key_blocks(chunks_of_all(layout, l), setting.block_keys) if rings else blocks_of_keys(l, setting)
     cut = cut_queries((B, l, H, K), G, setting.layout, setting.block_queries, setting.block_keys, keys.size)
-    first_i, stop_i = touched(keys, cut.split_rows(mask.start), cut.split_rows(mask.end))
-    return int((stop_i - first_i).sum()) * cut.block_heads * (H // G) * cut.size * keys.size
+    return visits(keys, cut, mask.start, mask.end) * cut.block_heads * (H // G) * cut.size * keys.size
 
 
 def _products(jaxpr: Jaxpr) -> Iterator[int]:

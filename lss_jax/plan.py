@@ -8,7 +8,7 @@ import re
 import shlex
 import sys
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -21,7 +21,7 @@ from lss_jax.attention.setting import layout_on
 from lss_jax.cli import parse_size, shown_size
 from lss_jax.config import Config, ConfigError, MeshConfig, MeshSizes, from_dict, validate
 from lss_jax.contract import predicted
-from lss_jax.memory import Memory, memory_of
+from lss_jax.memory import Memory, memory_of, shortfall
 from lss_jax.mesh import AXES, SEQ, make_mesh, named_axes
 from lss_jax.models import Model, build_model
 from lss_jax.step import trace_train_step
@@ -178,7 +178,7 @@ def at_length(model: Model, seq_len: int) -> Model:
     return dataclasses.replace(model, config=config, shapes=jax.tree.map(with_rows, model.shapes, model.specs))
 
 
-def largest(holds: Any, limit: int) -> int:
+def largest(holds: Callable[[int], bool], limit: int) -> int:
     """The largest number up to `limit` for which `holds` is true, if it is so for all smaller ones; 0 if for none."""
     high = 1
     while high <= limit and holds(high):
@@ -277,8 +277,8 @@ def check(config: Config, cut: Cut, devices: Sequence[jax.Device], topology: str
     print(f"\ncompiling for {topology} ...", flush=True)
     try:
         program = trace_train_step(build_model(config), make_mesh(cut.sizes, devices)).lower().compile()
-    except jax.errors.JaxRuntimeError as error:  # a compiler that knows its devices' memory
-        print(f"does not fit: {str(error).splitlines()[0]}")
+    except jax.errors.JaxRuntimeError as error:
+        print(f"does not fit: {shortfall(error)}")
         return 1
     analysis = program.memory_analysis()
     assert analysis is not None, "CPU and TPU compilers give one"

@@ -14,39 +14,32 @@ from jax.experimental import topologies
 
 from lss_jax.config import ConfigError
 
-# What XLA must know of a GPU to compile for it. Source: NVIDIA's H100 and A100 data sheets, the CUDA C++ Programming
-# Guide (technical specifications per compute capability) and what `cudaGetDeviceProperties` says of the cards.
-GPUS = {
-    "h100": """
-        gpu_device_info {
-          threads_per_block_limit: 1024 threads_per_warp: 32 threads_per_core_limit: 2048
-          shared_memory_per_block: 49152 shared_memory_per_block_optin: 232448 shared_memory_per_core: 233472
-          registers_per_core_limit: 65536 registers_per_block_limit: 65536
-          block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
-          core_count: 132 fpus_per_core: 128 clock_rate_ghz: 1.98 l2_cache_size: 52428800
-          memory_bandwidth: 3352320000000 device_memory_size: 85899345920
-          cuda_compute_capability { major: 9 }
-        }
-        platform_name: "CUDA"
-        dnn_version_info { major: 9 minor: 8 }
-        runtime_version { major: 13 }
-        device_description_str: "NVIDIA H100 80GB HBM3"
-    """,
-    "a100": """
-        gpu_device_info {
-          threads_per_block_limit: 1024 threads_per_warp: 32 threads_per_core_limit: 2048
-          shared_memory_per_block: 49152 shared_memory_per_block_optin: 166912 shared_memory_per_core: 167936
-          registers_per_core_limit: 65536 registers_per_block_limit: 65536
-          block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
-          core_count: 108 fpus_per_core: 64 clock_rate_ghz: 1.41 l2_cache_size: 41943040
-          memory_bandwidth: 2039000000000 device_memory_size: 85899345920
-          cuda_compute_capability { major: 8 }
-        }
-        platform_name: "CUDA"
-        dnn_version_info { major: 9 minor: 8 }
-        runtime_version { major: 13 }
-        device_description_str: "NVIDIA A100-SXM4-80GB"
-    """,
+# What XLA must know of a GPU to compile for it; what is written out here the cards have in common. Source: NVIDIA's
+# data sheets, and the CUDA C++ Programming Guide (technical specifications per compute capability).
+GPU = """
+    gpu_device_info {{
+      threads_per_block_limit: 1024 threads_per_warp: 32 threads_per_core_limit: 2048
+      shared_memory_per_block: 49152 shared_memory_per_block_optin: {shared_optin} shared_memory_per_core: {shared}
+      registers_per_core_limit: 65536 registers_per_block_limit: 65536
+      block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
+      core_count: {cores} fpus_per_core: {fpus} clock_rate_ghz: {clock} l2_cache_size: {l2}
+      memory_bandwidth: {bandwidth} device_memory_size: 85899345920
+      cuda_compute_capability {{ major: {capability} }}
+    }}
+    platform_name: "CUDA"
+    dnn_version_info {{ major: 9 minor: 8 }}
+    runtime_version {{ major: 13 }}
+    device_description_str: "{name}"
+"""
+GPUS: dict[str, dict[str, int | float | str]] = {
+    "h100": {
+        **{"name": "NVIDIA H100 80GB HBM3", "capability": 9, "cores": 132, "fpus": 128, "clock": 1.98},
+        **{"shared": 233472, "shared_optin": 232448, "l2": 52428800, "bandwidth": 3352320000000},
+    },
+    "a100": {
+        **{"name": "NVIDIA A100-SXM4-80GB", "capability": 8, "cores": 108, "fpus": 64, "clock": 1.41},
+        **{"shared": 167936, "shared_optin": 166912, "l2": 41943040, "bandwidth": 2039000000000},
+    },
 }
 GPUS_PER_HOST = 8
 TPUS = {"v4": 3, "v5e": 2, "v5p": 3, "v6e": 2}  # generations, and along how many axes their chips are linked
@@ -117,7 +110,9 @@ def _absent_gpus(topology: str, name: str, count: int) -> Sequence[jax.Device]:
     per_host = min(count, GPUS_PER_HOST)
     if count % per_host:
         raise ConfigError(f"topology {topology!r}: {count} is not a multiple of {per_host} GPUs to a host")
-    return _absent(topology, "cuda", target_config=GPUS[name], topology=f"1x{count // per_host}x{per_host}")
+    return _absent(
+        topology, "cuda", target_config=GPU.format(**GPUS[name]), topology=f"1x{count // per_host}x{per_host}"
+    )
 
 
 def _absent(written: str, platform: str, **description: str) -> Sequence[jax.Device]:

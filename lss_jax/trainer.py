@@ -16,7 +16,6 @@ from lss_jax.checkpoint import CheckpointWriter, Restored, like, newest_step, re
 from lss_jax.config import Config, ConfigError, RunError, gather_problems, validate
 from lss_jax.data.loader import (
     Batch,
-    batch_like,
     consecutive_starts,
     document_edges,
     prefetched,
@@ -33,7 +32,7 @@ from lss_jax.models import Model, Params, build_model
 from lss_jax.optimizer import make_optimizer, make_schedule
 from lss_jax.skips import Skips
 from lss_jax.state import TrainState, init_state, kept_specs, state_shardings
-from lss_jax.step import make_eval_step, make_train_step
+from lss_jax.step import make_eval_step, trace_train_step
 from lss_jax.workdir import check_workdir, check_writable, keep_config
 
 log = logging.getLogger(__name__)
@@ -83,10 +82,7 @@ class Trainer:
         """Compiles the training step, unless that is done already; returns the seconds that it took."""
         started = time.perf_counter()
         if self._train_step is None:
-            data, layout = self.config.data, layout_on(self.config, self.mesh)
-            batch = batch_like(data.batch_size, data.seq_len, self.mesh, layout, packed=bool(data.separator))
-            step = make_train_step(self.model, self._optimizer, self.mesh)
-            self._train_step = step.lower(self.state, batch).compile()
+            self._train_step = trace_train_step(self.model, self.mesh).lower().compile()
         return time.perf_counter() - started
 
     def fit(self, may_start: Callable[[int], bool] = lambda step: True) -> Iterator[Record]:

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lss_jax.attention.blocks import chunks_of_all, cut_queries, key_blocks, too_short, touched
+from lss_jax.attention.blocks import chunks_of_all, cut_queries, key_blocks, too_short, visits
 from lss_jax.attention.mask import Intervals, bidirectional
 from lss_jax.layout import Layout
 
@@ -24,8 +24,7 @@ def computed_blocks(
         intervals = mask(position_l)
         rows = intervals.start.shape[0] if intervals.start.ndim == 2 else 1
         cut = cut_queries((rows, l, 1, 1), 1, layout, block_queries, block_keys, keys.size)
-        first_i, stop_i = touched(keys, cut.split_rows(intervals.start), cut.split_rows(intervals.end))
-        counts.append(int((stop_i - first_i).sum()))
+        counts.append(visits(keys, cut, intervals.start, intervals.end))
     return np.array(counts)
 
 

@@ -97,6 +97,12 @@ def touched(keys: KeyBlocks, start_q: jax.Array, end_q: jax.Array) -> tuple[jax.
     return first, jnp.maximum(first, stop)
 
 
+def visits(keys: KeyBlocks, cut: "QueryCut", start: jax.Array, end: jax.Array) -> int:
+    """How many pairs of a block of queries and a block of keys a kernel computes; intervals `[l]` or `[B, l]`."""
+    first_i, stop_i = touched(keys, cut.split_rows(start), cut.split_rows(end))
+    return int((stop_i - first_i).sum())
+
+
 class QueryCut(NamedTuple):
     """How local queries `[B, l, H, K]` are cut into equal blocks; none reaches over the end of one of the `runs`."""
 

@@ -49,20 +49,28 @@ def backward(
     cut, queries = cut_and_blocks(q_BlHK, mask, dropout, kv_N2BGlK.shape[3], keys, setting)
     back = cotangents(cut, o_BlHK, do_BlHK, lse_igm)
     dq_igmK, dkv_n2BGKs = differentiate(queries, kv_n2BGsK, keys, back, no_gradients(queries, kv_n2BGsK))
-    if _scattered(kv_N2BGlK.shape[4], setting):
+    if scattered(kv_N2BGlK.shape[4], setting):
         dkv_n2BGKs = setting.layout.segments(dkv_n2BGKs[0], 4)
     return cut.join(dq_igmK).astype(do_BlHK.dtype), dkv_n2BGKs
 
 
 def _ordered(kv_N2BGlK: jax.Array, setting: Setting) -> tuple[jax.Array, KeyBlocks]:
     """The keys as they lie and their blocks; runs too short for a block are first put together in natural order."""
-    layout = setting.layout
-    if _scattered(kv_N2BGlK.shape[4], setting):
-        kv_N2BGlK, layout = layout.natural(kv_N2BGlK, 4)[None], setting.uncut.layout
-    return kv_N2BGlK, key_blocks(chunks_of_all(layout, kv_N2BGlK.shape[4]), setting.block_keys)
+    keys = blocks_of_keys(kv_N2BGlK.shape[4], setting)
+    if scattered(kv_N2BGlK.shape[4], setting):
+        kv_N2BGlK = setting.layout.natural(kv_N2BGlK, 4)[None]
+    return kv_N2BGlK, keys
 
 
-def _scattered(segment_length: int, setting: Setting) -> bool:
+def blocks_of_keys(segment_length: int, setting: Setting) -> KeyBlocks:
+    """The blocks of all keys, as the kernel has them."""
+    if scattered(segment_length, setting):
+        segment_length, setting = segment_length * setting.layout.devices, setting.uncut
+    return key_blocks(chunks_of_all(setting.layout, segment_length), setting.block_keys)
+
+
+def scattered(segment_length: int, setting: Setting) -> bool:
+    """Whether runs are too short for blocks of their own, so that keys are first put together in natural order."""
     layout = setting.layout
     return layout.devices > 1 and too_short(segment_length // layout.chunks_per_device, setting.block_keys)
 

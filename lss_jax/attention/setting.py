@@ -12,6 +12,7 @@ from lss_jax.layout import Layout
 from lss_jax.mesh import DATA, MODEL, SEQ, if_cut
 
 COMMUNICATED = "attention_communicated"  # keys and values from other devices: kept, or moved again on the way back
+FUSED = {"triton": "NVIDIA GPUs of compute capability 8.0 or more", "mosaic": "TPUs"}  # kernels for some devices alone
 ATTENDED = "attention_rows"  # rows and their log-sum-exp: with these kept, no score is computed again but in blocks
 
 
@@ -55,9 +56,6 @@ def setting_on(config: Config, mesh: Mesh | AbstractMesh) -> Setting:
         regather=attention.regather,
         interpret=False,
     )
-
-
-FUSED = {"triton": "NVIDIA GPUs of compute capability 8.0 or more", "mosaic": "TPUs"}
 
 
 def kernel_on(config: Config, mesh: Mesh | AbstractMesh) -> str:
