@@ -36,6 +36,7 @@ def run(main: Callable[[], int]) -> None:
     """
     absl_logging.set_verbosity(absl_logging.FATAL)  # libraries' warnings, and errors that they raise as well
     sys.unraisablehook = lambda _: None  # TensorStore prints there, too, what its failed writes raise in our thread
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # and Orbax's event loop, what they raise in its tasks
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("warning: %(message)s"))
     logging.getLogger("lss_jax").addHandler(handler)
