@@ -314,10 +314,10 @@ def _attention_problems(config: Config) -> Iterator[str]:
             f"attention.gather_groups={groups} has no use with attention.strategy={strategy!r}, which gathers nothing; "
             f'use attention.gather_groups=1 or attention.strategy="lss"'
         )
-    if attention.regather and (strategy != "lss" or kernel == "dense"):
+    if attention.regather and strategy != "lss":
         yield (
-            f"attention.regather=True has no use with attention.strategy={strategy!r}, attention.kernel={kernel!r}: "
-            f'only "lss" keeps gathered pairs, and "dense" keeps its scores as well; use attention.regather=False'
+            f"attention.regather=True has no use with attention.strategy={strategy!r}, which keeps no gathered pairs; "
+            f"use attention.regather=False"
         )
     if strategy == "lss" and groups > 0 and model.kv_heads > 0 and model.kv_heads % groups:
         yield (

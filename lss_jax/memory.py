@@ -85,7 +85,7 @@ def peaks(model: Model, mesh: Mesh | AbstractMesh) -> dict[str, float]:
         layers += parameters
     return {
         "back through a block": layers + _block(config, arrays) + parameters / config.model.layers,
-        "back through attention": layers + _attention(config, arrays, mesh),
+        "back through attention": layers + _attention(config, arrays, mesh) + (parameters if arrays.scores else 0),
         "loss": layers + 2 * arrays.logits + 5 * arrays.part,
         "update": 2.2 * parameters,  # the gradient as one vector, and its leaves; they leave the largest gaps
     }
@@ -113,13 +113,12 @@ def arrays_of(config: Config, mesh: Mesh | AbstractMesh) -> Arrays:
 
 def _kept(config: Config, arrays: Arrays, mesh: Mesh | AbstractMesh) -> int:
     """What a layer leaves for the way back (`layers.Stack`)."""
-    part, region, heads, rows, _, _, hidden, scores, _ = arrays
+    part, region, heads, rows, hidden = arrays.part, arrays.region, arrays.heads, arrays.rows, arrays.hidden
     exchanged = heads if config.attention.strategy == "ulysses" else 0  # rows, or queries, as they travelled
     if config.model.remat == "none":
-        return 6 * hidden + 6 * part + 2 * region + 2 * heads + exchanged + rows + _read(config, arrays) + scores
-    attended = 0 if scores else heads + exchanged + rows
+        return 6 * hidden + 6 * part + 2 * region + 2 * heads + exchanged + rows + _read(config, arrays)
     summed = part if MODEL in cut_axes(mesh) else 0
-    return part + summed + attended + _communicated(config, arrays, mesh)
+    return part + summed + heads + exchanged + rows + _communicated(config, arrays, mesh)
 
 
 def _communicated(config: Config, arrays: Arrays, mesh: Mesh | AbstractMesh) -> int:
@@ -147,7 +146,7 @@ def _block(config: Config, arrays: Arrays) -> int:
 def _attention(config: Config, arrays: Arrays, mesh: Mesh | AbstractMesh) -> float:
     """What is in work in attention's turn: pairs, their gradients, and once more where they are put in order."""
     if arrays.scores:
-        return 3.25 * arrays.scores + 10 * arrays.part  # of the mask a byte per score
+        return (3.1 if config.model.dtype == "bfloat16" else 2.1) * arrays.scores + 10 * arrays.part
     setting, sizes = setting_on(config, mesh), sizes_of(config, mesh)
     in_order = scattered(sizes.l, setting)
     return (3 if in_order and config.attention.strategy == "lss" else 2) * arrays.pairs + arrays.pair + 8 * arrays.heads

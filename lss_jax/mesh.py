@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 import jax
+from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 DATA, SEQ, MODEL = "data", "seq", "model"
@@ -12,9 +13,15 @@ AXES = (DATA, SEQ, MODEL)
 def make_mesh(sizes: tuple[int, int, int], devices: Sequence[jax.Device] | None = None) -> Mesh:
     """The mesh of `sizes` (data, seq, model) with neighbouring devices in one sequence group, as the paper has it.
 
-    The last axis varies fastest over the devices, so `model`, then `seq` stay within a node where they fit.
+    The last axis varies fastest over the devices, so `model`, then `seq` stay within a node where they fit. On TPUs an
+    axis lies along whole links of the torus if it can, and along parts of them (8 of links of 6, 6 and 4) if not.
     """
-    return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+    devices = jax.devices() if devices is None else devices
+    try:
+        placed = mesh_utils.create_device_mesh(sizes, devices)
+    except NotImplementedError:
+        placed = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+    return Mesh(placed, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def cut_axes(mesh: Mesh | AbstractMesh) -> tuple[str, ...]:

@@ -103,7 +103,6 @@ BAD = {
     "attention.strategy='ulysses' mesh.seq=8": r"heads=4 is not divisible by mesh.seq=8, .*use model.heads=8 or .*lss",
     "attention.strategy='ring' attention.gather_groups=2": r"gather_groups=2 has no use with attention.strategy='ring'",
     "attention.regather=True attention.strategy='ring'": r"regather=True has no use with attention.strategy='ring'",
-    "attention.regather=True attention.kernel='dense'": r"attention.kernel='dense': .*use attention.regather=False",
     "attention.gather_groups=3": r"kv_heads=4 is not divisible by attention.gather_groups=3; use .*gather_groups=4",
     "attention.gather_groups=0": r"attention.gather_groups=0 must be at least 1",
     "attention.block_keys=0": r"attention.block_keys=0 must be at least 1",

@@ -130,7 +130,7 @@ def accumulate(queries: QueryBlocks, kv_n2BGsK: jax.Array, keys: KeyBlocks, soft
             p_gmk = jnp.exp(s_gmk - shift_gm[..., None])
             shrink_gm = jnp.exp(max_gm - shift_gm)
             sum_gm = sum_gm * shrink_gm + p_gmk.sum(-1)
-            weighted_gmK = _product("gmk,gkK->gmK", _dropped(p_gmk, queries, keys, t), v_gkK)
+            weighted_gmK = product("gmk,gkK->gmK", _dropped(p_gmk, queries, keys, t), v_gkK)
             return Softmax(o_gmK * shrink_gm[..., None] + weighted_gmK, new_max_gm, sum_gm)
 
         return None, _over_touched(keys, queries, kv_n2BGsK, one_block_of_keys, softmax)
@@ -187,11 +187,11 @@ def differentiate(
         def one_block_of_keys(t, gradients):
             k_gkK, v_gkK = _read(kv_n2BGsK, keys, t, queries)
             p_gmk = jnp.exp(_scores(queries, k_gkK, keys, t) - back.lse_igm[..., None])
-            dv_gKk = _product("gmK,gmk->gKk", back.do_igmK, _dropped(p_gmk, queries, keys, t))
-            dp_gmk = _dropped(_product("gmK,gkK->gmk", back.do_igmK, v_gkK), queries, keys, t)
+            dv_gKk = product("gmK,gmk->gKk", back.do_igmK, _dropped(p_gmk, queries, keys, t))
+            dp_gmk = _dropped(product("gmK,gkK->gmk", back.do_igmK, v_gkK), queries, keys, t)
             ds_gmk = p_gmk * (dp_gmk - back.odo_igm[..., None]) * _scale(k_gkK)
-            dk_gKk = _product("gmK,gmk->gKk", queries.q_igmK, ds_gmk)
-            dq_gmK = gradients.dq_igmK + _product("gmk,gkK->gmK", ds_gmk, k_gkK)
+            dk_gKk = product("gmK,gmk->gKk", queries.q_igmK, ds_gmk)
+            dq_gmK = gradients.dq_igmK + product("gmk,gkK->gmK", ds_gmk, k_gkK)
             return Gradients(dq_gmK, _add(gradients.dkv_n2BGKs, jnp.stack((dk_gKk, dv_gKk)), keys, t, queries))
 
         so_far = Gradients(dq_gmK, dkv_n2BGKs)
@@ -242,7 +242,7 @@ def _position_k(keys, t):
 
 def _scores(queries, k_gkK, keys, t):
     """`s_gmk`, minus infinity where the query does not see the key."""
-    s_gmk = _product("gmK,gkK->gmk", queries.q_igmK, k_gkK) * _scale(k_gkK)
+    s_gmk = product("gmK,gkK->gmk", queries.q_igmK, k_gkK) * _scale(k_gkK)
     position_k = _position_k(keys, t)
     seen_qk = Intervals(queries.start_iq, queries.end_iq).sees(position_k) & (position_k >= keys.begin_t[t])
     return jnp.where(jnp.tile(seen_qk, (s_gmk.shape[1] // seen_qk.shape[0], 1)), s_gmk, -jnp.inf)
@@ -258,7 +258,7 @@ def _scale(k_gkK) -> float:
     return k_gkK.shape[-1] ** -0.5
 
 
-def _product(equation, a, b):
-    """In the dtype of the inputs, the narrower one, with float32 sums."""
+def product(equation: str, a: jax.Array, b: jax.Array) -> jax.Array:
+    """An einsum in the dtype of the inputs, the narrower one, with float32 sums."""
     dtype = min(a.dtype, b.dtype, key=lambda dtype: dtype.itemsize)
     return jnp.einsum(equation, a.astype(dtype), b.astype(dtype), preferred_element_type=jnp.float32)
