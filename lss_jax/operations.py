@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.extend.core import ClosedJaxpr, Jaxpr
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
 
 from lss_jax.attention.blocks import chunks_of_all, cut_queries, key_blocks, visits
 from lss_jax.attention.blockwise import blocks_of_keys
@@ -32,7 +32,7 @@ def traced(jaxpr: ClosedJaxpr) -> int:
     return sum(_products(jaxpr.jaxpr))
 
 
-def outside_attention(model: Model, mesh: Mesh) -> int:
+def outside_attention(model: Model, mesh: Mesh | AbstractMesh) -> int:
     """Of projections, MLPs and the head: each product forward and two on the way back; remat repeats what it dropped.
 
     What it repeats is all but the last product of a block, whose result nobody asks for again; and but for the

@@ -13,14 +13,14 @@ from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import jax
-from jax.sharding import AbstractMesh
+from jax.sharding import AbstractMesh, Mesh
 
 from lss_jax import cli
 from lss_jax.attention import STRATEGIES
 from lss_jax.attention.setting import layout_on
 from lss_jax.cli import parse_size, shown_size
 from lss_jax.config import Config, ConfigError, MeshConfig, MeshSizes, from_dict, validate
-from lss_jax.contract import predicted
+from lss_jax.contract import Contract, predicted
 from lss_jax.memory import Memory, memory_of, shortfall
 from lss_jax.mesh import AXES, SEQ, make_mesh, named_axes
 from lss_jax.models import Model, build_model
@@ -148,7 +148,7 @@ def evaluate(model: Model, sizes: MeshSizes, strategy: str, memory: int) -> Cut:
         return memory_of(at(seq_len), mesh).total <= memory
 
     def cost(seq_len: int) -> Cost:
-        return Cost(seq_len, memory_of(at(seq_len), mesh), sent(at(seq_len), mesh))
+        return Cost(seq_len, memory_of(at(seq_len), mesh), sent(predicted(at(seq_len), mesh), mesh))
 
     step = math.lcm(layout_on(config, mesh).padded(1), TILE)
     tiles = largest(lambda count: fits(count * step), LONGEST // step)
@@ -190,11 +190,11 @@ def largest(holds: Callable[[int], bool], limit: int) -> int:
     return low
 
 
-def sent(model: Model, mesh: AbstractMesh) -> float:
-    """Bytes that a device sends in a step, by ring algorithms."""
-    lines = predicted(model, mesh).items()
+def sent(collectives: Contract, mesh: Mesh | AbstractMesh) -> float:
+    """Bytes that a device sends for these collectives, by ring algorithms."""
     return sum(
-        SENT[line.kind](math.prod(mesh.shape[axis] for axis in line.axes)) * total.bytes for line, total in lines
+        SENT[line.kind](math.prod(mesh.shape[axis] for axis in line.axes)) * total.bytes
+        for line, total in collectives.items()
     )
 
 

@@ -1,0 +1,225 @@
+"""Table 4: what each idea of the algorithm is worth, on its own.
+
+    python -m experiments.paper.ablation
+
+Each row leaves one idea out of the LSS training step, by swapping one function: keys and values in one gather and
+their gradients in one scatter (against one each); the gradients reduced and scattered (against summed on every device,
+which then keeps its own segment); gradients averaged over `seq`, then `data` (against one reduction over all devices);
+zigzag segments (against contiguous ones).
+
+*Compiled*, on 2 x 4 simulated devices: collectives per step, bytes sent per device (by ring algorithms), temporaries.
+*Measured* there: the time over that of the whole algorithm, the median over rounds in which all take turns. Simulated
+devices share the cores and send through memory: time follows the work of all devices, so that balance, which zigzag is
+for, hardly shows; the busiest device's share of the attention does (counted). Every variant's loss is the same.
+"""
+
+import argparse
+import contextlib
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+from unittest.mock import patch
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.flatten_util import ravel_pytree
+from jax.sharding import Mesh
+from matplotlib.figure import Figure
+
+from experiments.paper.programs import BLOCKWISE, Row, config_of, megabytes, table, write
+from lss_jax import contract, hlo, operations, step
+from lss_jax.attention import lss
+from lss_jax.attention.setting import Setting, layout_on
+from lss_jax.data.loader import read_batch
+from lss_jax.mesh import cut_axes, make_mesh, named_axes
+from lss_jax.models import build_model
+from lss_jax.optimizer import make_optimizer
+from lss_jax.plan import sent
+from lss_jax.state import init_state
+from lss_jax.topology import devices_of
+
+NAME = "ablation"
+SIZES = (2, 4, 1)
+LENGTH, SEQUENCES = 2048, 4
+SMALL: Row = {
+    **BLOCKWISE,
+    "attention.regather": False,
+    "model.layers": 4,
+    "model.width": 256,
+    "model.dtype": "float32",
+    "data.batch_size": SEQUENCES,
+}
+
+
+def gathered_apart(kv_2BGlK: jax.Array, setting: Setting) -> jax.Array:
+    """A gather for the keys and one for the values: `kv_N2BGlK`."""
+    return jnp.stack([jax.lax.all_gather(x_BGlK, setting.axis) for x_BGlK in kv_2BGlK], axis=1)
+
+
+def scattered_apart(dkv_N2BGKl: jax.Array, setting: Setting) -> jax.Array:
+    """A scatter for each."""
+    return jnp.stack([jax.lax.psum_scatter(x_NBGKl, setting.axis) for x_NBGKl in jnp.moveaxis(dkv_N2BGKl, 1, 0)])
+
+
+def summed_everywhere(dkv_N2BGKl: jax.Array, setting: Setting) -> jax.Array:
+    """Every device has the whole sum, and keeps its own segment of it."""
+    return jax.lax.psum(dkv_N2BGKl, setting.axis)[jax.lax.axis_index(setting.axis)]
+
+
+def in_one_sum(partial: Any, specs: Any, mesh: Mesh) -> Any:
+    """Gradients over all devices that share a parameter at once, instead of first `seq`, then `data`."""
+    leaves, treedef = jax.tree.flatten(partial)
+    missing = [
+        tuple(axis for axis in cut_axes(mesh) if axis not in named_axes(spec)) for spec in jax.tree.leaves(specs)
+    ]
+    for axes in dict.fromkeys(missing):
+        group = [index for index, others in enumerate(missing) if others == axes]
+        vector, unravel = ravel_pytree([leaves[index] for index in group])
+        with jax.named_scope(hlo.GRADIENTS):
+            summed = unravel(jax.lax.psum(vector, axes))
+        for index, leaf in zip(group, summed, strict=True):
+            leaves[index] = leaf
+    return jax.tree.unflatten(treedef, leaves)
+
+
+VARIANTS: dict[str, tuple[Row, dict[tuple[Any, str], Callable]]] = {
+    "whole": ({}, {}),
+    "keys and values apart": ({}, {(lss, "_gathered"): gathered_apart, (lss, "_scattered"): scattered_apart}),
+    "all-reduce for reduce-scatter": ({}, {(lss, "_scattered"): summed_everywhere}),
+    "one flat reduction of gradients": ({}, {(step, "double_sum"): in_one_sum}),
+    "contiguous for zigzag": ({"attention.layout": "contiguous"}, {}),
+}
+
+
+class Variant:
+    """A compiled step with something left out, its state and its batch."""
+
+    def __init__(self, name: str, devices: Sequence[jax.Device]):
+        changes, swapped = VARIANTS[name]
+        config = config_of(SIZES, LENGTH, {**SMALL, "attention.layout": "zigzag", **changes})
+        self.mesh, self.model = make_mesh(SIZES, devices), build_model(config)
+        with contextlib.ExitStack() as stack:
+            for (module, function), other in swapped.items():
+                stack.enter_context(patch.object(module, function, other))
+            self.program = step.trace_train_step(self.model, self.mesh).lower().compile()
+
+    def start(self) -> None:
+        """Makes what a step needs."""
+        config = self.model.config
+        text = np.random.default_rng(0).integers(0, 256, 10**5).astype(np.uint8)
+        starts_B = np.arange(config.data.batch_size) * LENGTH
+        self._batch = read_batch(text, starts_B, LENGTH, self.mesh, layout_on(config, self.mesh))
+        self._state = init_state(self.model, make_optimizer(config.optim), self.mesh, seed=0)
+
+    def __call__(self) -> float:
+        """One step; its loss."""
+        self._state, metrics = self.program(self._state, self._batch)
+        jax.block_until_ready((self._state, metrics))
+        return float(metrics["loss"])
+
+
+def figures(variant: Variant) -> Row:
+    """Off the compiled program, per device: collectives by place, bytes, memory; and the busiest device's attention."""
+    found = contract.found(hlo.collectives(variant.program.as_text()), variant.mesh)
+    lines = [
+        {"place": line.place, "kind": line.kind, "axes": list(line.axes), "times": total.times, "bytes": total.bytes}
+        for line, total in sorted(found.items())
+        if line.kind != "scalars"
+    ]
+    return {
+        "collectives": lines,
+        "sent": sent(found, variant.mesh),
+        "temporaries": variant.program.memory_analysis().temp_size_in_bytes,
+        "attention_operations": operations.attention(variant.model, variant.mesh),
+    }
+
+
+def timed(variants: dict[str, Variant], rounds: int) -> dict[str, Row]:
+    """Seconds in turns, and the losses of the first steps."""
+    seconds: dict[str, list[float]] = {name: [] for name in variants}
+    losses: dict[str, list[float]] = {name: [] for name in variants}
+    for variant in variants.values():
+        variant.start()
+    for turn in range(rounds + 1):
+        for name, variant in variants.items():
+            started = time.perf_counter()
+            losses[name].append(variant())
+            if turn:  # the first warms up
+                seconds[name].append(time.perf_counter() - started)
+    for name, of_steps in losses.items():
+        assert np.allclose(of_steps, losses["whole"], rtol=1e-5), f"{name} computes something else"
+
+    def ratio(name: str) -> float:
+        return statistics.median(one / whole for one, whole in zip(seconds[name], seconds["whole"], strict=True))
+
+    return {name: {"seconds": seconds[name], "ratio": ratio(name), "losses": losses[name]} for name in variants}
+
+
+def render(rows: list[Row]) -> str:
+    """The table."""
+    whole = rows[0]
+    body = []
+    for row in rows:
+        body.append(
+            (
+                row["name"],
+                sum(line["times"] for line in row["collectives"]),
+                "; ".join(f"{line['times']} {line['kind']} ({line['place']})" for line in row["collectives"]),
+                f"{row['sent'] / 1e6:,.1f}",
+                megabytes(row["temporaries"]),
+                f"{row['attention_operations'] / whole['attention_operations']:.2f}",
+                f"{row['ratio']:.2f}",
+            )
+        )
+    head = "variant | collectives | which | sent, MB | temporaries | busiest device's attention | time / whole"
+    return "\n".join(
+        [
+            "# What each idea is worth",
+            "",
+            "Command: `python -m experiments.paper.ablation`",
+            "",
+            f"A step of 4 layers of width 256, float32, {SEQUENCES} sequences of {LENGTH:,} tokens, on 2 x 4 simulated "
+            "devices (data x seq). Compiled, but for the last two columns: counted, and measured.",
+            "",
+            table(head, body),
+        ]
+    )
+
+
+def plot(rows: list[Row]) -> Figure:
+    """Each figure over that of the whole algorithm."""
+    figure = Figure(figsize=(8, 3.5))
+    axes = figure.subplots()
+    keys = {
+        "sent": "bytes sent",
+        "temporaries": "temporaries",
+        "attention_operations": "busiest device",
+        "ratio": "time",
+    }
+    place = np.arange(len(rows))
+    for number, (key, label) in enumerate(keys.items()):
+        axes.bar(place + 0.2 * number - 0.3, [row[key] / rows[0][key] for row in rows], 0.2, label=label)
+    axes.set_xticks(
+        place, [row["name"].replace(" for ", "\nfor ").replace(" of ", "\nof ") for row in rows], fontsize=8
+    )
+    axes.axhline(1, color="black", linewidth=0.5)
+    axes.set_ylabel("over the whole algorithm")
+    axes.legend(fontsize=8)
+    return figure
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=7, help="timed steps of each variant (default: 7)")
+    arguments = parser.parse_args()
+    devices = devices_of("cpu:8")
+    variants = {name: Variant(name, devices) for name in VARIANTS}
+    times = timed(variants, arguments.rounds)
+    rows = [{"name": name, **figures(variant), **times[name]} for name, variant in variants.items()]
+    write(NAME, rows, render(rows), plot(rows))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,111 @@
+"""What the tables have in common: a training step for a mesh of devices that are not there, compiled and read off."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.experimental import topologies
+from matplotlib.figure import Figure
+
+from configs import paper_50112
+from experiments.paper.machines import V5P, groups, step_time
+from lss_jax.audit import audited, json_of
+from lss_jax.config import Config, from_dict, validate
+from lss_jax.mesh import AXES, make_mesh
+from lss_jax.models import build_model
+from lss_jax.plan import sent
+from lss_jax.topology import capacity_of, devices_of
+
+HERE = Path(__file__).parent
+TOKENS = 348  # per device in the paper's weak scaling: 50,112 on 144
+Mesh = tuple[int, int, int]
+Row = dict[str, Any]
+
+TORUS = {36: "2x2x9", 128: "4x4x8", 144: "6x6x4", 3456: "12x12x24"}
+DENSE: Row = {"attention.kernel": "dense", "attention.regather": True}
+BLOCKWISE: Row = {"attention.kernel": "blockwise", "attention.regather": True}
+
+
+def config_of(mesh: Mesh, seq_len: int, changes: Row | None = None) -> Config:
+    """The paper's model (6 layers, width 512, 8 heads, bfloat16, blocks computed again), contiguous segments.
+
+    A sequence for each data group, unless the changes say otherwise.
+    """
+    values = paper_50112.get_config()
+    of_mesh = {f"mesh.{axis}": size for axis, size in zip(AXES, mesh, strict=True)}
+    values.update_from_flattened_dict(
+        {**of_mesh, "data.seq_len": seq_len, "data.batch_size": mesh[0], **(changes or {})}
+    )
+    return from_dict(values)
+
+
+def chips(count: int) -> Sequence[jax.Device]:
+    """Absent TPU v5p chips in a compact torus; six lie as no one could rent them, on a host of their own."""
+    if count == 6:
+        devices_of("tpu:v5p:2x2x1")  # the settings that libtpu needs
+        shape: dict[str, Any] = {"topology_name": "v5p:2x3x1", "chips_per_host_bounds": (2, 3, 1)}
+        return topologies.get_topology_desc(platform="tpu", **shape).devices
+    return devices_of(f"tpu:v5p:{TORUS[count]}")
+
+
+def compiled(config: Config, devices: Sequence[jax.Device]) -> Row:
+    """The figures of a step, per device: memory, bytes sent and operations off the program, and its modelled time."""
+    size = config.mesh.data * config.mesh.seq * config.mesh.model
+    mesh = make_mesh(validate(config, size), devices[:size])
+    model = build_model(config)
+    audit = audited(model, mesh)
+    figures = json_of(audit, capacity_of(devices[0]))
+    operations = audit.flops + audit.attention_flops
+    collectives = audit.collectives or audit.predicted
+    time = step_time(V5P, model, mesh, operations, collectives)
+    row = {
+        "mesh": groups(mesh),
+        "devices": mesh.size,
+        "seq_len": config.data.seq_len,
+        "sequences": config.data.batch_size,
+        "microbatches": config.optim.accumulate,
+        "kernel": config.attention.kernel,
+        "gather_groups": config.attention.gather_groups,
+        "fits": audit.memory is not None,
+        "too_large": audit.too_large,
+        "memory": audit.memory,
+        "memory_total": sum(audit.memory.values()) if audit.memory else None,
+        "operations": operations,
+        "attention_operations": audit.attention_flops,
+        "sent": sent(audit.collectives or audit.predicted, mesh),
+        "collectives": figures["collectives"]["compiled"],
+        "compile_seconds": audit.seconds,
+        "problems": figures["problems"],
+        "modelled_seconds": {**time._asdict(), "total": time.total},
+    }
+    print(f"{row['mesh']}, {row['seq_len']:,} tokens, {row['kernel']}: {megabytes(row['memory_total'])}, "
+          f"compiled in {audit.seconds:.0f} s", flush=True)  # fmt: skip
+    return row
+
+
+def megabytes(size: float | None) -> str:
+    """For a table."""
+    return "does not fit" if size is None else f"{size / 1e6:,.1f} MB"
+
+
+def table(head: str, rows: Sequence[Sequence[Any]]) -> str:
+    """In Markdown; the names of the columns have ` | ` between them."""
+    lines = [f"| {head} |", "| --- " * len(head.split(" | ")) + "|"]
+    return "\n".join(lines + [f"| {' | '.join(map(str, row))} |" for row in rows])
+
+
+def read(name: str) -> dict[str, Any]:
+    """What an earlier run wrote, so that a part can be done again."""
+    path = HERE / f"{name}.json"
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def write(name: str, results: Any, text: str, figure: Figure | None = None) -> None:
+    """The figures as JSON, the table as Markdown, the plot, beside this file."""
+    (HERE / f"{name}.json").write_text(json.dumps(results, indent=1) + "\n")
+    (HERE / f"{name}.md").write_text(text + "\n")
+    if figure is not None:
+        figure.savefig(HERE / f"{name}.png", dpi=100, bbox_inches="tight")
+    print(text)
