@@ -66,7 +66,7 @@ def main() -> int:
         distributed.start()
         devices = jax.devices()
     mesh = make_mesh(validate(config, len(devices)), devices)
-    kernel_on(config, mesh)  # refuses one that is for other devices
+    kernel_on(config.attention, mesh)  # refuses one that is for other devices
     result = audited(build_model(config), mesh)
     room = room or capacity_of(devices[0])
     print(text_of(result, room))
@@ -136,7 +136,7 @@ def text_of(audit: Audit, room: int | None) -> str:
     lines = [
         f"devices     {mesh.size:,} {device.device_kind}, mesh {sizes}",
         f"model       {parameter_count(audit.model):,} parameters, {config.model.layers} layers, {config.model.dtype}, "
-        f"attention {config.attention.strategy} ({config.attention.layout}, {kernel_on(config, mesh)})",
+        f"attention {config.attention.strategy} ({config.attention.layout}, {kernel_on(config.attention, mesh)})",
         f"step        {config.data.batch_size} sequences of {config.data.seq_len:,} tokens",
         f"compiled    in {audit.seconds:.1f} s, jax {jax.__version__}",
         "",

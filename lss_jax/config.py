@@ -97,6 +97,7 @@ class Config:
 
 
 MeshSizes = tuple[int, int, int]
+Section = typing.TypeVar("Section")
 
 
 def from_dict(values: Mapping[str, Any]) -> Config:
@@ -105,11 +106,20 @@ def from_dict(values: Mapping[str, Any]) -> Config:
     Raises:
       ConfigError: an unknown or missing key, or a value of the wrong type or outside its choices.
     """
+    return typed(Config, values)
+
+
+def typed(kind: type[Section], values: Mapping[str, Any]) -> Section:
+    """The same for one section: its typed form, from its own keys.
+
+    Raises:
+      ConfigError: as `from_dict`.
+    """
     problems: list[str] = []
-    config = _build(Config, values, "", problems)
+    section = _build(kind, values, "", problems)
     if problems:
         raise ConfigError("\n".join(problems))
-    return config
+    return section
 
 
 def unknown_key(key: str, known: list[str]) -> str:
@@ -228,9 +238,7 @@ def _out_of_range(config: Config) -> Iterator[str]:
         **{f"attention.{k}": getattr(attention, k) for k in ("block_queries", "block_keys", "gather_groups")},
         **{k: getattr(config, k) for k in ("checkpoint_every", "checkpoints_kept", "log_every", "eval_batches")},
     }
-    for key, value in at_least_1.items():
-        if value < 1:
-            yield f"{key}={value} must be at least 1"
+    yield from less_than_1(at_least_1)
     if config.heartbeat_timeout < 10:
         yield f"heartbeat_timeout={config.heartbeat_timeout} must be at least 10 s, or busy processes count as lost"
     at_least_0 = {
@@ -257,6 +265,11 @@ def _out_of_range(config: Config) -> Iterator[str]:
             yield f"{key}={number} must be at least 0 and less than 1"
 
 
+def less_than_1(values: Mapping[str, int]) -> Iterator[str]:
+    """Of counts by the names of their keys, those that are none."""
+    yield from (f"{key}={value} must be at least 1" for key, value in values.items() if value < 1)
+
+
 def _cross_field(config: Config) -> Iterator[str]:
     model, data, optim = config.model, config.data, config.optim
     if model.vocab < 256:
@@ -271,11 +284,6 @@ def _cross_field(config: Config) -> Iterator[str]:
             f"the head width model.width/model.heads={model.width // model.heads} is odd, but rope rotates pairs; "
             f'use an even head width or model.positions="learned"'
         )
-    if model.heads > 0 and model.kv_heads > 0 and model.heads % model.kv_heads:
-        yield (
-            f"model.heads={model.heads} is not divisible by model.kv_heads={model.kv_heads}; each key/value head "
-            f"serves equally many query heads: use model.kv_heads={model.heads} or a divisor of it"
-        )
     if model.rope_scaling == "none" and model.rope_factor != 1.0:
         yield (
             f'model.rope_factor={model.rope_factor} has no use with model.rope_scaling="none"; '
@@ -288,7 +296,12 @@ def _cross_field(config: Config) -> Iterator[str]:
         )
     if 0.99 < model.dropout < 1:
         yield f"model.dropout={model.dropout} leaves next to nothing; use at most 0.99"
-    yield from _attention_problems(config)
+    yield from attention_problems(config.attention, model.heads, model.kv_heads)
+    if config.attention.prefix >= data.seq_len > 0 and config.attention.prefix:
+        yield (
+            f"attention.prefix={config.attention.prefix} leaves nothing to predict of data.seq_len={data.seq_len}; "
+            f"use a shorter prefix"
+        )
     if optim.warmup_steps > optim.steps > 0:
         yield (
             f"optim.warmup_steps={optim.warmup_steps} is more than optim.steps={optim.steps}; "
@@ -300,10 +313,14 @@ def _cross_field(config: Config) -> Iterator[str]:
         yield f'data.path={data.path!r} has no use with data.source="stdlib"; use data.source="text"'
 
 
-def _attention_problems(config: Config) -> Iterator[str]:
-    """Where a strategy or a kernel cannot do what another can, on any mesh."""
-    attention, model, length = config.attention, config.model, config.data.seq_len
+def attention_problems(attention: AttentionConfig, heads: int, kv_heads: int) -> Iterator[str]:
+    """Where heads do not fit, or a strategy or a kernel cannot do what another can, on any mesh."""
     strategy, kernel, groups = attention.strategy, attention.kernel, attention.gather_groups
+    if heads > 0 and kv_heads > 0 and heads % kv_heads:
+        yield (
+            f"model.heads={heads} is not divisible by model.kv_heads={kv_heads}; each key/value head "
+            f"serves equally many query heads: use model.kv_heads={heads} or a divisor of it"
+        )
     if strategy == "ring" and kernel not in ("auto", "blockwise"):
         yield (
             f'attention.kernel={kernel!r} cannot take keys as they come by, which attention.strategy="ring" needs; '
@@ -319,18 +336,13 @@ def _attention_problems(config: Config) -> Iterator[str]:
             f"attention.regather=True has no use with attention.strategy={strategy!r}, which keeps no gathered pairs; "
             f"use attention.regather=False"
         )
-    if strategy == "lss" and groups > 0 and model.kv_heads > 0 and model.kv_heads % groups:
+    if strategy == "lss" and groups > 0 and kv_heads > 0 and kv_heads % groups:
         yield (
-            f"model.kv_heads={model.kv_heads} is not divisible by attention.gather_groups={groups}; "
-            f"use attention.gather_groups={model.kv_heads} or another divisor"
+            f"model.kv_heads={kv_heads} is not divisible by attention.gather_groups={groups}; "
+            f"use attention.gather_groups={kv_heads} or another divisor"
         )
     if attention.window >= 2**31:
         yield f"attention.window={attention.window} must be less than 2**31; use 0 for all that came before"
-    if attention.prefix >= length > 0 and attention.prefix:
-        yield (
-            f"attention.prefix={attention.prefix} leaves nothing to predict of data.seq_len={length}; "
-            f"use a shorter prefix"
-        )
 
 
 def _mesh_problems(config: Config, sizes: MeshSizes) -> Iterator[str]:
@@ -345,7 +357,7 @@ def _mesh_problems(config: Config, sizes: MeshSizes) -> Iterator[str]:
             f"use model.{key}={_next_multiple(value, model)} or a mesh.model that divides it"
         )
     if not uneven:
-        yield from _strategy_on_mesh(config, seq, model)
+        yield from strategy_on_mesh(config.attention, config.model.heads, config.model.kv_heads, seq, model)
     if accumulate > 0 and batch % (data * accumulate):
         yield (
             f"data.batch_size={batch} is not divisible by mesh.data={data} times optim.accumulate={accumulate}; "
@@ -353,10 +365,10 @@ def _mesh_problems(config: Config, sizes: MeshSizes) -> Iterator[str]:
         )
 
 
-def _strategy_on_mesh(config: Config, seq: int, model: int) -> Iterator[str]:
+def strategy_on_mesh(attention: AttentionConfig, heads: int, kv_heads: int, seq: int, model: int) -> Iterator[str]:
     """What a strategy asks of the heads that a device has; `model` divides them."""
-    heads, kv_heads, groups = config.model.heads, config.model.kv_heads, config.attention.gather_groups
-    if config.attention.strategy == "ulysses" and heads % (seq * model):
+    groups = attention.gather_groups
+    if attention.strategy == "ulysses" and heads % (seq * model):
         by = f"mesh.seq={seq}" + (f" times mesh.model={model}" if model > 1 else "")
         yield (
             f'model.heads={heads} is not divisible by {by}, which attention.strategy="ulysses" needs; '

@@ -52,7 +52,7 @@ def evaluate(config: Config, workdir: Path, name: str, batches: int | None) -> R
     """The loss of the newest sound checkpoint over the first `batches` batches of a split, None for all of it."""
     check_workdir(config, workdir)
     mesh = make_mesh(validate(config, len(jax.devices())))
-    kernel_on(config, mesh)  # refuses one that is for other devices
+    kernel_on(config.attention, mesh)  # refuses one that is for other devices
     split = Split(open_splits(config.data)[name], config, mesh)
     model = build_model(config)
     step, params = restore_params(model, mesh, workdir)

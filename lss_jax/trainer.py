@@ -57,7 +57,7 @@ class Trainer:
             lambda: check_writable(workdir),
         )
         self.mesh = make_mesh(validate(config, len(devices)), devices)
-        self.kernel = kernel_on(config, self.mesh)
+        self.kernel = kernel_on(config.attention, self.mesh)
         self.model = build_model(config)
         self._blocks = self.mesh.devices.flat[0].platform == "cpu"
         self._optimizer = make_optimizer(config.optim)

@@ -23,7 +23,16 @@ from lss_jax.attention.blocks import (
 )
 from lss_jax.attention.dense import attention_rows
 from lss_jax.attention.kernels import KERNELS
-from lss_jax.attention.mask import Intervals, bidirectional, causal, documents, prefix_causal, window
+from lss_jax.attention.mask import (
+    Intervals,
+    bidirectional,
+    causal,
+    documents,
+    neighbours,
+    packed,
+    prefix_causal,
+    window,
+)
 from lss_jax.attention.setting import Setting, stacked
 from lss_jax.config import AttentionConfig, DataConfig, ModelConfig
 from lss_jax.data.sources import SOURCES
@@ -47,6 +56,8 @@ MASKS = {
     "prefix": (prefix_causal(KEY, 5), (KEY <= QUERY) | (KEY < 5)),
     "window": (causal(KEY) & window(KEY, 3), (KEY <= QUERY) & (KEY > QUERY - 3)),
     "window of one": (causal(KEY) & window(KEY, 1), KEY == QUERY),
+    "neighbours": (neighbours(KEY, 2, 3), (KEY >= QUERY - 2) & (KEY <= QUERY + 3)),
+    "packed": (packed(np.repeat([7, 0, 7], [3, 1, 8])), START_OF_DOCUMENT[:, None] == START_OF_DOCUMENT),
     "documents": (
         documents(np.stack((START_OF_DOCUMENT, END_OF_DOCUMENT))),
         START_OF_DOCUMENT[:, None] == START_OF_DOCUMENT,

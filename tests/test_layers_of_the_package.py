@@ -7,8 +7,8 @@ PACKAGE = Path(__file__).parents[1] / "lss_jax"
 ROWS = [
     {"config", "mesh", "layout", "dropout", "tensor_parallel", "hlo", "peers"},
     {"distributed", "topology", "attention", "embeddings", "checksums", "workdir"},
-    {"layers"},
-    {"models", "data"},
+    {"layers", "global_attention"},
+    {"models", "data", "flax_attention"},
     {"losses", "gradients", "optimizer", "state", "checkpoint", "metrics", "skips"},
     {"step"},
     {"trainer", "cli", "contract", "operations", "memory"},

@@ -56,7 +56,7 @@ TPU = fake_mesh(platform="tpu", device_kind="TPU v5p")
     ],
 )
 def test_the_kernel_is_chosen_by_capability(mesh, strategy, kernel):
-    assert kernel_on(small_config(attention__strategy=strategy), mesh) == kernel
+    assert kernel_on(small_config(attention__strategy=strategy).attention, mesh) == kernel
 
 
 @pytest.mark.parametrize(
@@ -69,4 +69,4 @@ def test_the_kernel_is_chosen_by_capability(mesh, strategy, kernel):
 )
 def test_a_kernel_for_other_devices_is_refused(mesh, kernel, message):
     with pytest.raises(ConfigError, match=message):
-        kernel_on(small_config(attention__kernel=kernel), mesh)
+        kernel_on(small_config(attention__kernel=kernel).attention, mesh)

@@ -50,6 +50,25 @@ def window(positions_l: jax.Array, width: int) -> Intervals:
     return Intervals(start, jnp.full_like(start, jnp.iinfo(jnp.int32).max))
 
 
+def neighbours(positions_l: jax.Array, left: int, right: int) -> Intervals:
+    """Each token sees itself and so many tokens on either side."""
+    return Intervals(jnp.maximum(positions_l - left, 0), positions_l + right + 1)
+
+
 def documents(bounds_2Bl: jax.Array) -> Intervals:
     """Each token sees its own document: `bounds_2Bl` has where that starts and where it ends (exclusive)."""
     return Intervals(bounds_2Bl[0], bounds_2Bl[1])
+
+
+def packed(document_BL: jax.Array) -> Intervals:
+    """The same, from the number of each token's document: `[..., L]`, the whole sequence in natural order.
+
+    A document is a run of equal numbers, which may be used again after another one.
+    """
+    position_L, axis = jnp.arange(document_BL.shape[-1], dtype=jnp.int32), document_BL.ndim - 1
+    differs = document_BL[..., 1:] != document_BL[..., :-1]
+    edge = jnp.ones_like(differs, shape=(*document_BL.shape[:-1], 1))
+    first, last = (jnp.concatenate(parts, -1) for parts in ((edge, differs), (differs, edge)))
+    start_BL = jax.lax.cummax(jnp.where(first, position_L, 0), axis)
+    end_BL = jax.lax.cummin(jnp.where(last, position_L + 1, len(position_L)), axis, reverse=True)
+    return Intervals(start_BL, end_BL)

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh
 
-from lss_jax.config import Config, ConfigError
+from lss_jax.config import AttentionConfig, Config, ConfigError
 from lss_jax.layout import Layout
 from lss_jax.mesh import DATA, MODEL, SEQ, if_cut
 
@@ -45,11 +45,15 @@ def layout_on(config: Config, mesh: Mesh | AbstractMesh) -> Layout:
 
 def setting_on(config: Config, mesh: Mesh | AbstractMesh) -> Setting:
     """The static side of a config's attention on this mesh."""
-    attention = config.attention
+    return setting_of(config.attention, layout_on(config, mesh), if_cut(SEQ, mesh), mesh)
+
+
+def setting_of(attention: AttentionConfig, layout: Layout, axis: str | None, mesh: Mesh | AbstractMesh) -> Setting:
+    """The same, where `axis` (None if it has one device) cuts the sequence into the segments of `layout`."""
     return Setting(
-        axis=if_cut(SEQ, mesh),
-        layout=layout_on(config, mesh),
-        kernel=kernel_on(config, mesh),
+        axis=axis,
+        layout=layout,
+        kernel=kernel_on(attention, mesh),
         block_queries=attention.block_queries,
         block_keys=attention.block_keys,
         gather_groups=attention.gather_groups,
@@ -58,15 +62,15 @@ def setting_on(config: Config, mesh: Mesh | AbstractMesh) -> Setting:
     )
 
 
-def kernel_on(config: Config, mesh: Mesh | AbstractMesh) -> str:
-    """The kernel of a config on this mesh; for "auto" the fused one, where the devices and the strategy can use it.
+def kernel_on(attention: AttentionConfig, mesh: Mesh | AbstractMesh) -> str:
+    """The kernel on this mesh; for "auto" the fused one, where the devices and the strategy can use it.
 
     Raises:
       ConfigError: the config names a kernel for other devices.
     """
-    asked, fused = config.attention.kernel, fused_on(mesh)
+    asked, fused = attention.kernel, fused_on(mesh)
     if asked == "auto":
-        return fused if fused and config.attention.strategy != "ring" else "blockwise"
+        return fused if fused and attention.strategy != "ring" else "blockwise"
     if asked in FUSED and asked != fused:
         raise ConfigError(
             f"attention.kernel={asked!r} is for {FUSED[asked]}, and these devices are "

@@ -1,0 +1,34 @@
+"""The examples in docstrings and in the README are programs, and run."""
+
+import doctest
+import importlib
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+DOCTESTS = sorted(
+    ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+    for path in (ROOT / "lss_jax").rglob("*.py")
+    if ">>> " in path.read_text()
+)
+PROGRAMS = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+
+
+@pytest.mark.parametrize("module", DOCTESTS)
+def test_examples_of_a_module_print_what_they_say(module):
+    failed, attempted = doctest.testmod(importlib.import_module(module))
+    assert attempted and not failed
+
+
+def test_examples_of_the_readme_run():
+    assert PROGRAMS
+    for program in PROGRAMS:
+        names: dict = {}
+        exec(compile(program, "README.md", "exec"), names)
+        assert names["losses"][-1] < names["losses"][0]
+
+
+def test_what_one_calls_has_an_example():
+    assert {"lss_jax.global_attention", "lss_jax.flax_attention"} <= set(DOCTESTS)
