@@ -135,10 +135,10 @@ def _first_rows(table_LE: jax.Array, length: int) -> jax.Array:
 
 
 class Generation:
-    """Prompts under way to texts: compiled for this mesh, and run by iterating, once.
+    """Prompts and the programs that continue them, compiled for this mesh; iterating runs them.
 
-    Each turn yields a byte for every prompt, or `b""` behind the end of its document. The same texts on every mesh, but
-    for choices so close that rounding decides them; each is the text that its prompt would get alone.
+    Each turn yields a byte for every prompt, or `b""` behind the end of its document. Texts are the same on every mesh,
+    but for choices so close that rounding decides them; each is the text that its prompt would get alone.
 
     Raises:
       ConfigError: the prompts, the number of tokens or the sampling cannot work; nothing has been compiled.
@@ -183,17 +183,20 @@ class Generation:
         return analysis.alias_size_in_bytes
 
     def __iter__(self) -> Iterator[list[bytes]]:
-        texts, ended = list(self._prompts), [False] * len(self._prompts)
-        cache, token_B = self._prefill(self._params, self._tokens_BL, self._length_B), self._last_B
+        ends, ended = list(self._prompts), [False] * len(self._prompts)
+        cache = jax.block_until_ready(self._prefill(self._params, self._tokens_BL, self._length_B))
+        token_B = self._last_B
         for number in range(self._tokens):
-            cache, token_B = self._step(self._params, cache, token_B, self._length_B, np.int32(number))
-            found = np.asarray(token_B)  # waits, as every step must on simulated devices
+            step = self._step(self._params, cache, token_B, self._length_B, np.int32(number))
+            cache, token_B = jax.block_until_ready(step)  # queued steps of simulated devices would block one another
+            found = np.asarray(token_B)
             new = [b"" if end else bytes([found[row]]) for row, end in enumerate(ended)]
             yield new
-            texts = [text + byte for text, byte in zip(texts, new, strict=True)]
-            ended = [bool(self._separator) and text.endswith(self._separator) for text in texts]
-            if all(ended):
-                return
+            if self._separator:
+                ends = [(end + byte)[-len(self._separator) :] for end, byte in zip(ends, new, strict=True)]
+                ended = [end == self._separator for end in ends]
+                if all(ended):
+                    return
 
 
 def _padded(rows: Sequence[bytes], config: Config, mesh: Mesh) -> int:

@@ -117,7 +117,6 @@ def cases():
         ((1, 8), "lss", "zigzag", "learned"),
         ((1, 8), "ring", "contiguous", "rope, grouped, window"),
         ((1, 3), "ulysses", "zigzag", "learned, padded, prefix"),
-        ((2, 2), "lss", "contiguous", "sinusoidal, prefix"),
         ((2, 2, 2), "lss", "zigzag", "vocabulary in shares"),
         ((1, 1), "lss", "zigzag", "rope, grouped, window"),
     ]
@@ -128,7 +127,8 @@ def cases():
         for layout in ("contiguous", "zigzag")
         for variant in ("learned", "rope, grouped, window")
     ]
-    grid += [((2, 4), strategy, layout, v) for v in VARIANTS for strategy, layout in strategies.items()]
+    grid += [((2, 4), "lss", "zigzag", variant) for variant in VARIANTS]
+    grid += [((2, 4), s, strategies[s], v) for s in ("ring", "ulysses") for v in VARIANTS if "dense" not in v]
     grid += [((1, 1), "lss", "zigzag", variant) for variant in VARIANTS]
     grid += [(sizes, "lss", "zigzag", v) for sizes in ((1, 1, 4), (1, 2, 2)) for v in VARIANTS if "one head" not in v]
     return sampled(list(dict.fromkeys(sample + grid)), sample)
@@ -194,9 +194,9 @@ def test_drawn_texts_depend_on_seed_and_prompt_and_not_on_the_others():
 
 def test_a_text_ends_with_its_document():
     prompts = [b"abcdef", b"xyz"]
-    endless = texts_of(generation((1, 2), prompts, 40, DRAWN))
+    endless = texts_of(generation((1, 1), prompts, 40, DRAWN))
     separator = next(bytes([byte]) for byte in endless[1] if byte < 128 and byte not in b"".join(prompts))
-    ended = texts_of(generation((1, 2), prompts, 40, DRAWN, data__separator=separator.decode()))
+    ended = texts_of(generation((1, 1), prompts, 40, DRAWN, data__separator=separator.decode()))
     for whole, part in zip(endless, ended, strict=True):
         assert part == whole[: (whole + separator).index(separator) + 1]
 
