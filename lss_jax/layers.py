@@ -103,7 +103,8 @@ class SelfAttention(nnx.Module):
         if self.turned:
             q_BlHK, k_BlGK = (self.rope(x_BlHK, segment.positions_l) for x_BlHK in (q_BlHK, k_BlGK))
         dropout = segment.dropout and segment.dropout.at(ATTENTION)._replace(position_l=segment.positions_l)
-        o_BlHK = segment.attend(q_BlHK, k_BlGK, self.value(x_BlE), dropout)
+        cached = (self.cache,) if hasattr(self, "cache") else ()  # there when a text is generated, see Model.recall
+        o_BlHK = segment.attend(q_BlHK, k_BlGK, self.value(x_BlE), dropout, *cached)
         return self.out.biased(scatter_sequence(self.out.product(o_BlHK), segment.model_axis))
 
 

@@ -5,14 +5,14 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).parents[1] / "lss_jax"
 ROWS = [
-    {"config", "mesh", "layout", "dropout", "tensor_parallel", "hlo", "peers"},
+    {"config", "mesh", "layout", "dropout", "tensor_parallel", "hlo", "peers", "sampling"},
     {"distributed", "topology", "attention", "embeddings", "checksums", "workdir"},
-    {"layers", "global_attention"},
+    {"layers", "global_attention", "cache"},
     {"models", "data", "flax_attention"},
     {"losses", "gradients", "optimizer", "state", "checkpoint", "metrics", "skips"},
     {"step"},
-    {"trainer", "cli", "contract", "operations", "memory"},
-    {"train", "evaluate", "audit", "plan"},
+    {"trainer", "cli", "contract", "operations", "memory", "decode"},
+    {"train", "evaluate", "audit", "plan", "generate"},
 ]
 ROW = {name: row for row, names in enumerate(ROWS) for name in names}
 

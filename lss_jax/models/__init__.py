@@ -35,6 +35,17 @@ class Model:
         """Calls the module with these (local) parameters."""
         return nnx.merge(self.graphdef, params)(*args)
 
+    def recall(self, params: Params, past: jax.Array, *args) -> tuple[jax.Array, jax.Array]:
+        """Calls the module with each layer's attention handed its part of `past` (layers first), in a variable.
+
+        Returns the module's result, and what attention left in the variables. The scan over layers carries them.
+        """
+        module = nnx.merge(self.graphdef, params)
+        attention = module.stack.blocks.attention
+        attention.cache = nnx.Cache(past)
+        result = module(*args)
+        return result, attention.cache[...]
+
 
 def build_model(config: Config) -> Model:
     """The model of a config; allocates nothing."""

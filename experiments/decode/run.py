@@ -1,0 +1,125 @@
+"""What a generated token costs with a cache that is cut over N devices, against computing its whole prefix again.
+
+    python -m experiments.decode.run
+
+For texts of several lengths and for N devices: tokens per second from the cache, the cache's bytes on one device (read
+off the compiled program), tokens per second by recomputing (each is a prefill and one step), and the ratio of the two.
+All programs of one length take turns in one process; a figure is the median over the rounds. Simulated devices share
+the cores, and each repeats what belongs to replicated weights: compare lengths, and the two ways on one mesh.
+
+The claim: as texts get longer, the time of a token does not grow faster than the cache. The last column is the growth
+of the one over the growth of the other, since the shortest length: at most 1. Takes two to three minutes on two cores
+(`--tiny`: seconds, for a try, and writes nothing). Writes `results.json` and `results.md` beside this file.
+"""
+
+import argparse
+import json
+import statistics
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from configs import base
+from lss_jax import distributed
+from lss_jax.config import from_dict, validate
+from lss_jax.decode import Generation
+from lss_jax.mesh import make_mesh, shardings
+from lss_jax.models import build_model
+from lss_jax.sampling import Sampling
+from lss_jax.state import kept_specs
+
+DEVICES = (1, 2, 4, 8)
+LENGTHS = (1024, 4096, 16384)  # of the prompt
+TOKENS = 32
+MODEL = {"model.layers": 2, "model.positions": "rope", "data.seq_len": 1024, "mesh.data": 1}
+HERE = Path(__file__).parent
+
+
+def generation(devices: int, length: int, tokens: int) -> Generation:
+    """Random parameters, for what a text costs does not depend on what it says."""
+    values = base.get_config()
+    values.update_from_flattened_dict({**MODEL, "mesh.seq": devices})
+    config = from_dict(values)
+    mesh, model = make_mesh(validate(config, devices), jax.devices()[:devices]), build_model(config)
+    placed = shardings(kept_specs(model, mesh), mesh)
+    params = jax.jit(lambda: model.init(jax.random.key(0)), out_shardings=placed)()
+    prompt = np.random.default_rng(0).integers(0, 256, length).astype(np.uint8).tobytes()
+    return Generation(config, mesh, params, [prompt], tokens, Sampling(1.0, None, 1.0, seed=0))
+
+
+def seconds_per_token(text: Generation) -> tuple[float, float]:
+    """With the whole prefix computed for it, as the first token's is, and from the cache, the median of the others."""
+    times, last = [], time.perf_counter()
+    for _ in text:
+        now = time.perf_counter()
+        times.append(now - last)
+        last = now
+    return times[0], statistics.median(times[1:])
+
+
+def measure(length: int, devices: tuple[int, ...], tokens: int, rounds: int) -> list[dict]:
+    texts = {count: generation(count, length, tokens) for count in devices}
+    times: dict[int, list[tuple[float, float]]] = {count: [] for count in devices}
+    for _ in range(rounds):
+        for count, text in texts.items():
+            times[count].append(seconds_per_token(text))
+    return [
+        {
+            "length": length,
+            "devices": count,
+            "rounds": rounds,
+            "cache_bytes_per_device": text.cache_bytes,
+            "seconds_cached": statistics.median(cached for _, cached in times[count]),
+            "seconds_recomputed": statistics.median(recomputed for recomputed, _ in times[count]),
+            "recomputed_over_cached": statistics.median(again / cached for again, cached in times[count]),
+        }
+        for count, text in texts.items()
+    ]
+
+
+def add_growth(results: list[dict]) -> None:
+    """How much faster the time of a token has grown than the cache, since the shortest length on the same devices."""
+    for result in results:
+        first = next(one for one in results if one["devices"] == result["devices"])
+        time_growth, cache_growth = (
+            result[name] / first[name] for name in ("seconds_cached", "cache_bytes_per_device")
+        )
+        result["time_growth_over_cache_growth"] = time_growth / cache_growth
+
+
+def table(results: list[dict]) -> str:
+    lines = [
+        "| prompt | devices | cache per device | tokens/s, cached | tokens/s, recomputed | cached / recomputed "
+        "| growth of time / of cache |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for result in results:
+        lines.append(
+            f"| {result['length']:,} | {result['devices']} | {result['cache_bytes_per_device']:,} B "
+            f"| {1 / result['seconds_cached']:,.1f} | {1 / result['seconds_recomputed']:,.2f} "
+            f"| {result['recomputed_over_cached']:,.1f} | {result['time_growth_over_cache_growth']:.2f} |"
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=3, help="timed texts on each mesh (default: 3)")
+    parser.add_argument("--tiny", action="store_true", help="two meshes and two short lengths, to see it run")
+    arguments = parser.parse_args()
+    distributed.start()
+    lengths, devices, tokens = ((64, 128), (1, 2), 4) if arguments.tiny else (LENGTHS, DEVICES, TOKENS)
+    results: list[dict] = []
+    for length in lengths:
+        results += measure(length, devices, tokens, arguments.rounds)
+        add_growth(results)
+        print(table(results[-len(devices) :]), flush=True)
+    if not arguments.tiny:
+        (HERE / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+        (HERE / "results.md").write_text(table(results) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,64 @@
+"""The next byte from its logits: greedy, or drawn at a temperature from the likeliest.
+
+What is drawn depends on the seed, the prompt (and which of several equal ones it is), the position and the logits, and
+on nothing else: neither the mesh nor the other prompts of a batch change a text.
+"""
+
+import dataclasses
+from collections.abc import Iterator
+
+import jax
+import jax.numpy as jnp
+
+BYTES = 256  # of a larger vocabulary the rest stands for no text
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """How a byte is chosen."""
+
+    temperature: float  # 0: the likeliest byte, always
+    top_k: int | None  # of so many, the likeliest; None: of all
+    top_p: float  # of those, so many as together have this probability
+    seed: int
+
+    def problems(self) -> Iterator[str]:
+        """What cannot work, a line each."""
+        if not 0 <= self.temperature < float("inf"):
+            yield f"--temperature={self.temperature} must be at least 0 and finite; 0 takes the likeliest byte"
+        if self.top_k is not None and self.top_k < 1:
+            yield f"--top-k={self.top_k} leaves no byte; use at least 1, or leave it out for all"
+        if not 0 < self.top_p <= 1:
+            yield f"--top-p={self.top_p} must be greater than 0 and at most 1, which is all"
+        if not 0 <= self.seed < 2**32:
+            yield f"--seed={self.seed} must be at least 0 and less than 2**32"
+
+
+def sample(logits_BV: jax.Array, sampling: Sampling, stream_B: jax.Array, position_B: jax.Array) -> jax.Array:
+    """A byte for each row, int32 `[B]`; rows of different streams (uint32) draw independently."""
+    logits_BV = logits_BV[:, :BYTES]
+    if sampling.temperature == 0:
+        return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
+    logits_BV = (logits_BV - logits_BV.max(-1, keepdims=True)) / sampling.temperature
+    if (sampling.top_k or BYTES) < BYTES or sampling.top_p < 1:
+        logits_BV = _likeliest(logits_BV, sampling.top_k or BYTES, sampling.top_p)
+    return jax.vmap(_drawn, (0, None, 0, 0))(logits_BV, sampling.seed, stream_B, position_B)
+
+
+def _likeliest(logits_BV: jax.Array, top_k: int, top_p: float) -> jax.Array:
+    """Minus infinity for all but the `top_k` likeliest, and of these all but the fewest with mass `top_p` (nucleus).
+
+    Holtzman et al. 2019 (arXiv 1904.09751), Sec. 3.1. Of bytes that are equally likely the lower ones come first.
+    """
+    order_BV = jnp.argsort(-logits_BV, axis=-1, stable=True)
+    sorted_BV = jnp.take_along_axis(logits_BV, order_BV, -1)
+    sorted_BV = jnp.where(jnp.arange(sorted_BV.shape[-1]) < top_k, sorted_BV, -jnp.inf)
+    probability_BV = jax.nn.softmax(sorted_BV)
+    before_BV = jnp.cumsum(probability_BV, -1) - probability_BV  # zero for the likeliest, which thus always stays
+    kept_BV = jnp.where(before_BV < top_p, sorted_BV, -jnp.inf)
+    return jnp.take_along_axis(kept_BV, jnp.argsort(order_BV, axis=-1), -1)
+
+
+def _drawn(logits_V: jax.Array, seed: int, stream: jax.Array, position: jax.Array) -> jax.Array:
+    key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), stream), position)
+    return jax.random.categorical(key, logits_V).astype(jnp.int32)
