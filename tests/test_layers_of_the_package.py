@@ -9,9 +9,10 @@ ROWS = [
     {"distributed", "topology", "attention", "embeddings", "checksums", "workdir"},
     {"layers"},
     {"models", "data"},
-    {"losses", "gradients", "optimizer", "state", "checkpoint", "metrics", "skips"},
+    {"losses", "gradients", "optimizer", "state", "checkpoint", "metrics", "skips", "figures", "profile"},
     {"step"},
     {"trainer", "cli", "contract", "operations", "memory"},
+    {"by_position"},
     {"train", "evaluate", "audit", "plan"},
 ]
 ROW = {name: row for row, names in enumerate(ROWS) for name in names}
