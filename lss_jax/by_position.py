@@ -29,8 +29,6 @@ from lss_jax.step import make_position_step
 from lss_jax.trainer import Split, losses_on, restore_params
 from lss_jax.workdir import check_workdir
 
-FILE = "by_position"  # _SPLIT.json and .png, in the workdir
-
 
 class Sums(NamedTuple):
     """Sums of each natural position, float64 `[L]`, of a window of `L` tokens."""
@@ -151,7 +149,13 @@ def shown_bin(before: list[int]) -> str:
 def plot_of(windows: dict[str, dict[str, Any]]) -> Plot:
     """Windows under their labels, each as a curve through its bins, at the bins' last places."""
     curves = [
-        Curve(label, [of_bin["before"][1] for of_bin in w["bins"]], [of_bin["bits_per_byte"] for of_bin in w["bins"]])
-        for label, w in windows.items()
+        Curve(
+            label,
+            [of_bin["before"][1] for of_bin in window["bins"]],
+            [of_bin["bits_per_byte"] for of_bin in window["bins"]],
+            style,
+            dots=True,
+        )
+        for style, (label, window) in enumerate(windows.items())
     ]
-    return Plot("bytes before, at most", "bits per byte", curves, log_x=True, dots=True)
+    return Plot("bytes before, at most", "bits per byte", curves, log_x=True)

@@ -10,13 +10,14 @@ from ml_collections import ConfigDict
 
 from lss_jax import cli, distributed
 from lss_jax.attention.setting import kernel_on
-from lss_jax.by_position import FILE, evaluate_by_position, parse_lengths, plot_of, table_of
+from lss_jax.by_position import evaluate_by_position, parse_lengths, plot_of, table_of
 from lss_jax.config import Config, ConfigError, from_dict, validate
 from lss_jax.data.sources import open_splits
 from lss_jax.figures import png_of
 from lss_jax.mesh import make_mesh
 from lss_jax.metrics import Record, add_record
 from lss_jax.models import build_model
+from lss_jax.runs import BY_POSITION
 from lss_jax.step import make_eval_step
 from lss_jax.trainer import Split, evaluate_split, restore_params
 from lss_jax.workdir import check_workdir, saved_config, write_whole
@@ -40,7 +41,7 @@ def main() -> int:
     parser.add_argument(
         "--by-position",
         action="store_true",
-        help=f"by how much came before a byte: a table here, {FILE}_SPLIT.json and .png in the workdir",
+        help=f"by how much came before a byte: a table here, {BY_POSITION}_SPLIT.json and .png in the workdir",
     )
     parser.add_argument(
         "--lengths", metavar="L,L", help="with --by-position: windows of these lengths (default: data.seq_len)"
@@ -81,7 +82,7 @@ def check(arguments: argparse.Namespace) -> None:
 
 def keep(result: dict[str, Any], workdir: Path) -> None:
     """Writes the result and its figure into the workdir."""
-    path = workdir / f"{FILE}_{result['split']}.json"
+    path = workdir / f"{BY_POSITION}_{result['split']}.json"
     figure = png_of(plot_of({f"windows of {window['length']:,}": window for window in result["windows"]}))
     try:
         write_whole(path, json.dumps(result, indent=2) + "\n")

@@ -4,7 +4,6 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import jax
 
@@ -26,22 +25,18 @@ class Profile:
         self._steps = range(config.start, config.start + config.steps) if is_first() else range(0)
         self._folder, self._tracing = folder, False
 
-    @contextmanager
-    def step(self, number: int, before: Any) -> Iterator[None]:
-        """Around a step, under its number; the trace begins when `before`, the state that it starts from, is there."""
-        if number not in self._steps:
-            yield
-            return
-        if not self._tracing:
-            jax.block_until_ready(before)
-            self._start()
-        with jax.profiler.StepTraceAnnotation(STEP, step_num=number):
-            yield
+    def borders(self, number: int) -> bool:
+        """Whether step `number` must be done before anything else: a trace begins after it, or ends with it."""
+        return number + 1 in (self._steps.start, self._steps.stop)
 
-    def stop_after(self, number: int, state: Any) -> None:
-        """Ends the trace if step `number`, which leads to `state`, is the last of it."""
-        if self._tracing and number + 1 not in self._steps:
-            jax.block_until_ready(state)
+    def before(self, number: int) -> None:
+        """Begins the trace if step `number` belongs to it."""
+        if number in self._steps and not self._tracing:
+            self._start()
+
+    def after(self, number: int) -> None:
+        """Ends the trace if step `number` is the last of it."""
+        if number + 1 not in self._steps:
             self.stop()
 
     def stop(self) -> None:

@@ -30,7 +30,7 @@ from lss_jax.mesh import make_mesh, shardings
 from lss_jax.metrics import MetricsWriter, Record, bits_per_byte
 from lss_jax.models import Model, Params, build_model
 from lss_jax.optimizer import make_optimizer, make_schedule
-from lss_jax.profile import Profile
+from lss_jax.profile import STEP, Profile
 from lss_jax.skips import Skips
 from lss_jax.state import TrainState, init_state, kept_specs, state_shardings
 from lss_jax.step import make_eval_step, trace_train_step
@@ -109,19 +109,21 @@ class Trainer:
         batches = prefetched(self.training_batch, first, config.optim.steps)
         for step in range(first + 1, config.optim.steps + 1):
             if not may_start(step):
+                jax.block_until_ready(self.state)
                 break
+            self._profile.before(step)
             started = time.perf_counter()
             last = step == config.optim.steps
             logs = step % config.log_every == 0 or last
-            with self._profile.step(step, self.state):
+            with jax.profiler.StepTraceAnnotation(STEP, step_num=step):
                 self.state, metrics = self._train_step(self.state, next(batches))
                 self._skips.add(step, metrics)
                 self.step = step
-                if logs or self._blocks:
+                if logs or self._blocks or self._profile.borders(step):
                     jax.block_until_ready(self.state)
                     self._settle()
-            self._profile.stop_after(step, self.state)
             steps_timed, seconds = steps_timed + 1, seconds + time.perf_counter() - started
+            self._profile.after(step)
             records = []
             if logs:
                 self._checkpoints.check()

@@ -10,10 +10,11 @@ ROWS = [
     {"layers"},
     {"models", "data"},
     {"losses", "gradients", "optimizer", "state", "checkpoint", "metrics", "skips", "figures", "profile"},
-    {"step"},
+    {"step", "page", "runs"},
     {"trainer", "cli", "contract", "operations", "memory"},
     {"by_position"},
     {"train", "evaluate", "audit", "plan"},
+    {"report"},
 ]
 ROW = {name: row for row, names in enumerate(ROWS) for name in names}
 
