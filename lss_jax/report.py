@@ -106,9 +106,11 @@ def curves(runs: Sequence[Run]) -> str:
     """Losses, learning rate, gradient norm and throughput over the steps; skipped updates are marked."""
     marks = tuple((float(step), style) for style, run in enumerate(runs) for step, _ in run.skips())
     told = "".join(
-        f" {run.name + ': ' if runs[1:] else ''}{count} skipped up to step {step:,}, where a dotted line stands."
+        f" Updates skipped{' by ' + run.name if runs[1:] else ''}, up to the dotted lines: "
+        + ", ".join(f"{count} by step {step:,}" for step, count in run.skips())
+        + "."
         for run in runs
-        for step, count in run.skips()
+        if run.skips()
     )
     if runs[1:]:
         losses = [

@@ -18,14 +18,15 @@ def config(tmp_path):
     (tmp_path / "text").write_bytes(TEXT)
     small = {"model__layers": 1, "log_every": 2, "eval_every": 0, "eval_batches": 1, "optim__steps": 10}
     data = {"data__source": "text", "data__path": str(tmp_path / "text")}
-    return small_config(mesh__seq=4, profile__start=3, profile__steps=4, **small, **data)
+    return small_config(mesh__seq=2, profile__start=3, profile__steps=4, **small, **data)
 
 
 def train(config, workdir, stop_after=None):
-    trainer = Trainer(config, workdir)
+    trainer = Trainer(config, workdir, jax.devices()[:2])
     for _ in trainer.fit(lambda step: stop_after is None or step <= stop_after):
         pass
-    trainer.save()
+    if stop_after is not None:
+        trainer.save()
     trainer.close()
 
 
@@ -66,10 +67,11 @@ def test_an_interrupted_trace_is_closed_and_the_rest_traced_later(config, tmp_pa
     assert traced(tmp_path / "run") == [[3, 4], [5, 6]]
 
 
+@pytest.mark.grid
 def test_a_run_that_ends_or_fails_within_its_trace_closes_it(config, tmp_path):
     train(change(config, optim__steps=4), tmp_path / "short")
     assert traced(tmp_path / "short") == [[3, 4]]
-    trainer = Trainer(config, tmp_path / "fails")
+    trainer = Trainer(config, tmp_path / "fails", jax.devices()[:2])
     with pytest.raises(KeyboardInterrupt):
         for record in trainer.fit():
             assert record["step"] <= 4
