@@ -73,4 +73,8 @@ def get_config() -> ConfigDict:
     optim.accumulate = 1  # microbatches per step
     optim.shard_state = False  # a share of Adam's moments per device, also of weights that are on all of them (ZeRO-1)
     optim.max_skipped = 10  # so many steps in a row whose loss or gradient is not finite end the run
+
+    config.profile = profile = ConfigDict()  # a trace of training steps, in WORKDIR/profile
+    profile.start = 10  # the first of them; by then the caches are warm
+    profile.steps = 0  # how many; 0: none
     return config

@@ -10,7 +10,7 @@ import logging
 import shutil
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -94,11 +94,26 @@ def _restored(folder: Path, step: int, shapes: dict[str, Any], damaged: dict[int
     return None
 
 
-def _read(folder: Path, step: int, shapes: dict[str, Any]) -> Restored:
-    """What the files say. Each process reads its own part and waits for nobody, so that one may fail alone."""
+def newest_notes(folder: Path) -> dict[str, Any] | None:
+    """The notes of the newest checkpoint under `folder` that has them whole; its arrays are not looked at."""
+    step = newest_step(folder)
+    while step is not None:
+        with suppress(OSError, ValueError, KeyError, TypeError, Damage):
+            return _manifest(folder / str(step), step)
+        step = newest_step(folder, below=step)
+    return None
+
+
+def _manifest(folder: Path, step: int) -> dict[str, Any]:
     manifest = json.loads((folder / "manifest" / "metadata").read_text())
     if manifest["seal"] != _seal(manifest) or manifest["step"] != step:
         raise Damage("manifest: not what was saved")
+    return manifest
+
+
+def _read(folder: Path, step: int, shapes: dict[str, Any]) -> Restored:
+    """What the files say. Each process reads its own part and waits for nobody, so that one may fail alone."""
+    manifest = _manifest(folder, step)
     items = {
         name: ocp.StandardCheckpointHandler().restore((folder / name).absolute(), args=ocp.args.StandardRestore(tree))
         for name, tree in shapes.items()

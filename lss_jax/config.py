@@ -81,6 +81,12 @@ class OptimConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class ProfileConfig:
+    start: int
+    steps: int
+
+
+@dataclasses.dataclass(frozen=True)
 class Config:
     seed: int
     mesh: MeshConfig
@@ -88,6 +94,7 @@ class Config:
     model: ModelConfig
     data: DataConfig
     optim: OptimConfig
+    profile: ProfileConfig
     eval_every: int
     eval_batches: int
     checkpoint_every: int
@@ -236,6 +243,7 @@ def _out_of_range(config: Config) -> Iterator[str]:
         **{f"data.{k}": getattr(data, k) for k in ("seq_len", "batch_size")},
         **{f"optim.{k}": getattr(optim, k) for k in ("steps", "accumulate", "max_skipped")},
         **{f"attention.{k}": getattr(attention, k) for k in ("block_queries", "block_keys", "gather_groups")},
+        "profile.start": config.profile.start,
         **{k: getattr(config, k) for k in ("checkpoint_every", "checkpoints_kept", "log_every", "eval_batches")},
     }
     yield from less_than_1(at_least_1)
@@ -244,6 +252,7 @@ def _out_of_range(config: Config) -> Iterator[str]:
     at_least_0 = {
         "seed": config.seed,
         "eval_every": config.eval_every,
+        "profile.steps": config.profile.steps,
         "attention.window": attention.window,
         "attention.prefix": attention.prefix,
         "optim.warmup_steps": optim.warmup_steps,
@@ -306,6 +315,11 @@ def _cross_field(config: Config) -> Iterator[str]:
         yield (
             f"optim.warmup_steps={optim.warmup_steps} is more than optim.steps={optim.steps}; "
             f"warm up for at most {optim.steps} steps"
+        )
+    if config.profile.steps > 0 and config.profile.start > optim.steps > 0:
+        yield (
+            f"profile.start={config.profile.start} is beyond the last step, optim.steps={optim.steps}; trace from an "
+            f"earlier step on, or set profile.steps=0 to trace none"
         )
     if data.source == "text" and not data.path:
         yield 'data.source="text" needs a file; give data.path, or use data.source="stdlib", which needs none'

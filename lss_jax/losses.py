@@ -11,7 +11,7 @@ from lss_jax.tensor_parallel import own_numbers, own_part
 
 
 class LossSum(NamedTuple):
-    """Sums over some tokens, float32 scalars: divide only after both are summed over the mesh."""
+    """Sums over some tokens, float32 scalars or one per position: divide only after both are summed over the mesh."""
 
     nats: Any
     tokens: Any  # those that count
@@ -21,16 +21,21 @@ class LossSum(NamedTuple):
         return self.nats / jnp.maximum(self.tokens, 1.0)
 
 
-def cross_entropy(logits_BlV: jax.Array, targets_Bl: jax.Array) -> LossSum:
-    """Cross-entropy in nats, summed over this device's tokens whose target is not `IGNORED`."""
+def cross_entropy(logits_BlV: jax.Array, targets_Bl: jax.Array, over: int | None = None) -> LossSum:
+    """Cross-entropy in nats, summed over this device's tokens whose target is not `IGNORED`.
+
+    `over` is the dimension of `Bl` that is summed, None: both.
+    """
     counted_Bl = targets_Bl != IGNORED
     target_logit_Bl = jnp.take_along_axis(logits_BlV, jnp.maximum(targets_Bl, 0)[..., None], axis=-1)[..., 0]
     nats_Bl = jax.nn.logsumexp(logits_BlV, axis=-1) - target_logit_Bl
-    return LossSum(jnp.sum(nats_Bl, where=counted_Bl), jnp.sum(counted_Bl, dtype=jnp.float32))
+    return LossSum(jnp.sum(nats_Bl, over, where=counted_Bl), jnp.sum(counted_Bl, over, dtype=jnp.float32))
 
 
 @jax.named_scope(LOSS)
-def cross_entropy_of_shares(logits_BlV: jax.Array, targets_Bl: jax.Array, axis: str) -> LossSum:
+def cross_entropy_of_shares(
+    logits_BlV: jax.Array, targets_Bl: jax.Array, axis: str, over: int | None = None
+) -> LossSum:
     """The same where each device of `axis` has all tokens' logits of its share of the vocabulary.
 
     No device ever has all logits of a token: the largest and the sum of exponentials go over `axis`, a number per
@@ -44,4 +49,4 @@ def cross_entropy_of_shares(logits_BlV: jax.Array, targets_Bl: jax.Array, axis: 
     sum_Bp, target_logit_Bp = jax.lax.psum_scatter(shares_2Bl, axis, scatter_dimension=2, tiled=True)
     counted_Bp = own_part(targets_Bl, axis, 1) != IGNORED
     nats_Bp = jnp.log(sum_Bp) - target_logit_Bp
-    return LossSum(jnp.sum(nats_Bp, where=counted_Bp), jnp.sum(counted_Bp, dtype=jnp.float32))
+    return LossSum(jnp.sum(nats_Bp, over, where=counted_Bp), jnp.sum(counted_Bp, over, dtype=jnp.float32))

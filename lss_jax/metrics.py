@@ -11,7 +11,12 @@ from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.proto.summary_pb2 import Summary
 
-Record = dict[str, Any]  # step, split, loss, bits_per_byte; train also learning_rate, grad_norm, tokens_per_second, ...
+from lss_jax.config import ConfigError
+
+Record = dict[str, Any]
+
+OF_ALL = {"step", "split", "loss", "bits_per_byte"}
+OF_TRAINING = {"learning_rate", "grad_norm", "tokens_per_second", "step_seconds", "skipped"}
 
 
 def bits_per_byte(nats: float) -> float:
@@ -87,6 +92,41 @@ def read_records(path: Path) -> list[Record]:
         if isinstance(record, dict) and isinstance(record.get("step"), int):
             records.append({k: math.nan if v is None else v for k, v in record.items()})
     return records
+
+
+def checked_records(path: Path) -> list[Record]:
+    """The same, but every line must be sound, if not the last: a killed run leaves half of it.
+
+    Raises:
+      ConfigError: one is not, or there are none.
+    """
+    try:
+        *lines, _ = path.read_bytes().split(b"\n")
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read ({error.strerror}); give the folder of a training run") from error
+    for number, line in enumerate(lines, 1):
+        if not _is_record(line):
+            raise ConfigError(
+                f"{path}: line {number} is damaged; put the file back from a copy, or remove that line, which leaves "
+                f"a gap in the curves"
+            )
+    if not lines:
+        raise ConfigError(f"{path} has no metrics yet; train there for log_every steps first")
+    return read_records(path)
+
+
+def _is_record(line: bytes) -> bool:
+    try:
+        record = json.loads(line)
+        keys = OF_ALL | (OF_TRAINING if record["split"] == "train" else set())
+        numbers = [value for key, value in record.items() if key != "split"]
+    except (ValueError, TypeError, KeyError, AttributeError):
+        return False
+    return (
+        keys <= record.keys()
+        and type(record["step"]) is int
+        and all(type(n) in (int, float, type(None)) for n in numbers)
+    )
 
 
 def console_line(record: Record, steps: int) -> str:

@@ -28,6 +28,7 @@ from lss_jax.state import TrainState, init_state, state_shardings
 from lss_jax.tensor_parallel import own_part
 
 SUM_SPECS = LossSum(P(), P())  # scalars: they ride along with the gradients, through the same two sums
+POSITION_SPECS = LossSum(P((SEQ, MODEL)), P((SEQ, MODEL)))  # one of each position: cut like a position table
 
 
 def make_train_step(model: Model, optimizer: optax.GradientTransformationExtraArgs, mesh: Mesh) -> jax.stages.Wrapped:
@@ -115,6 +116,21 @@ def make_eval_step(model: Model, mesh: Mesh) -> jax.stages.Wrapped:
     return jax.jit(lambda params, batch: on_segments(padded(params, model, mesh), batch))
 
 
+def make_position_step(model: Model, mesh: Mesh) -> jax.stages.Wrapped:
+    """The jitted evaluation by position: the same to sums over the sequences alone, `[L]`, padded, in layout order.
+
+    What is cut like the sequence stays so: by the gradient law such sums are taken over `data`.
+    """
+    in_specs = on_mesh((model.specs, batch_specs(bool(model.config.data.separator))), mesh)
+
+    @partial(jax.shard_map, mesh=mesh, in_specs=in_specs, out_specs=on_mesh(POSITION_SPECS, mesh))
+    def on_segments(params: Params, batch: Batch) -> LossSum:
+        params = in_layout_order(params, model, mesh)
+        return double_sum(local_loss(model, mesh, params, batch, None, over=0), POSITION_SPECS, mesh)
+
+    return jax.jit(lambda params, batch: on_segments(padded(params, model, mesh), batch))
+
+
 @jax.named_scope(POSITIONS)
 def in_layout_order(params: Params, model: Model, mesh: Mesh, back: bool = False) -> Params:
     """Local parameters (or gradients) with the rows of cut tables where their tokens are, or `back` where they lie."""
@@ -151,8 +167,10 @@ def _missing_rows(model: Model, mesh: Mesh) -> int:
     return layout_on(model.config, mesh).padded(seq_len) - seq_len
 
 
-def local_loss(model: Model, mesh: Mesh, params: Params, batch: Batch, dropout: Dropout | None) -> LossSum:
-    """This device's share of the loss: its own part of the segment, of its own sequences."""
+def local_loss(
+    model: Model, mesh: Mesh, params: Params, batch: Batch, dropout: Dropout | None, over: int | None = None
+) -> LossSum:
+    """This device's share of the loss: its own part of the segment, of its own sequences, summed `over` 0, or both."""
     config, axis = model.config, if_cut(MODEL, mesh)
     mask = mask_of(config, batch.positions_L, batch.documents_2BL)
     positions_p = own_part(batch.positions_L, axis, 0)
@@ -167,8 +185,8 @@ def local_loss(model: Model, mesh: Mesh, params: Params, batch: Batch, dropout: 
     targets_Bl = jnp.where(in_prefix_l, IGNORED, batch.targets_BL)
     logits = model.apply(params, batch.tokens_BL, segment)
     if axis and config.model.vocab_parallel:
-        return cross_entropy_of_shares(logits, targets_Bl, axis)
-    return cross_entropy(logits, own_part(targets_Bl, axis, 1))
+        return cross_entropy_of_shares(logits, targets_Bl, axis, over)
+    return cross_entropy(logits, own_part(targets_Bl, axis, 1), over)
 
 
 def mask_of(config: Config, positions_l: jax.Array, documents_2Bl: jax.Array | None) -> Intervals:

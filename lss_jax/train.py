@@ -145,7 +145,8 @@ def summarize(trainer: Trainer) -> str:
             lines.append(f"  {split}  {record['bits_per_byte']:.4f} bits/byte, {record['loss']:.4f} nats  ({note})")
     if "train" in last:
         lines.append(f"  speed  {last['train']['tokens_per_second']:,.0f} tokens/s")
-    lines.append(f"  files  {workdir}/: checkpoints/, metrics.jsonl, tensorboard/, config.json")
+    profile = ", profile/" if (workdir / "profile").is_dir() else ""
+    lines.append(f"  files  {workdir}/: checkpoints/, metrics.jsonl, tensorboard/, config.json{profile}")
     lines.append("next:")
     lines.append(f"  python -m lss_jax.evaluate --workdir {shlex.quote(str(workdir))} --split test")
     lines.append(f"  {more}   # train on")

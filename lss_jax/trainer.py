@@ -30,6 +30,7 @@ from lss_jax.mesh import make_mesh, shardings
 from lss_jax.metrics import MetricsWriter, Record, bits_per_byte
 from lss_jax.models import Model, Params, build_model
 from lss_jax.optimizer import make_optimizer, make_schedule
+from lss_jax.profile import STEP, Profile
 from lss_jax.skips import Skips
 from lss_jax.state import TrainState, init_state, kept_specs, state_shardings
 from lss_jax.step import make_eval_step, trace_train_step
@@ -73,6 +74,7 @@ class Trainer:
         self.step = found.step if found else 0
         self.state = TrainState(self._step_number(), **found.items) if found else self._fresh()
         self._skips = Skips(*found.notes["skips"]) if found else Skips(0, 0)
+        self._profile = Profile(config.profile, workdir / "profile")
         after_first(lambda: keep_config(config, workdir))
         self._checkpoints = CheckpointWriter(folder, config.checkpoints_kept, self.step)
         with self._writing_metrics():
@@ -95,23 +97,33 @@ class Trainer:
           RunError: too many steps were not finite, a checkpoint cannot be written, or the data has changed.
         """
         self.compile()
+        try:
+            yield from self._fit(may_start)
+        finally:
+            self._profile.stop()  # if the run ends within it, for whatever reason
+
+    def _fit(self, may_start: Callable[[int], bool]) -> Iterator[Record]:
         assert self._train_step is not None
         config, first = self.config, self.step
         steps_timed, seconds = 0, 0.0
         batches = prefetched(self.training_batch, first, config.optim.steps)
         for step in range(first + 1, config.optim.steps + 1):
             if not may_start(step):
+                jax.block_until_ready(self.state)
                 break
+            self._profile.before(step)
             started = time.perf_counter()
-            self.state, metrics = self._train_step(self.state, next(batches))
-            self._skips.add(step, metrics)
-            self.step = step
             last = step == config.optim.steps
             logs = step % config.log_every == 0 or last
-            if logs or self._blocks:
-                jax.block_until_ready(self.state)
-                self._settle()
+            with jax.profiler.StepTraceAnnotation(STEP, step_num=step):
+                self.state, metrics = self._train_step(self.state, next(batches))
+                self._skips.add(step, metrics)
+                self.step = step
+                if logs or self._blocks or self._profile.borders(step):
+                    jax.block_until_ready(self.state)
+                    self._settle()
             steps_timed, seconds = steps_timed + 1, seconds + time.perf_counter() - started
+            self._profile.after(step)
             records = []
             if logs:
                 self._checkpoints.check()
@@ -244,17 +256,27 @@ class Split:
         return read_batch(self.data, starts_B, self.seq_len, self._mesh, self._layout, self._documents)
 
 
-def evaluate_split(
+def losses_on(
     eval_step: Callable[[Params, Batch], LossSum], params: Params, split: Split, name: str, batches: int | None
-) -> Record:
-    """Nats and bits per counted byte over the first `batches` batches of a split, None for all of it."""
+) -> Iterator[LossSum]:
+    """What `eval_step` makes of the first `batches` batches of a split, None for all of it; read each before the next.
+
+    On CPU queued steps of simulated devices would block one another.
+    """
     starts = consecutive_starts(len(split.data), batch_size=split.batch_size, seq_len=split.seq_len)[:batches]
-    nats, count = 0.0, 0.0
     made = prefetched(lambda index: split.read(starts[index]), 0, len(starts))
     for batch in tqdm(
         made, desc=name, total=len(starts), unit="batch", leave=False, disable=None if is_first() else True
     ):
-        sums = eval_step(params, batch)
+        yield eval_step(params, batch)
+
+
+def evaluate_split(
+    eval_step: Callable[[Params, Batch], LossSum], params: Params, split: Split, name: str, batches: int | None
+) -> Record:
+    """Nats and bits per counted byte over the first `batches` batches of a split, None for all of it."""
+    nats, count = 0.0, 0.0
+    for sums in losses_on(eval_step, params, split, name, batches):
         nats, count = nats + float(sums.nats), count + float(sums.tokens)
     loss = nats / max(count, 1.0)
     return {"loss": loss, "bits_per_byte": bits_per_byte(loss)}

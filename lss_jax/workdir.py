@@ -28,15 +28,20 @@ def keep_config(config: Config, workdir: Path) -> None:
     Raises:
       ConfigError: that fails.
     """
-    unfinished = workdir / "config.json.unfinished"
     try:
         workdir.mkdir(parents=True, exist_ok=True)
-        unfinished.write_text(json.dumps(dataclasses.asdict(config), indent=2) + "\n")
-        os.replace(unfinished, workdir / "config.json")
+        write_whole(workdir / "config.json", json.dumps(dataclasses.asdict(config), indent=2) + "\n")
     except OSError as error:
         raise ConfigError(
             f"workdir {workdir} cannot be written to ({error.strerror}); make room, or choose another"
         ) from error
+
+
+def write_whole(path: Path, content: str | bytes) -> None:
+    """Writes a file, whole or not at all; raises OSError."""
+    unfinished = path.with_name(f"{path.name}.unfinished")
+    unfinished.write_bytes(content.encode() if isinstance(content, str) else content)
+    os.replace(unfinished, path)
 
 
 def saved_config(workdir: Path) -> dict:

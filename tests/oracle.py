@@ -23,15 +23,35 @@ def logits(params, tokens_BL, seen_BLL, model):
 
 def loss(params, tokens_BL, targets_BL, seen_BLL, model):
     """Mean nats over the targets that are not -1."""
+    return nats(params, tokens_BL, targets_BL, seen_BLL, model).sum() / (targets_BL >= 0).sum()
+
+
+def nats(params, tokens_BL, targets_BL, seen_BLL, model):
+    """`BL`; 0 for the targets that are -1."""
     log_probs_BLV = jax.nn.log_softmax(logits(params, tokens_BL, seen_BLL, model))
     counted = targets_BL >= 0
     chosen = jnp.take_along_axis(log_probs_BLV, jnp.where(counted, targets_BL, 0)[..., None], -1)[..., 0]
-    return -jnp.where(counted, chosen, 0.0).sum() / counted.sum()
+    return -jnp.where(counted, chosen, 0.0)
 
 
 def loss_and_gradient(params, batch, config):
     """On host copies of global arrays, put in natural order and without padding, on one device."""
-    params, batch = jax.tree.map(np.asarray, (params, batch))
+    params, inputs = jax.tree.map(np.asarray, params), plain_inputs(batch, config)
+    with jax.default_device(jax.devices()[0]):
+        return _loss_and_gradient(params, *inputs, config.model)
+
+
+def by_position(params, batch, config):
+    """Sums over the batch of nats and of targets that are not -1, `[2, L]`, in natural order."""
+    params, (tokens_BL, targets_BL, seen_BLL) = jax.tree.map(np.asarray, params), plain_inputs(batch, config)
+    with jax.default_device(jax.devices()[0]):
+        nats_BL = _nats(params, tokens_BL, targets_BL, seen_BLL, config.model)
+    return np.stack((np.asarray(nats_BL, np.float64).sum(0), (targets_BL >= 0).sum(0)))
+
+
+def plain_inputs(batch, config):
+    """Tokens, targets and what each token sees."""
+    batch = jax.tree.map(np.asarray, batch)
     order = np.argsort(batch.positions_L)[: config.data.seq_len]
     tokens_BL, targets_BL = batch.tokens_BL[:, order], batch.targets_BL[:, order]
     i, j = np.ogrid[: len(order), : len(order)]
@@ -44,11 +64,11 @@ def loss_and_gradient(params, batch, config):
         seen_BLL = seen_BLL & (begin_BL[:, :, None] == begin_BL[:, None, :])
     if prefix:
         targets_BL = np.where(np.arange(len(order)) + 1 < prefix, -1, targets_BL)
-    with jax.default_device(jax.devices()[0]):
-        return _loss_and_gradient(params, tokens_BL, targets_BL, seen_BLL, config.model)
+    return tokens_BL, targets_BL, seen_BLL
 
 
 _loss_and_gradient = jax.jit(jax.value_and_grad(loss), static_argnums=4)
+_nats = jax.jit(nats, static_argnums=4)
 
 
 def _norm(p, x):

@@ -9,10 +9,12 @@ ROWS = [
     {"distributed", "topology", "attention", "embeddings", "checksums", "workdir"},
     {"layers", "global_attention", "cache"},
     {"models", "data", "flax_attention"},
-    {"losses", "gradients", "optimizer", "state", "checkpoint", "metrics", "skips"},
-    {"step"},
+    {"losses", "gradients", "optimizer", "state", "checkpoint", "metrics", "skips", "figures", "profile"},
+    {"step", "page", "runs"},
     {"trainer", "cli", "contract", "operations", "memory", "decode"},
-    {"train", "evaluate", "audit", "plan", "generate"},
+    {"by_position"},
+    {"train", "evaluate", "generate", "audit", "plan"},
+    {"report"},
 ]
 ROW = {name: row for row, names in enumerate(ROWS) for name in names}
 
