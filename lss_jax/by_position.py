@@ -57,7 +57,7 @@ def evaluate_by_position(
     of_length = {length: at_length(config, length) for length in lengths}
     gather_problems(*(lambda c=c: validate(c, len(jax.devices())) for c in of_length.values()))
     mesh = make_mesh(validate(config, len(jax.devices())))
-    kernel_on(config, mesh)  # refuses one that is for other devices
+    kernel_on(config.attention, mesh)  # refuses one that is for other devices
     data = open_splits(of_length[lengths[-1]].data)[name]
     splits = {length: Split(data, of_length[length], mesh) for length in lengths}
     step, params = restore_params(build_model(config), mesh, workdir)

@@ -145,8 +145,8 @@ def _positions(model: Model, mesh: Mesh | AbstractMesh) -> Part:
     if config.model.positions != "learned" or not axes:
         return
     rows = sizes.l * config.model.width
-    if config.attention.layout == "zigzag" and mesh.shape[SEQ] > 1:
-        yield Line(POSITIONS, "collective-permute", axes), 4, rows // mesh.shape[MODEL] // 2, 4
+    sends = 2 * layout_on(config, mesh).sends  # there and back
+    yield Line(POSITIONS, "collective-permute", axes), sends, rows // mesh.shape[MODEL] // 2, 4
     if _padded(config, mesh):
         yield Line(POSITIONS, "all-gather", axes), 1, rows * mesh.shape[SEQ], 4
 

@@ -52,7 +52,7 @@ def main() -> int:
     )
     with cli.start(arguments, config):
         mesh = make_mesh(validate(config, len(jax.devices())))
-        kernel_on(config, mesh)  # refuses one that is for other devices
+        kernel_on(config.attention, mesh)  # refuses one that is for other devices
         step, params = restore_params(build_model(config), mesh, workdir)
         generation = Generation(config, mesh, params, prompts, arguments.tokens, sampling)
         _tell(f"devices  {_devices(mesh)}")

@@ -80,12 +80,12 @@ class Layout:
         """Inside `shard_map` over `axes`: rows cut in natural order (leading axis) to those of this device's tokens.
 
         Cut into two pieces each, the devices have the natural pieces `2j` and `2j + 1` at first. Of the even pieces
-        every device needs one, and of the odd ones too: two sends.
+        every device needs one, and of the odd ones too: two sends, or on two devices one, for the even ones are there.
         """
         if not self._moves_rows:
             return rows_p
-        pieces = zip(jnp.split(rows_p, 2), self._moves, strict=True)
-        even_and_odd = [jax.lax.ppermute(piece, axes, moves) for piece, moves in pieces]
+        pieces = zip(jnp.split(rows_p, 2), self.moves, strict=True)
+        even_and_odd = [_sent(piece, axes, moves) for piece, moves in pieces]
         return jnp.concatenate(self._swapped_where_odd_first(even_and_odd, axes))
 
     def to_natural(self, rows_p: jax.Array, axes: tuple[str, ...]) -> jax.Array:
@@ -93,16 +93,21 @@ class Layout:
         if not self._moves_rows:
             return rows_p
         even_and_odd = self._swapped_where_odd_first(jnp.split(rows_p, 2), axes)
-        back = [[(there, here) for here, there in moves] for moves in self._moves]
+        back = [[(there, here) for here, there in moves] for moves in self.moves]
         pieces = zip(even_and_odd, back, strict=True)
-        return jnp.concatenate([jax.lax.ppermute(piece, axes, moves) for piece, moves in pieces])
+        return jnp.concatenate([_sent(piece, axes, moves) for piece, moves in pieces])
+
+    @property
+    def sends(self) -> int:
+        """How many collectives `from_natural` takes, and `to_natural` as many."""
+        return sum(map(_leave, self.moves)) if self._moves_rows else 0
 
     @property
     def _moves_rows(self) -> bool:
         return self.name == "zigzag" and self.devices > 1
 
     @property
-    def _moves(self) -> list[list[tuple[int, int]]]:
+    def moves(self) -> list[list[tuple[int, int]]]:
         """From where to where the even pieces go, and the odd ones, from natural order to zigzag."""
         holder = {piece: device for device, pair in enumerate(self.pieces_D2.tolist()) for piece in pair}
         return [[(device, holder[2 * device + odd]) for device in range(len(holder) // 2)] for odd in (0, 1)]
@@ -112,6 +117,15 @@ class Layout:
         first, second = pair
         odd_first = jnp.asarray(self.pieces_D2[:, 0] % 2 == 1)[jax.lax.axis_index(axes)]
         return [jnp.where(odd_first, second, first), jnp.where(odd_first, first, second)]
+
+
+def _leave(moves: list[tuple[int, int]]) -> bool:
+    """Whether any piece goes to another device."""
+    return any(here != there for here, there in moves)
+
+
+def _sent(piece: jax.Array, axes: tuple[str, ...], moves: list[tuple[int, int]]) -> jax.Array:
+    return jax.lax.ppermute(piece, axes, moves) if _leave(moves) else piece
 
 
 def _merge(x: jax.Array, axis: int) -> jax.Array:

@@ -56,7 +56,7 @@ def compiled(config: Config) -> dict[str, Any] | str:
         devices = devices[: math.prod(sizes)]
     try:
         mesh = make_mesh(validate(config, len(devices)), devices)
-        kernel_on(config, mesh)  # refuses one that is for other devices
+        kernel_on(config.attention, mesh)  # refuses one that is for other devices
     except ConfigError as error:
         return str(error)
     return audit.json_of(audit.audited(build_model(config), mesh), capacity_of(devices[0]))

@@ -37,7 +37,7 @@ def check_contract(*sizes, **changes):
 
 
 @pytest.mark.parametrize("scan", [True, False])
-@pytest.mark.parametrize("sizes", [(1, 1), (8, 1), (1, 8), (2, 4), (1, 1, 4), (2, 2, 2)])
+@pytest.mark.parametrize("sizes", [(1, 1), (8, 1), (1, 8), (2, 4), (1, 2), (1, 1, 4), (2, 2, 2)])
 def test_collectives_of_a_training_step(sizes, scan):
     check_contract(*sizes, model__scan_layers=scan)
 
