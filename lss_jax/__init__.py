@@ -1,6 +1,79 @@
-"""Sequence-parallel transformer training in JAX: the LSS Transformer (arXiv 2311.02382)."""
+"""Sequence-parallel transformer training in JAX: the LSS Transformer (arXiv 2311.02382).
 
-from lss_jax.flax_attention import attention_fn
-from lss_jax.global_attention import dot_product_attention
+What one calls has a name here; the rest is in the modules (README, "The package").
 
-__all__ = ["attention_fn", "dot_product_attention"]
+>>> import tempfile
+>>> import lss_jax
+>>> _ = lss_jax.start()  # 8 simulated devices where there is no accelerator
+>>> small = {"model.layers": 1, "model.width": 32, "data.seq_len": 64, "optim.steps": 30, "eval_batches": 2}
+>>> config = lss_jax.load_config("configs/default.py", small)
+>>> workdir = tempfile.mkdtemp()
+>>> trainer = lss_jax.Trainer(config, workdir)
+>>> losses = [record["loss"] for record in trainer.fit() if record["split"] == "train"]
+>>> trainer.close()
+>>> losses[-1] < losses[0]
+True
+>>> elsewhere = lss_jax.load_config(workdir, {"mesh.data": 2, "mesh.seq": 4})
+>>> lss_jax.evaluate(workdir, batches=2, config=elsewhere)["bits_per_byte"] < 8
+True
+>>> text = lss_jax.generate(workdir, "def ", tokens=10)
+>>> lss_jax.audit(config)  # doctest: +SKIP
+"""
+
+import importlib
+import sys
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lss_jax.audit import audit
+    from lss_jax.cli import load_config
+    from lss_jax.distributed import start
+    from lss_jax.evaluate import evaluate
+    from lss_jax.flax_attention import attention_fn
+    from lss_jax.generate import generate
+    from lss_jax.global_attention import dot_product_attention
+    from lss_jax.mesh import make_mesh
+    from lss_jax.trainer import Trainer
+
+HOMES = {
+    "Trainer": "trainer",
+    "attention_fn": "flax_attention",
+    "audit": "audit",
+    "dot_product_attention": "global_attention",
+    "evaluate": "evaluate",
+    "generate": "generate",
+    "load_config": "cli",
+    "make_mesh": "mesh",
+    "start": "distributed",
+}
+__all__ = [
+    "Trainer",
+    "attention_fn",
+    "audit",
+    "dot_product_attention",
+    "evaluate",
+    "generate",
+    "load_config",
+    "make_mesh",
+    "start",
+]
+
+
+class _Package(ModuleType):
+    """Some functions are called as the module that they are in, which is a command line; here the functions count."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name not in HOMES:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        return getattr(importlib.import_module(f"{__name__}.{HOMES[name]}"), name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if not (name in HOMES and isinstance(value, ModuleType)):  # as the import of a submodule would have it
+            super().__setattr__(name, value)
+
+    def __dir__(self) -> list[str]:
+        return [*super().__dir__(), *HOMES]
+
+
+sys.modules[__name__].__class__ = _Package  # importing it imports nothing else

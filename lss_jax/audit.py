@@ -4,6 +4,7 @@ import argparse
 import json
 import math
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,7 +14,7 @@ from jax.sharding import Mesh
 from lss_jax import cli, contract, distributed, hlo, operations
 from lss_jax.attention.setting import kernel_on
 from lss_jax.cli import parse_size, shown_size
-from lss_jax.config import from_dict, validate
+from lss_jax.config import Config, from_dict, validate
 from lss_jax.contract import Contract
 from lss_jax.memory import memory_of, shortfall
 from lss_jax.mesh import make_mesh
@@ -38,6 +39,9 @@ class Audit(NamedTuple):
     flops: int  # of matrix products outside attention, traced
     attention_flops: int  # by the blocks that the mask touches
 
+    def __repr__(self) -> str:
+        return text_of(self, capacity_of(self.mesh.devices.flat[0]))
+
 
 def main() -> int:
     parser = argparse.ArgumentParser(
@@ -60,19 +64,36 @@ def main() -> int:
     arguments, values = cli.parse(parser, lambda arguments: cli.load_config_file(arguments.config))
     config = from_dict(values)
     room = parse_size(arguments.memory) if arguments.memory else None
-    if arguments.topology:
-        devices = devices_of(arguments.topology)
-    else:
+    if not arguments.topology:
         distributed.start()
-        devices = jax.devices()
-    mesh = make_mesh(validate(config, len(devices)), devices)
-    kernel_on(config.attention, mesh)  # refuses one that is for other devices
-    result = audited(build_model(config), mesh)
-    room = room or capacity_of(devices[0])
+    result = audit(config, arguments.topology)
+    room = room or capacity_of(result.mesh.devices.flat[0])
     print(text_of(result, room))
     if arguments.json:
         Path(arguments.json).write_text(json.dumps(json_of(result, room), indent=2) + "\n")
     return DISAGREES if arguments.check and problems(result, room) else 0
+
+
+def audit(config: Config, devices: str | Sequence[jax.Device] | None = None) -> Audit:
+    """What the compiler makes of a config's training step; nothing is allocated. `print` it to read it.
+
+    Args:
+      config: of `lss_jax.load_config`.
+      devices: to compile for: all there are, unless given; or a topology such as "tpu:v5p:2x2x2" or "gpu:h100:8", whose
+        devices need not be there (that takes `pip install "jax[tpu]"` or `"jax[cuda13]"`).
+
+    Returns:
+      `collectives` as compiled and as `predicted`, `memory` in bytes on one device, `flops`; its text is the table.
+
+    Raises:
+      ConfigError: the config does not fit the devices, or there is no such topology.
+    """
+    if isinstance(devices, str):
+        devices = devices_of(devices)
+    devices = jax.devices() if devices is None else devices
+    mesh = make_mesh(validate(config, len(devices)), devices)
+    kernel_on(config.attention, mesh)  # refuses one that is for other devices
+    return audited(build_model(config), mesh)
 
 
 def audited(model: Model, mesh: Mesh) -> Audit:

@@ -8,9 +8,10 @@ import re
 import runpy
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import jax
 from absl import flags
@@ -18,9 +19,10 @@ from absl import logging as absl_logging
 from ml_collections import ConfigDict, config_flags
 
 from lss_jax import distributed
-from lss_jax.config import Config, ConfigError, RunError, flat, gather_problems, unknown_key
+from lss_jax.config import Config, ConfigError, RunError, flat, from_dict, gather_problems, unknown_key
 from lss_jax.distributed import Launch
 from lss_jax.peers import Alone, Peers
+from lss_jax.workdir import saved_config
 
 BAD_INPUT = 2
 FAILED = 3  # the run cannot go on; peers.LOST is the code where another process is why
@@ -87,6 +89,39 @@ def parse(
     return arguments, override(load(arguments), overrides)
 
 
+def load_config(path: Path | str, overrides: Mapping[str, Any] | None = None) -> Config:
+    """The config of a Python file such as `configs/default.py`, or of a run's folder, with some keys changed.
+
+    >>> load_config("configs/default.py", {"mesh.seq": 4, "optim.steps": 1000}).optim.steps
+    1000
+
+    Args:
+      path: a file with a function `get_config`, or the workdir of a run.
+      overrides: new values by their dotted keys, which `configs/base.py` lists.
+
+    Raises:
+      ConfigError: no such file, folder or key, or a value that cannot be; a line per problem. What the devices must
+        allow is checked where they are known.
+    """
+    file = Path(path)
+    config = ConfigDict(saved_config(file)) if file.is_dir() else load_config_file(str(path))
+    gather_problems(*(functools.partial(_set, config, key, value) for key, value in (overrides or {}).items()))
+    return from_dict(config)
+
+
+def _set(config: ConfigDict, key: str, value: Any) -> None:
+    known = list(flat(config))
+    if key not in known:
+        raise ConfigError(unknown_key(key, known))
+    try:
+        config.update_from_flattened_dict({key: value})
+    except (TypeError, ValueError) as error:
+        default = flat(config)[key]
+        raise ConfigError(
+            f"{key}={value!r} is of type {type(value).__name__}; give a value of type {type(default).__name__}"
+        ) from error
+
+
 def load_config_file(path: str) -> ConfigDict:
     """The config of a Python file with a function `get_config`.
 
@@ -97,7 +132,8 @@ def load_config_file(path: str) -> ConfigDict:
         known = ", ".join(sorted(map(str, Path("configs").glob("*.py")))) or "none in ./configs"
         raise ConfigError(f"--config={path} is not a file; give a config file (here: {known})")
     try:
-        config = runpy.run_path(path)["get_config"]()
+        with _found(Path(path).resolve().parents[1]):
+            config = runpy.run_path(path)["get_config"]()
         if not isinstance(config, ConfigDict):
             raise TypeError(f"get_config() returns {type(config).__name__}")
         return config
@@ -107,6 +143,16 @@ def load_config_file(path: str) -> ConfigDict:
             f"--config={path} fails with {type(error).__name__}: {reason}; it needs a function get_config() that "
             f"returns the ConfigDict of configs/base.py, changed"
         ) from error
+
+
+@contextmanager
+def _found(folder: Path) -> Iterator[None]:
+    """Config files import one another as `configs.NAME`: in the block that is found from wherever this runs."""
+    sys.path.append(str(folder))
+    try:
+        yield
+    finally:
+        sys.path.remove(str(folder))
 
 
 def override(config: ConfigDict, arguments: list[str]) -> ConfigDict:

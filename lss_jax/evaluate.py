@@ -2,8 +2,9 @@
 
 import argparse
 import json
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 from ml_collections import ConfigDict
@@ -58,7 +59,7 @@ def main() -> int:
                 keep(result, workdir)
                 print(table_of(result))
             return 0
-        record = evaluate(config, workdir, arguments.split, arguments.batches)
+        record = evaluate(workdir, arguments.split, arguments.batches, config=config)
         if distributed.is_first():
             if arguments.split == "test" and arguments.batches is None:
                 add_record(workdir, record)
@@ -91,15 +92,37 @@ def keep(result: dict[str, Any], workdir: Path) -> None:
         raise ConfigError(f"{path} cannot be written ({error.strerror}); make room or make it writable") from error
 
 
-def evaluate(config: Config, workdir: Path, name: str, batches: int | None) -> Record:
-    """The loss of the newest sound checkpoint over the first `batches` batches of a split, None for all of it."""
+def evaluate(
+    workdir: Path | str,
+    split: Literal["train", "valid", "test"] = "valid",
+    batches: int | None = None,
+    *,
+    config: Config | None = None,
+    devices: Sequence[jax.Device] | None = None,
+) -> Record:
+    """The loss of a run's newest sound checkpoint: `loss` in nats and `bits_per_byte`, `step` and `split`.
+
+    Args:
+      workdir: of a training run.
+      split: of its data.
+      batches: only the first so many; None for all of them.
+      config: the run's own, unless given; `load_config(workdir, {"mesh.seq": 4})` is that on another mesh, which gives
+        the same loss.
+      devices: what the mesh is made of; all there are, unless given.
+
+    Raises:
+      ConfigError: there is no run or no checkpoint, or the config does not fit it or the devices.
+    """
+    workdir, devices = Path(workdir), jax.devices() if devices is None else devices
+    config = config or from_dict(saved_config(workdir))
     check_workdir(config, workdir)
-    mesh = make_mesh(validate(config, len(jax.devices())))
+    mesh = make_mesh(validate(config, len(devices)), devices)
     kernel_on(config.attention, mesh)  # refuses one that is for other devices
-    split = Split(open_splits(config.data)[name], config, mesh)
+    data = Split(open_splits(config.data)[split], config, mesh)
     model = build_model(config)
     step, params = restore_params(model, mesh, workdir)
-    return {"step": step, "split": name, **evaluate_split(make_eval_step(model, mesh), params, split, name, batches)}
+    losses = evaluate_split(make_eval_step(model, mesh), params, data, split, batches)
+    return {"step": step, "split": split, **losses}
 
 
 if __name__ == "__main__":

@@ -9,8 +9,9 @@ from typing import Any
 
 import jax
 
-from lss_jax import audit, cli, distributed
+from lss_jax import cli, distributed
 from lss_jax.attention.setting import kernel_on
+from lss_jax.audit import audited, json_of
 from lss_jax.by_position import plot_of, shown_bin
 from lss_jax.cli import shown_size
 from lss_jax.config import Config, ConfigError, flat, validate
@@ -59,7 +60,7 @@ def compiled(config: Config) -> dict[str, Any] | str:
         kernel_on(config.attention, mesh)  # refuses one that is for other devices
     except ConfigError as error:
         return str(error)
-    return audit.json_of(audit.audited(build_model(config), mesh), capacity_of(devices[0]))
+    return json_of(audited(build_model(config), mesh), capacity_of(devices[0]))
 
 
 def report(runs: Sequence[Run], audits: Sequence[dict[str, Any] | str]) -> str:

@@ -3,7 +3,7 @@
 import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 import jax
@@ -25,6 +25,7 @@ from lss_jax.data.loader import (
 )
 from lss_jax.data.sources import Part, check_file, fingerprint, open_splits
 from lss_jax.distributed import after_first, is_first
+from lss_jax.interrupt import held_back
 from lss_jax.losses import LossSum
 from lss_jax.mesh import make_mesh, shardings
 from lss_jax.metrics import MetricsWriter, Record, bits_per_byte
@@ -43,14 +44,20 @@ class Trainer:
     """Trains a model in `workdir`, and goes on where the last run there stopped.
 
     Building one validates everything, opens the data, makes or restores the state, and only then writes. Where there
-    are many processes, each builds one, and they do the same in the same order.
+    are many processes, each builds one, and they do the same in the same order. `state` is what is trained (`params`,
+    global arrays), `step` how many steps it has seen, `mesh` and `config` are what it is trained by.
+
+    Args:
+      config: of `lss_jax.load_config`.
+      workdir: a folder, for checkpoints, metrics and the config; made where needed.
+      devices: what the mesh is made of; all there are, unless given.
 
     Raises:
       ConfigError: the config, the data or the workdir cannot work; nothing has been written.
     """
 
-    def __init__(self, config: Config, workdir: Path, devices: Sequence[jax.Device] | None = None):
-        devices = jax.devices() if devices is None else devices
+    def __init__(self, config: Config, workdir: Path | str, devices: Sequence[jax.Device] | None = None):
+        devices, workdir = jax.devices() if devices is None else devices, Path(workdir)
         self.config, self.workdir = config, workdir
         gather_problems(
             lambda: validate(config, len(devices)),
@@ -90,52 +97,55 @@ class Trainer:
     def fit(self, may_start: Callable[[int], bool] = lambda step: True) -> Iterator[Record]:
         """Trains up to `optim.steps`; yields a record each time that there is one, after writing it.
 
-        It can be left at any record and called again, and stops before a step that `may_start` does not let pass. On
-        CPU every step is waited for: queued steps of simulated devices block one another in XLA's thread pool.
+        It can be left at any record and called again, and stops before a step that `may_start` does not let pass.
+        Ctrl-C (a notebook's interrupt) is a KeyboardInterrupt after the step in hand, with all that belongs to it, and
+        `fit` can be called again. A second one comes at once; if there is no state then, build another Trainer, which
+        goes on from the last checkpoint. On CPU every step is waited for: queued steps of simulated devices block one
+        another in XLA's thread pool.
 
         Raises:
           RunError: too many steps were not finite, a checkpoint cannot be written, or the data has changed.
         """
         self.compile()
         try:
-            yield from self._fit(may_start)
+            with closing(prefetched(self.training_batch, self.step, self.config.optim.steps)) as batches:
+                yield from self._fit(batches, may_start)
         finally:
             self._profile.stop()  # if the run ends within it, for whatever reason
 
-    def _fit(self, may_start: Callable[[int], bool]) -> Iterator[Record]:
+    def _fit(self, batches: Iterator[Batch], may_start: Callable[[int], bool]) -> Iterator[Record]:
         assert self._train_step is not None
         config, first = self.config, self.step
         steps_timed, seconds = 0, 0.0
-        batches = prefetched(self.training_batch, first, config.optim.steps)
         for step in range(first + 1, config.optim.steps + 1):
             if not may_start(step):
                 jax.block_until_ready(self.state)
                 break
-            self._profile.before(step)
-            started = time.perf_counter()
-            last = step == config.optim.steps
-            logs = step % config.log_every == 0 or last
-            with jax.profiler.StepTraceAnnotation(STEP, step_num=step):
-                self.state, metrics = self._train_step(self.state, next(batches))
-                self._skips.add(step, metrics)
-                self.step = step
-                if logs or self._blocks or self._profile.borders(step):
-                    jax.block_until_ready(self.state)
-                    self._settle()
-            steps_timed, seconds = steps_timed + 1, seconds + time.perf_counter() - started
-            self._profile.after(step)
-            records = []
-            if logs:
-                self._checkpoints.check()
-                records.append(self._train_record(metrics, seconds / steps_timed))
-                steps_timed, seconds = 0, 0.0
-            if last or (config.eval_every and step % config.eval_every == 0):
-                records.append(self.evaluate("valid", config.eval_batches))
-            self._write(records)
-            if last or step % config.checkpoint_every == 0:
-                self.save()
+            with held_back():
+                self._profile.before(step)
+                started = time.perf_counter()
+                last = step == config.optim.steps
+                logs = step % config.log_every == 0 or last
+                with jax.profiler.StepTraceAnnotation(STEP, step_num=step):
+                    self.state, metrics = self._train_step(self.state, next(batches))
+                    self._skips.add(step, metrics)
+                    self.step = step
+                    if logs or self._blocks or self._profile.borders(step):
+                        jax.block_until_ready(self.state)
+                        self._settle()
+                steps_timed, seconds = steps_timed + 1, seconds + time.perf_counter() - started
+                self._profile.after(step)
+                records = []
+                if logs:
+                    self._checkpoints.check()
+                    records.append(self._train_record(metrics, seconds / steps_timed))
+                    steps_timed, seconds = 0, 0.0
+                if last or (config.eval_every and step % config.eval_every == 0):
+                    records.append(self.evaluate("valid", config.eval_batches))
+                self._write(records)
+                if last or step % config.checkpoint_every == 0:
+                    self.save()
             yield from records  # with everything done, so that nothing is lost if nobody comes back
-        batches.close()
 
     def evaluate(self, split: str, batches: int | None = None) -> Record:
         """Loss over the first `batches` batches of a split, None for all of it."""

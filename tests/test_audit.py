@@ -8,8 +8,9 @@ import jax
 import pytest
 from helpers import model_on
 
-from lss_jax import audit, contract, hlo, operations
+from lss_jax import contract, hlo, operations
 from lss_jax.attention import lss
+from lss_jax.audit import DISAGREES, audited, json_of, problems, text_of
 from lss_jax.mesh import make_mesh
 from lss_jax.step import trace_train_step
 from lss_jax.topology import devices_of
@@ -112,13 +113,13 @@ def test_operations_of_attention_follow_the_mask():
 
 
 def test_the_text_and_the_json_tell_the_same():
-    result = audit.audited(*model_on(2, 4, model__layers=LAYERS))
-    text, values = audit.text_of(result, 2**30), audit.json_of(result, 2**30)
+    result = audited(*model_on(2, 4, model__layers=LAYERS))
+    text, values = text_of(result, 2**30), json_of(result, 2**30)
     assert text.splitlines()[-1] == "all as predicted" and "of 1.00 GiB: fits" in text
     assert json.loads(json.dumps(values)) == values and values["problems"] == []
     assert values["collectives"]["compiled"][1]["times"] == LAYERS
     assert f"{values['operations']['attention']:,} by the blocks" in text
-    (shortfall,) = audit.problems(result, 1000)
+    (shortfall,) = problems(result, 1000)
     assert shortfall.startswith("it does not fit: ")
 
 
@@ -131,8 +132,8 @@ def test_a_second_gather_is_seen(monkeypatch):
         return real(kv_2BGlK + 0 * both[0], setting)
 
     monkeypatch.setattr(lss, "_gathered", one_by_one)
-    result = audit.audited(*model_on(1, 8, model__layers=LAYERS))
-    assert any("attention forward: all-gather over seq: 6 with" in problem for problem in audit.problems(result, None))
+    result = audited(*model_on(1, 8, model__layers=LAYERS))
+    assert any("attention forward: all-gather over seq: 6 with" in problem for problem in problems(result, None))
 
 
 def command(*arguments):
@@ -149,7 +150,7 @@ def test_the_command_checks_and_writes(tmp_path):
     assert done.returncode == 0, done.stderr
     assert "4 cpu, mesh data=1 x seq=4 x model=1" in done.stdout
     assert json.loads((tmp_path / "out.json").read_text())["problems"] == []
-    assert command(*small, "--check", "--memory", "1MiB").returncode == audit.DISAGREES
+    assert command(*small, "--check", "--memory", "1MiB").returncode == DISAGREES
 
 
 @pytest.mark.parametrize(
@@ -177,8 +178,8 @@ def test_the_contract_holds_on_a_tpu_topology(sizes, strategy, per_layer):
         *sizes, model__layers=LAYERS, model__heads=8, model__width=512, data__seq_len=1024, attention__strategy=strategy
     )
     mesh = make_mesh((*sizes, 1)[:3], devices_of("tpu:v5p:2x2x2"))
-    result = audit.audited(model, mesh)
-    assert audit.problems(result, None) == []
+    result = audited(model, mesh)
+    assert problems(result, None) == []
     assert result.collectives is not None
     of_layers = sum(
         total.times for line, total in result.collectives.items() if line.place.split()[0] in ("attention", "regions")
@@ -191,8 +192,8 @@ def test_a_program_that_does_not_fit_is_told_with_its_sizes():
     model, _ = model_on(
         1, 4, model__layers=2, model__width=512, data__seq_len=2**17, data__batch_size=16, attention__kernel="dense"
     )
-    result = audit.audited(model, make_mesh((1, 4, 1), devices_of("tpu:v5e:2x2")))
-    text = audit.text_of(result, None)
+    result = audited(model, make_mesh((1, 4, 1), devices_of("tpu:v5e:2x2")))
+    text = text_of(result, None)
     assert "does not fit: " in text and "exceed" in text.lower()
     assert "attention forward" in text, "what was predicted stands there all the same"
 

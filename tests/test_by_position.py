@@ -104,7 +104,7 @@ def kept(tmp_path_factory):
 def test_a_whole_split_on_other_meshes_and_lengths(kept):
     """Windows may be longer than those that the model was trained on."""
     workdir, config = kept
-    plain = evaluate(config, workdir, "valid", None)
+    plain = evaluate(workdir, config=config)
     other = change(config, mesh__data=1, mesh__seq=8)
     one, same = (evaluate_by_position(c, workdir, "valid", [48, 60], None)["windows"] for c in (config, other))
     whole_split = len(TEXT) * 5 // 100 - 1  # each byte but the first, at every length
