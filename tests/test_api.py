@@ -24,9 +24,9 @@ SMALL = {
     "data.batch_size": 4,
     "model.layers": 1,
     "model.width": 32,
-    "optim.steps": 40,
+    "optim.steps": 24,
     "log_every": 1,
-    "eval_every": 20,
+    "eval_every": 0,
     "mesh.seq": 4,
     "eval_batches": 1,
 }
@@ -105,12 +105,12 @@ def test_a_run_in_a_folder_that_is_none(tmp_path):
 
 def test_a_notebook_trains_is_interrupted_looks_and_goes_on(config, tmp_path):
     whole = lss_jax.Trainer(config, tmp_path / "whole", DEVICES)
-    assert len(list(whole.fit())) == 40 + 2
+    assert len(list(whole.fit())) == 24 + 1
     whole.close()
 
     trainer, reached = lss_jax.Trainer(config, str(tmp_path / "parts"), DEVICES), []
     trainer.compile()
-    while trainer.step < 40:
+    while trainer.step < 24:
         timer = threading.Timer(0.01 + 0.013 * len(reached), signal.raise_signal, (signal.SIGINT,))
         try:
             timer.start()
@@ -133,7 +133,7 @@ def test_a_notebook_trains_is_interrupted_looks_and_goes_on(config, tmp_path):
     ]
     assert curves[0] == curves[1]
     found = lss_jax.evaluate(tmp_path / "parts", batches=1, devices=DEVICES)
-    assert found["step"] == 40 and found["loss"] == pytest.approx(curves[0][-1][2], rel=1e-6)
+    assert found["step"] == 24 and found["loss"] == pytest.approx(curves[0][-1][2], rel=1e-6)
 
 
 def test_ctrl_c_waits_for_the_end_of_the_block_and_a_second_one_does_not():
