@@ -218,7 +218,7 @@ def main() -> None:
     variants = {name: Variant(name, devices) for name in VARIANTS}
     times = timed(variants, arguments.rounds)
     rows = [{"name": name, **figures(variant), **times[name]} for name, variant in variants.items()]
-    write(NAME, rows, render(rows), plot(rows))
+    write(NAME, rows, render, plot)
 
 
 if __name__ == "__main__":

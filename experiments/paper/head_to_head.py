@@ -243,7 +243,7 @@ def main() -> None:
     if arguments.only != "measured":
         results["compiled"] = [row for devices in BASELINES for row in compiled_on(devices)]
         results["one sequence"] = one_sequence()
-    write(NAME, results, render(results), plot(results))
+    write(NAME, results, render, plot)
 
 
 if __name__ == "__main__":

@@ -148,7 +148,7 @@ def main() -> None:
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     devices_of(f"cpu:{COMPILED}")
     rows: list[dict[str, Any]] = [row for devices in DEVICES for row in longest(devices)]
-    write(NAME, rows, render(rows), plot(rows))
+    write(NAME, rows, render, plot)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """What the tables have in common: a training step for a mesh of devices that are not there, compiled and read off."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -102,10 +102,10 @@ def read(name: str) -> dict[str, Any]:
     return json.loads(path.read_text()) if path.exists() else {}
 
 
-def write(name: str, results: Any, text: str, figure: Figure | None = None) -> None:
+def write(name: str, results: Any, render: Callable[[Any], str], plot: Callable[[Any], Figure]) -> None:
     """The figures as JSON, the table as Markdown, the plot, beside this file."""
     (HERE / f"{name}.json").write_text(json.dumps(results, indent=1) + "\n")
-    (HERE / f"{name}.md").write_text(text + "\n")
-    if figure is not None:
-        figure.savefig(HERE / f"{name}.png", dpi=100, bbox_inches="tight")
-    print(text)
+    results = json.loads((HERE / f"{name}.json").read_text())
+    (HERE / f"{name}.md").write_text(render(results) + "\n")
+    plot(results).savefig(HERE / f"{name}.png", dpi=100, bbox_inches="tight")
+    print(render(results))

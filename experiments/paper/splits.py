@@ -187,7 +187,7 @@ def main() -> None:
         print(f"{name}: {parameter_count(model):,} parameters", flush=True)
         for devices in DEVICES:
             results += [measure(name, devices, length, model) for length in LENGTHS]
-    write(NAME, results, render(results), plot(results))
+    write(NAME, results, render, plot)
 
 
 if __name__ == "__main__":

@@ -111,7 +111,7 @@ def plot(rows: list[Row]) -> Figure:
 def main() -> None:
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     rows: list[dict[str, Any]] = programs()
-    write(NAME, rows, render(rows), plot(rows))
+    write(NAME, rows, render, plot)
 
 
 if __name__ == "__main__":
