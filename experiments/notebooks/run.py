@@ -58,9 +58,8 @@ def faults(notebook: nbformat.NotebookNode) -> list[str]:
     text, cells = nbformat.writes(notebook), [cell for cell in notebook.cells if cell.cell_type == "code"]
     outputs = [output for cell in cells for output in cell.outputs]
     counts = [cell.execution_count for cell in cells]
-    found = [
-        f"a path of this machine: {path}" for path in (sys.prefix, str(ROOT), str(Path.home()), "/tmp/") if path in text
-    ]
+    places = (sys.prefix, str(ROOT), str(Path.home()), tempfile.gettempdir())
+    found = [f"a path of this machine: {place}" for place in places if f"{place}/" in text]
     found += [f"said on stderr: {output.text}" for output in outputs if output.get("name") == "stderr"]
     found += [f"an error: {output.evalue}" for output in outputs if output.output_type == "error"]
     if counts != list(range(1, len(cells) + 1)):

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
-import pooch
 
 from lss_jax.config import ConfigError, DataConfig, RunError
 
@@ -213,6 +212,8 @@ def _check_sha256(data: np.ndarray, expected: str, path: str) -> None:
 
 def _downloaded_enwik8() -> Path:
     """The whole of enwik8 in the cache folder, fetched, checked and unpacked there at first."""
+    import pooch  # late: in a notebook it warns of progress bars that nobody asked for
+
     cache = Path(pooch.os_cache("lss_jax"))
     raw = cache / "enwik8"
     if raw.is_file():
