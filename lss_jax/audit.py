@@ -12,12 +12,11 @@ import jax
 from jax.sharding import Mesh
 
 from lss_jax import cli, contract, distributed, hlo, operations
-from lss_jax.attention.setting import kernel_on
+from lss_jax.attention.setting import kernel_on, mesh_of
 from lss_jax.cli import parse_size, shown_size
-from lss_jax.config import Config, from_dict, validate
+from lss_jax.config import Config, from_dict
 from lss_jax.contract import Contract
 from lss_jax.memory import memory_of, shortfall
-from lss_jax.mesh import make_mesh
 from lss_jax.models import Model, build_model, parameter_count
 from lss_jax.step import trace_train_step
 from lss_jax.topology import FORMS, capacity_of, devices_of
@@ -91,9 +90,7 @@ def audit(config: Config, devices: str | Sequence[jax.Device] | None = None) -> 
     if isinstance(devices, str):
         devices = devices_of(devices)
     devices = jax.devices() if devices is None else devices
-    mesh = make_mesh(validate(config, len(devices)), devices)
-    kernel_on(config.attention, mesh)  # refuses one that is for other devices
-    return audited(build_model(config), mesh)
+    return audited(build_model(config), mesh_of(config, devices))
 
 
 def audited(model: Model, mesh: Mesh) -> Audit:

@@ -15,13 +15,13 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from lss_jax.attention.setting import kernel_on, layout_on
+from lss_jax.attention.setting import layout_on, mesh_of
 from lss_jax.config import Config, ConfigError, gather_problems, validate
 from lss_jax.data.sources import open_splits
 from lss_jax.figures import Curve, Plot
 from lss_jax.layout import Layout
 from lss_jax.losses import LossSum
-from lss_jax.mesh import make_mesh, shardings
+from lss_jax.mesh import shardings
 from lss_jax.metrics import bits_per_byte
 from lss_jax.models import Model, Params, build_model
 from lss_jax.state import kept_specs
@@ -56,8 +56,7 @@ def evaluate_by_position(
     check_workdir(config, workdir)
     of_length = {length: at_length(config, length) for length in lengths}
     gather_problems(*(lambda c=c: validate(c, len(jax.devices())) for c in of_length.values()))
-    mesh = make_mesh(validate(config, len(jax.devices())))
-    kernel_on(config.attention, mesh)  # refuses one that is for other devices
+    mesh = mesh_of(config, jax.devices())
     data = open_splits(of_length[lengths[-1]].data)[name]
     splits = {length: Split(data, of_length[length], mesh) for length in lengths}
     step, params = restore_params(build_model(config), mesh, workdir)

@@ -247,10 +247,3 @@ def _problems_of(prompt: bytes, name: str, config: Config, tokens: int) -> Itera
             f"{name} has {len(prompt)} bytes, and data.seq_len={rows} learned positions leave room for "
             f"--tokens={rows + 1 - len(prompt)}, not {tokens}; ask for less, or {longer}"
         )
-
-
-def generate(
-    config: Config, mesh: Mesh, params: Params, prompts: Sequence[bytes], tokens: int, sampling: Sampling
-) -> Iterator[list[bytes]]:
-    """The texts of `Generation`, byte by byte: each turn a byte for every prompt."""
-    yield from Generation(config, mesh, params, prompts, tokens, sampling)

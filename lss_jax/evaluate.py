@@ -10,12 +10,11 @@ import jax
 from ml_collections import ConfigDict
 
 from lss_jax import cli, distributed
-from lss_jax.attention.setting import kernel_on
+from lss_jax.attention.setting import mesh_of
 from lss_jax.by_position import evaluate_by_position, parse_lengths, plot_of, table_of
-from lss_jax.config import Config, ConfigError, from_dict, validate
+from lss_jax.config import Config, ConfigError, from_dict
 from lss_jax.data.sources import open_splits
 from lss_jax.figures import png_of
-from lss_jax.mesh import make_mesh
 from lss_jax.metrics import Record, add_record
 from lss_jax.models import build_model
 from lss_jax.runs import BY_POSITION
@@ -116,8 +115,7 @@ def evaluate(
     workdir, devices = Path(workdir), jax.devices() if devices is None else devices
     config = config or from_dict(saved_config(workdir))
     check_workdir(config, workdir)
-    mesh = make_mesh(validate(config, len(devices)), devices)
-    kernel_on(config.attention, mesh)  # refuses one that is for other devices
+    mesh = mesh_of(config, devices)
     data = Split(open_splits(config.data)[split], config, mesh)
     model = build_model(config)
     step, params = restore_params(model, mesh, workdir)

@@ -44,7 +44,9 @@ def svg_of(plot: Plot, described: str) -> str:
     """To be put into a page: text stays text, ink is the page's, and nothing in it points outside."""
     svg = _saved(plot, "svg", transparent=True).decode()
     svg = re.sub(r"<metadata>.*?</metadata>|(?<=<g) id=\"[^\"]*\"", "", svg, flags=re.DOTALL)
-    viewed, drawn = re.fullmatch(r'.*?<svg [^>]*?(viewBox="[^"]*")[^>]*>(.*)', svg, re.DOTALL).groups()  # type: ignore[union-attr]
+    found = re.fullmatch(r'.*?<svg [^>]*?(viewBox="[^"]*")[^>]*>(.*)', svg, re.DOTALL)
+    assert found, "Matplotlib writes one"
+    viewed, drawn = found.groups()
     drawn = drawn.replace("xlink:href", "href").replace(INK, "currentColor").strip()
     return f'<svg role="img" aria-label="{html.escape(described)}" {viewed}>{drawn}'
 

@@ -13,10 +13,9 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from lss_jax import cli, distributed
-from lss_jax.attention.setting import kernel_on
-from lss_jax.config import Config, ConfigError, from_dict, gather_problems, validate
+from lss_jax.attention.setting import mesh_of
+from lss_jax.config import Config, ConfigError, from_dict, gather_problems
 from lss_jax.decode import Generation, check_request
-from lss_jax.mesh import make_mesh
 from lss_jax.models import build_model
 from lss_jax.sampling import Sampling
 from lss_jax.trainer import restore_params
@@ -49,7 +48,7 @@ def main() -> int:
     sampling = Sampling(arguments.temperature, arguments.top_k, arguments.top_p, arguments.seed)
     check(config, workdir, prompts, arguments.tokens, sampling)
     with cli.start(arguments, config):
-        mesh = make_mesh(validate(config, len(jax.devices())))
+        mesh = mesh_of(config, jax.devices())
         step, generation = generation_of(config, workdir, mesh, prompts, arguments.tokens, sampling)
         _tell(f"devices  {_devices(mesh)}")
         _tell(f"model    {workdir}, step {step}")
@@ -93,7 +92,7 @@ def generate(
     config = config or from_dict(saved_config(workdir))
     prompts, sampling = [prompt.encode()], Sampling(temperature, top_k, top_p, seed)
     check(config, workdir, prompts, tokens, sampling)
-    mesh = make_mesh(validate(config, len(devices)), devices)
+    mesh = mesh_of(config, devices)
     _, generation = generation_of(config, workdir, mesh, prompts, tokens, sampling)
     return b"".join([*prompts, *(new for (new,) in generation)]).decode(errors="replace")
 
@@ -107,7 +106,6 @@ def generation_of(
     config: Config, workdir: Path, mesh: Mesh, prompts: Sequence[bytes], tokens: int, sampling: Sampling
 ) -> tuple[int, Generation]:
     """The step of the run's newest sound checkpoint, and the texts that it gives."""
-    kernel_on(config.attention, mesh)  # refuses one that is for other devices
     step, params = restore_params(build_model(config), mesh, workdir)
     return step, Generation(config, mesh, params, prompts, tokens, sampling)
 

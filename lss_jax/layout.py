@@ -84,7 +84,7 @@ class Layout:
         """
         if not self._moves_rows:
             return rows_p
-        pieces = zip(jnp.split(rows_p, 2), self.moves, strict=True)
+        pieces = zip(jnp.split(rows_p, 2), self._moves, strict=True)
         even_and_odd = [_sent(piece, axes, moves) for piece, moves in pieces]
         return jnp.concatenate(self._swapped_where_odd_first(even_and_odd, axes))
 
@@ -93,21 +93,21 @@ class Layout:
         if not self._moves_rows:
             return rows_p
         even_and_odd = self._swapped_where_odd_first(jnp.split(rows_p, 2), axes)
-        back = [[(there, here) for here, there in moves] for moves in self.moves]
+        back = [[(there, here) for here, there in moves] for moves in self._moves]
         pieces = zip(even_and_odd, back, strict=True)
         return jnp.concatenate([_sent(piece, axes, moves) for piece, moves in pieces])
 
     @property
     def sends(self) -> int:
         """How many collectives `from_natural` takes, and `to_natural` as many."""
-        return sum(map(_leave, self.moves)) if self._moves_rows else 0
+        return sum(map(_leave, self._moves)) if self._moves_rows else 0
 
     @property
     def _moves_rows(self) -> bool:
         return self.name == "zigzag" and self.devices > 1
 
     @property
-    def moves(self) -> list[list[tuple[int, int]]]:
+    def _moves(self) -> list[list[tuple[int, int]]]:
         """From where to where the even pieces go, and the odd ones, from natural order to zigzag."""
         holder = {piece: device for device, pair in enumerate(self.pieces_D2.tolist()) for piece in pair}
         return [[(device, holder[2 * device + odd]) for device in range(len(holder) // 2)] for odd in (0, 1)]

@@ -10,13 +10,12 @@ from typing import Any
 import jax
 
 from lss_jax import cli, distributed
-from lss_jax.attention.setting import kernel_on
+from lss_jax.attention.setting import mesh_of
 from lss_jax.audit import audited, json_of
 from lss_jax.by_position import plot_of, shown_bin
 from lss_jax.cli import shown_size
-from lss_jax.config import Config, ConfigError, flat, validate
+from lss_jax.config import Config, ConfigError, flat
 from lss_jax.figures import Curve, Plot
-from lss_jax.mesh import make_mesh
 from lss_jax.metrics import Record
 from lss_jax.models import build_model
 from lss_jax.page import figures, page, paragraph, section, table
@@ -56,8 +55,7 @@ def compiled(config: Config) -> dict[str, Any] | str:
     if -1 not in sizes:
         devices = devices[: math.prod(sizes)]
     try:
-        mesh = make_mesh(validate(config, len(devices)), devices)
-        kernel_on(config.attention, mesh)  # refuses one that is for other devices
+        mesh = mesh_of(config, devices)
     except ConfigError as error:
         return str(error)
     return json_of(audited(build_model(config), mesh), capacity_of(devices[0]))

@@ -106,14 +106,7 @@ def make_loss_and_gradient(model: Model, mesh: Mesh) -> LossAndGradient:
 
 def make_eval_step(model: Model, mesh: Mesh) -> jax.stages.Wrapped:
     """The jitted evaluation: global parameters and batch to the batch's `LossSum`, to be added up over batches."""
-    in_specs = on_mesh((model.specs, batch_specs(bool(model.config.data.separator))), mesh)
-
-    @partial(jax.shard_map, mesh=mesh, in_specs=in_specs, out_specs=SUM_SPECS)
-    def on_segments(params: Params, batch: Batch) -> LossSum:
-        params = in_layout_order(params, model, mesh)
-        return double_sum(local_loss(model, mesh, params, batch, None), SUM_SPECS, mesh)
-
-    return jax.jit(lambda params, batch: on_segments(padded(params, model, mesh), batch))
+    return _sums(model, mesh, SUM_SPECS, over=None)
 
 
 def make_position_step(model: Model, mesh: Mesh) -> jax.stages.Wrapped:
@@ -121,12 +114,17 @@ def make_position_step(model: Model, mesh: Mesh) -> jax.stages.Wrapped:
 
     What is cut like the sequence stays so: by the gradient law such sums are taken over `data`.
     """
+    return _sums(model, mesh, POSITION_SPECS, over=0)
+
+
+def _sums(model: Model, mesh: Mesh, specs: LossSum, over: int | None) -> jax.stages.Wrapped:
+    """Losses of a batch, summed `over` a dimension or both (`local_loss`), and over the axes not in `specs`."""
     in_specs = on_mesh((model.specs, batch_specs(bool(model.config.data.separator))), mesh)
 
-    @partial(jax.shard_map, mesh=mesh, in_specs=in_specs, out_specs=on_mesh(POSITION_SPECS, mesh))
+    @partial(jax.shard_map, mesh=mesh, in_specs=in_specs, out_specs=on_mesh(specs, mesh))
     def on_segments(params: Params, batch: Batch) -> LossSum:
         params = in_layout_order(params, model, mesh)
-        return double_sum(local_loss(model, mesh, params, batch, None, over=0), POSITION_SPECS, mesh)
+        return double_sum(local_loss(model, mesh, params, batch, None, over), specs, mesh)
 
     return jax.jit(lambda params, batch: on_segments(padded(params, model, mesh), batch))
 

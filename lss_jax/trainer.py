@@ -11,7 +11,7 @@ import numpy as np
 from jax.sharding import Mesh
 from tqdm import tqdm
 
-from lss_jax.attention.setting import kernel_on, layout_on
+from lss_jax.attention.setting import kernel_on, layout_on, mesh_of
 from lss_jax.checkpoint import CheckpointWriter, Restored, like, newest_step, restore_newest_sound
 from lss_jax.config import Config, ConfigError, RunError, gather_problems, validate
 from lss_jax.data.loader import (
@@ -27,7 +27,7 @@ from lss_jax.data.sources import Part, check_file, fingerprint, open_splits
 from lss_jax.distributed import after_first, is_first
 from lss_jax.interrupt import held_back
 from lss_jax.losses import LossSum
-from lss_jax.mesh import make_mesh, shardings
+from lss_jax.mesh import shardings
 from lss_jax.metrics import MetricsWriter, Record, bits_per_byte
 from lss_jax.models import Model, Params, build_model
 from lss_jax.optimizer import make_optimizer, make_schedule
@@ -64,7 +64,7 @@ class Trainer:
             lambda: check_file(config.data.path) if config.data.path else None,
             lambda: check_writable(workdir),
         )
-        self.mesh = make_mesh(validate(config, len(devices)), devices)
+        self.mesh = mesh_of(config, devices)
         self.kernel = kernel_on(config.attention, self.mesh)
         self.model = build_model(config)
         self._blocks = self.mesh.devices.flat[0].platform == "cpu"

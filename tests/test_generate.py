@@ -18,7 +18,7 @@ from lss_jax import hlo
 from lss_jax.attention.setting import layout_on
 from lss_jax.cache import Cache
 from lss_jax.config import ConfigError
-from lss_jax.decode import Generation, check_request, generate, make_prefill, make_step
+from lss_jax.decode import Generation, check_request, make_prefill, make_step
 from lss_jax.generate import main, show
 from lss_jax.mesh import shardings
 from lss_jax.sampling import Sampling, sample
@@ -184,7 +184,7 @@ def test_drawn_texts_are_the_same_on_every_mesh(sizes):
 def test_drawn_texts_depend_on_seed_and_prompt_and_not_on_the_others():
     together = texts_of_one_device()
     model, mesh = model_on(1, 1, model__tied_head=False)
-    alone = generate(model.config, mesh, large_params(model, mesh), PROMPTS[4:], 12, DRAWN)
+    alone = Generation(model.config, mesh, large_params(model, mesh), PROMPTS[4:], 12, DRAWN)
     assert texts_of(alone) == together[4:]
     assert together[0] != together[2], "the same prompt twice gives two texts"
     other_seed = Sampling(DRAWN.temperature, DRAWN.top_k, DRAWN.top_p, seed=4)

@@ -44,7 +44,7 @@ def test_a_step_is_its_slower_half_and_its_communication():
 def test_what_is_left_out_changes_no_loss():
     """`timed` compares the losses of all variants with those of the whole algorithm, step by step."""
     devices = devices_of("cpu:8")
-    variants = {name: ablation.Variant(name, devices) for name in ablation.VARIANTS}
+    variants = {name: ablation.variant(name, devices) for name in ablation.VARIANTS}
     of = {name: ablation.figures(variant) for name, variant in variants.items()}
     ablation.timed(variants, 1)
     assert of["keys and values apart"]["sent"] >= of["whole"]["sent"]

@@ -28,16 +28,12 @@ from jax.flatten_util import ravel_pytree
 from jax.sharding import Mesh
 from matplotlib.figure import Figure
 
-from experiments.paper.programs import BLOCKWISE, Row, config_of, megabytes, table, write
+from experiments.paper.programs import BLOCKWISE, Row, Step, config_of, megabytes, table, write
 from lss_jax import contract, hlo, operations, step
 from lss_jax.attention import lss
-from lss_jax.attention.setting import Setting, layout_on
-from lss_jax.data.loader import read_batch
-from lss_jax.mesh import cut_axes, make_mesh, named_axes
-from lss_jax.models import build_model
-from lss_jax.optimizer import make_optimizer
+from lss_jax.attention.setting import Setting
+from lss_jax.mesh import cut_axes, named_axes
 from lss_jax.plan import sent
-from lss_jax.state import init_state
 from lss_jax.topology import devices_of
 
 NAME = "ablation"
@@ -93,34 +89,16 @@ VARIANTS: dict[str, tuple[Row, dict[tuple[Any, str], Callable]]] = {
 }
 
 
-class Variant:
-    """A compiled step with something left out, its state and its batch."""
-
-    def __init__(self, name: str, devices: Sequence[jax.Device]):
-        changes, swapped = VARIANTS[name]
-        config = config_of(SIZES, LENGTH, {**SMALL, "attention.layout": "zigzag", **changes})
-        self.mesh, self.model = make_mesh(SIZES, devices), build_model(config)
-        with contextlib.ExitStack() as stack:
-            for (module, function), other in swapped.items():
-                stack.enter_context(patch.object(module, function, other))
-            self.program = step.trace_train_step(self.model, self.mesh).lower().compile()
-
-    def start(self) -> None:
-        """Makes what a step needs."""
-        config = self.model.config
-        text = np.random.default_rng(0).integers(0, 256, 10**5).astype(np.uint8)
-        starts_B = np.arange(config.data.batch_size) * LENGTH
-        self._batch = read_batch(text, starts_B, LENGTH, self.mesh, layout_on(config, self.mesh))
-        self._state = init_state(self.model, make_optimizer(config.optim), self.mesh, seed=0)
-
-    def __call__(self) -> float:
-        """One step; its loss."""
-        self._state, metrics = self.program(self._state, self._batch)
-        jax.block_until_ready((self._state, metrics))
-        return float(metrics["loss"])
+def variant(name: str, devices: Sequence[jax.Device]) -> Step:
+    """The step with something left out."""
+    changes, swapped = VARIANTS[name]
+    with contextlib.ExitStack() as stack:
+        for (module, function), other in swapped.items():
+            stack.enter_context(patch.object(module, function, other))
+        return Step(config_of(SIZES, LENGTH, {**SMALL, "attention.layout": "zigzag", **changes}), devices)
 
 
-def figures(variant: Variant) -> Row:
+def figures(variant: Step) -> Row:
     """Off the compiled program, per device: collectives by place, bytes, memory; and the busiest device's attention."""
     found = contract.found(hlo.collectives(variant.program.as_text()), variant.mesh)
     lines = [
@@ -131,17 +109,15 @@ def figures(variant: Variant) -> Row:
     return {
         "collectives": lines,
         "sent": sent(found, variant.mesh),
-        "temporaries": variant.program.memory_analysis().temp_size_in_bytes,
+        "temporaries": variant.temporaries,
         "attention_operations": operations.attention(variant.model, variant.mesh),
     }
 
 
-def timed(variants: dict[str, Variant], rounds: int) -> dict[str, Row]:
+def timed(variants: dict[str, Step], rounds: int) -> dict[str, Row]:
     """Seconds in turns, and the losses of the first steps."""
     seconds: dict[str, list[float]] = {name: [] for name in variants}
     losses: dict[str, list[float]] = {name: [] for name in variants}
-    for variant in variants.values():
-        variant.start()
     for turn in range(rounds + 1):
         for name, variant in variants.items():
             started = time.perf_counter()
@@ -215,9 +191,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7, help="timed steps of each variant (default: 7)")
     arguments = parser.parse_args()
     devices = devices_of("cpu:8")
-    variants = {name: Variant(name, devices) for name in VARIANTS}
+    variants = {name: variant(name, devices) for name in VARIANTS}
     times = timed(variants, arguments.rounds)
-    rows = [{"name": name, **figures(variant), **times[name]} for name, variant in variants.items()]
+    rows = [{"name": name, **figures(one), **times[name]} for name, one in variants.items()]
     write(NAME, rows, render, plot)
 
 

@@ -33,6 +33,7 @@ from experiments.paper.programs import (
     TOKENS,
     Mesh,
     Row,
+    Step,
     chips,
     compiled,
     config_of,
@@ -41,13 +42,6 @@ from experiments.paper.programs import (
     table,
     write,
 )
-from lss_jax.attention.setting import layout_on
-from lss_jax.data.loader import read_batch
-from lss_jax.mesh import make_mesh
-from lss_jax.models import build_model
-from lss_jax.optimizer import make_optimizer
-from lss_jax.state import init_state
-from lss_jax.step import trace_train_step
 from lss_jax.topology import devices_of
 
 NAME = "head_to_head"
@@ -65,7 +59,8 @@ def measured(devices: int, rounds: int) -> list[Row]:
     rows = []
     for kernel, changes in KERNELS.items():
         meshes: dict[str, Mesh] = {"lss": (1, devices, 1), "baseline": (1, 1, devices)}
-        steps = {name: Step(mesh, {**SMALL, **changes}) for name, mesh in meshes.items()}
+        configs = {name: config_of(mesh, LENGTH, {**SMALL, **changes}) for name, mesh in meshes.items()}
+        steps = {name: Step(config, jax.devices()[:devices]) for name, config in configs.items()}
         seconds: dict[str, list[float]] = {name: [] for name in steps}
         for turn in range(rounds + 1):
             for name, step in steps.items():
@@ -87,23 +82,6 @@ def measured(devices: int, rounds: int) -> list[Row]:
         )
         print(rows[-1], flush=True)
     return rows
-
-
-class Step:
-    """A compiled step with a state and a batch, to be called again and again."""
-
-    def __init__(self, sizes: Mesh, changes: Row):
-        config = config_of(sizes, LENGTH, changes)
-        mesh, model = make_mesh(sizes, jax.devices()[: sizes[0] * sizes[1] * sizes[2]]), build_model(config)
-        text = np.random.default_rng(0).integers(0, 256, 10**5).astype(np.uint8)
-        self._batch = read_batch(text, np.zeros(1, np.int64), LENGTH, mesh, layout_on(config, mesh))
-        self._state = init_state(model, make_optimizer(config.optim), mesh, seed=0)
-        self._program = trace_train_step(model, mesh).lower().compile()
-        self.temporaries = self._program.memory_analysis().temp_size_in_bytes
-
-    def __call__(self) -> None:
-        self._state, metrics = self._program(self._state, self._batch)
-        jax.block_until_ready((self._state, metrics))
 
 
 def compiled_on(devices: int) -> list[Row]:

@@ -6,16 +6,22 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from jax.experimental import topologies
 from matplotlib.figure import Figure
 
 from configs import paper_50112
 from experiments.paper.machines import V5P, groups, step_time
+from lss_jax.attention.setting import layout_on, mesh_of
 from lss_jax.audit import audited, json_of
-from lss_jax.config import Config, from_dict, validate
-from lss_jax.mesh import AXES, make_mesh
+from lss_jax.config import Config, from_dict
+from lss_jax.data.loader import read_batch
+from lss_jax.mesh import AXES
 from lss_jax.models import build_model
+from lss_jax.optimizer import make_optimizer
 from lss_jax.plan import sent
+from lss_jax.state import init_state
+from lss_jax.step import trace_train_step
 from lss_jax.topology import capacity_of, devices_of
 
 HERE = Path(__file__).parent
@@ -53,7 +59,7 @@ def chips(count: int) -> Sequence[jax.Device]:
 def compiled(config: Config, devices: Sequence[jax.Device]) -> Row:
     """The figures of a step, per device: memory, bytes sent and operations off the program, and its modelled time."""
     size = config.mesh.data * config.mesh.seq * config.mesh.model
-    mesh = make_mesh(validate(config, size), devices[:size])
+    mesh = mesh_of(config, devices[:size])
     model = build_model(config)
     audit = audited(model, mesh)
     figures = json_of(audit, capacity_of(devices[0]))
@@ -83,6 +89,30 @@ def compiled(config: Config, devices: Sequence[jax.Device]) -> Row:
     print(f"{row['mesh']}, {row['seq_len']:,} tokens, {row['kernel']}: {megabytes(row['memory_total'])}, "
           f"compiled in {audit.seconds:.0f} s", flush=True)  # fmt: skip
     return row
+
+
+class Step:
+    """A compiled step with a state and random bytes; each call is one step, waited for, and gives its loss."""
+
+    def __init__(self, config: Config, devices: Sequence[jax.Device]):
+        self.mesh, self.model = mesh_of(config, devices), build_model(config)
+        self.program = trace_train_step(self.model, self.mesh).lower().compile()
+        length, rows = config.data.seq_len, config.data.batch_size
+        text = np.random.default_rng(0).integers(0, 256, rows * length + 1).astype(np.uint8)
+        self._batch = read_batch(text, np.arange(rows) * length, length, self.mesh, layout_on(config, self.mesh))
+        self._state = init_state(self.model, make_optimizer(config.optim), self.mesh, seed=0)
+
+    @property
+    def temporaries(self) -> int:
+        """Bytes on one device."""
+        analysis = self.program.memory_analysis()
+        assert analysis is not None, "every backend has one"
+        return analysis.temp_size_in_bytes
+
+    def __call__(self) -> float:
+        self._state, metrics = self.program(self._state, self._batch)
+        jax.block_until_ready((self._state, metrics))
+        return float(metrics["loss"])
 
 
 def megabytes(size: float | None) -> str:

@@ -1,15 +1,16 @@
 """What the strategies share: the static side of attention, and names for what they leave to the backward pass."""
 
 import dataclasses
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh
 
-from lss_jax.config import AttentionConfig, Config, ConfigError
+from lss_jax.config import AttentionConfig, Config, ConfigError, validate
 from lss_jax.layout import Layout
-from lss_jax.mesh import DATA, MODEL, SEQ, if_cut
+from lss_jax.mesh import DATA, MODEL, SEQ, if_cut, make_mesh
 
 COMMUNICATED = "attention_communicated"  # keys and values from other devices: kept, or moved again on the way back
 FUSED = {"triton": "NVIDIA GPUs of compute capability 8.0 or more", "mosaic": "TPUs"}  # kernels for some devices alone
@@ -36,6 +37,17 @@ class Setting:
     def uncut(self) -> "Setting":
         """The same for whole sequences in natural order, as a device has them after an exchange of heads."""
         return dataclasses.replace(self, axis=None, layout=Layout("contiguous", 1))
+
+
+def mesh_of(config: Config, devices: Sequence[jax.Device]) -> Mesh:
+    """The mesh that a config asks for, made of these devices.
+
+    Raises:
+      ConfigError: the config does not fit them, or names a kernel for others.
+    """
+    mesh = make_mesh(validate(config, len(devices)), devices)
+    kernel_on(config.attention, mesh)
+    return mesh
 
 
 def layout_on(config: Config, mesh: Mesh | AbstractMesh) -> Layout:
