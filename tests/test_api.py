@@ -44,6 +44,14 @@ def config(tmp_path):
     return lss_jax.load_config(ROOT / "configs/default.py", {**SMALL, "data.path": str(tmp_path / "text")})
 
 
+@pytest.fixture
+def ctrl_c():
+    """SIGINT as in a terminal: a process that a shell puts into the background ignores it, and so do its children."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 def test_importing_it_imports_nothing_else():
     program = "import sys, lss_jax; print(*(n for n in sys.modules if n.split('.')[0] in ('lss_jax', 'jax', 'numpy')))"
     assert python(program) == "lss_jax"
@@ -103,7 +111,7 @@ def test_a_run_in_a_folder_that_is_none(tmp_path):
         lss_jax.evaluate(tmp_path)
 
 
-def test_a_notebook_trains_is_interrupted_looks_and_goes_on(config, tmp_path):
+def test_a_notebook_trains_is_interrupted_looks_and_goes_on(config, tmp_path, ctrl_c):
     whole = lss_jax.Trainer(config, tmp_path / "whole", DEVICES)
     assert len(list(whole.fit())) == 24 + 1
     whole.close()
@@ -136,7 +144,7 @@ def test_a_notebook_trains_is_interrupted_looks_and_goes_on(config, tmp_path):
     assert found["step"] == 24 and found["loss"] == pytest.approx(curves[0][-1][2], rel=1e-6)
 
 
-def test_ctrl_c_waits_for_the_end_of_the_block_and_a_second_one_does_not():
+def test_ctrl_c_waits_for_the_end_of_the_block_and_a_second_one_does_not(ctrl_c):
     done = []
     with pytest.raises(KeyboardInterrupt), held_back():
         signal.raise_signal(signal.SIGINT)

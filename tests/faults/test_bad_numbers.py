@@ -25,8 +25,8 @@ only_backward.defvjp(lambda x, factor: (x, factor), lambda factor, slope: (slope
 
 
 def poisoned(gradient_alone: bool):
-    def loss(logits_BlV, targets_Bl):
-        sums, bad = cross_entropy(logits_BlV, targets_Bl), jnp.any(targets_Bl == POISON)
+    def loss(logits_BlV, targets_Bl, over):
+        sums, bad = cross_entropy(logits_BlV, targets_Bl, over), jnp.any(targets_Bl == POISON)
         if gradient_alone:
             return LossSum(only_backward(sums.nats, jnp.where(bad, jnp.inf, 1.0)), sums.tokens)
         return LossSum(sums.nats * jnp.where(bad, jnp.nan, 1.0), sums.tokens)
