@@ -25,6 +25,7 @@ BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 CONDITION = re.compile(r"condition=%([\w.-]+)")
 BELOW = re.compile(r"compare\(.*%(?P<limit>constant[\w.-]*)\), direction=LT")
+TILES = ":T("  # in the layouts of TPU programs alone
 SHAPE = re.compile(r"(?:f|bf|s|u)(\d+)\[([\d,]*)\]")
 SOURCE = re.compile(r'op_name="([^"]*)"')
 NEAR = 30  # instructions to ask for a lost name
@@ -116,7 +117,8 @@ def _collective(
     started = form["part"] == "-start"
     users = _users(instruction, body)
     done = [user for user in users if started and user.op.endswith("-done")]
-    slices = _slices(instruction, body, computations) if form["kind"] == "all-reduce" else None
+    for_tpu = TILES in instruction.type  # elsewhere a sum of which one takes a slice is a sum
+    slices = _slices(instruction, body, computations) if form["kind"] == "all-reduce" and for_tpu else None
     (result,) = done or (slices or [instruction])[:1]
     parts = [(int(bits), math.prod(map(int, filter(None, s.split(","))))) for bits, s in SHAPE.findall(result.type)]
     return Collective(

@@ -44,14 +44,14 @@ TPU = """
 %body (s: (s32[], bf16[4,6])) -> (s32[], bf16[4,6]) {
   %s = (s32[], bf16[4,6]{1,0}) parameter(0)
   %x = bf16[4,6]{1,0} get-tuple-element(%s), index=1
-  %ar = bf16[4,6]{1,0} all-reduce(%x), replica_groups={{0,1,2,3}}
+  %ar = bf16[4,6]{1,0:T(4,128)(2,1)} all-reduce(%x), replica_groups={{0,1,2,3}}
   %mine = bf16[6]{0} fusion(%ar, %i), kind=kLoop, calls=%taken, metadata={op_name="jit(f)/transpose(jvp())/attention/x"}
   ROOT %t = (s32[], bf16[4,6]{1,0}) tuple(%i, %x)
 }
 
 %all-reduce-scatter.1 (input: f32[4,6]) -> f32[1,6] {
   %input = f32[4,6]{1,0} parameter(0)
-  %sum = f32[4,6]{1,0} all-reduce(%input), replica_groups=mesh['a'=4,'b'=2], device_ids=([2,4]T(1,0)) {'b'}
+  %sum = f32[4,6]{1,0:T(4,128)} all-reduce(%input), replica_groups=mesh['a'=4,'b'=2], device_ids=([2,4]T(1,0)) {'b'}
   ROOT %own = f32[1,6]{1,0} dynamic-slice(%sum, %c, %c), dynamic_slice_sizes={1,6}
 }
 
@@ -83,6 +83,11 @@ def test_the_forms_of_tpus_are_read():
 
 def test_a_sum_that_somebody_needs_whole_stays_a_sum():
     text = TPU.replace("tuple(%i, %x)", "tuple(%i, %ar)")
+    assert hlo.collectives(text)[0][:3] == ("all-reduce", 24, 48)
+
+
+def test_off_tpus_a_slice_of_a_sum_is_no_scatter():
+    text = TPU.replace("{1,0:T(4,128)(2,1)}", "{1,0}")
     assert hlo.collectives(text)[0][:3] == ("all-reduce", 24, 48)
 
 
@@ -134,6 +139,20 @@ def test_a_second_gather_is_seen(monkeypatch):
     monkeypatch.setattr(lss, "_gathered", one_by_one)
     result = audited(*model_on(1, 8, model__layers=LAYERS))
     assert any("attention forward: all-gather over seq: 6 with" in problem for problem in problems(result, None))
+
+
+def test_gradients_may_stay_apart_where_they_are_large():
+    line = contract.Line(hlo.GRADIENTS, "all-reduce", ("data",))
+
+    def of(times, elements, place=hlo.GRADIENTS):
+        return {line._replace(place=place): contract.Total(times, elements, 4 * elements, 0)}
+
+    large = contract.LARGE + 1
+    assert contract.disagreements(of(2, large), of(1, large)) == []
+    assert contract.disagreements(of(contract.VECTORS + 1, large), of(1, large))
+    assert contract.disagreements(of(2, large - 1), of(1, large - 1))
+    assert contract.disagreements(of(2, large + 1), of(1, large))
+    assert contract.disagreements(of(2, large, hlo.LOSS), of(1, large, hlo.LOSS))
 
 
 def command(*arguments):

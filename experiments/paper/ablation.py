@@ -24,6 +24,7 @@ from unittest.mock import patch
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 from jax.flatten_util import ravel_pytree
 from jax.sharding import Mesh
 from matplotlib.figure import Figure
@@ -31,7 +32,7 @@ from matplotlib.figure import Figure
 from experiments.paper.programs import BLOCKWISE, Row, Step, config_of, megabytes, table, write
 from lss_jax import contract, hlo, operations, step
 from lss_jax.attention import lss
-from lss_jax.attention.setting import Setting
+from lss_jax.attention.setting import COMMUNICATED, Setting
 from lss_jax.mesh import cut_axes, named_axes
 from lss_jax.plan import sent
 from lss_jax.topology import devices_of
@@ -51,7 +52,9 @@ SMALL: Row = {
 
 def gathered_apart(kv_2BGlK: jax.Array, setting: Setting) -> jax.Array:
     """A gather for the keys and one for the values: `kv_N2BGlK`."""
-    return jnp.stack([jax.lax.all_gather(x_BGlK, setting.axis) for x_BGlK in kv_2BGlK], axis=1)
+    return checkpoint_name(
+        jnp.stack([jax.lax.all_gather(x_BGlK, setting.axis) for x_BGlK in kv_2BGlK], axis=1), COMMUNICATED
+    )
 
 
 def scattered_apart(dkv_N2BGKl: jax.Array, setting: Setting) -> jax.Array:
@@ -142,7 +145,7 @@ def render(rows: list[Row]) -> str:
             (
                 row["name"],
                 sum(line["times"] for line in row["collectives"]),
-                "; ".join(f"{line['times']} {line['kind']} ({line['place']})" for line in row["collectives"]),
+                "; ".join(map(_in_words, row["collectives"])),
                 f"{row['sent'] / 1e6:,.1f}",
                 megabytes(row["temporaries"]),
                 f"{row['attention_operations'] / whole['attention_operations']:.2f}",
@@ -162,6 +165,10 @@ def render(rows: list[Row]) -> str:
             table(head, body),
         ]
     )
+
+
+def _in_words(line: Row) -> str:
+    return f"{line['times']} {line['kind']} over {' and '.join(line['axes'])} ({line['place']})"
 
 
 def plot(rows: list[Row]) -> Figure:

@@ -15,6 +15,7 @@ from lss_jax.contract import Contract
 from lss_jax.memory import arrays_of, memory_of
 from lss_jax.mesh import SEQ
 from lss_jax.models import Model
+from lss_jax.operations import outside_attention
 from lss_jax.plan import SENT
 
 
@@ -98,6 +99,11 @@ def causal_operations(model: Model, mesh) -> int:
     config, sizes = model.config, sizes_of(model.config, mesh)
     scores = sizes.B * sizes.H * sizes.l * sizes.l * mesh.shape[SEQ] // 2
     return 2 * sizes.K * 7 * scores * config.model.layers * config.optim.accumulate
+
+
+def algorithmic_operations(model: Model, mesh) -> int:
+    """Of a step on each device, whatever a kernel computes in vain."""
+    return outside_attention(model, mesh) + causal_operations(model, mesh)
 
 
 def groups(mesh) -> str:

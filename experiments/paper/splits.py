@@ -20,9 +20,8 @@ from typing import Any
 from jax.sharding import AbstractMesh
 from matplotlib.figure import Figure
 
-from experiments.paper.machines import V5P, causal_operations, step_time
+from experiments.paper.machines import V5P, algorithmic_operations, step_time
 from experiments.paper.programs import Mesh, Row, config_of, table, write
-from lss_jax import operations
 from lss_jax.config import ConfigError, validate
 from lss_jax.contract import predicted
 from lss_jax.memory import memory_of
@@ -74,7 +73,7 @@ def tried(model: Model, sizes: Mesh, microbatches: int) -> Row | None:
         return None
     cut, mesh = dataclasses.replace(model, config=config), AbstractMesh(sizes, AXES)
     collectives = predicted(cut, mesh)
-    work = operations.outside_attention(cut, mesh) + causal_operations(cut, mesh)
+    work = algorithmic_operations(cut, mesh)
     time = step_time(V5P, cut, mesh, work, collectives)
     return {
         "mesh": sizes,
