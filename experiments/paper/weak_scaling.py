@@ -55,8 +55,8 @@ def render(rows: list[Row]) -> str:
     """The table."""
     head = (
         "rows | data x seq x model | devices | tokens | GFLOP | of these attention | of the algorithm | sent, MB "
-        "| parameters, MB | optimizer, MB | temporaries, MB | compiled in, s | as predicted | step, ms | in communication "
-        "| weak-scaling efficiency | with communication hidden"
+        "| parameters, MB | optimizer, MB | temporaries, MB | compiled in, s | as predicted | step, ms "
+        "| in communication | weak-scaling efficiency | with communication hidden"
     )
     body = []
     for row in rows:
