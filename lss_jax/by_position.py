@@ -16,7 +16,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from lss_jax.attention.setting import layout_on, mesh_of
-from lss_jax.config import Config, ConfigError, gather_problems, validate
+from lss_jax.config import Config, ConfigError, gather_problems
 from lss_jax.data.sources import open_splits
 from lss_jax.figures import Curve, Plot
 from lss_jax.layout import Layout
@@ -24,6 +24,7 @@ from lss_jax.losses import LossSum
 from lss_jax.mesh import shardings
 from lss_jax.metrics import bits_per_byte
 from lss_jax.models import Model, Params, build_model
+from lss_jax.rules import validate
 from lss_jax.state import kept_specs
 from lss_jax.step import make_position_step
 from lss_jax.trainer import Split, losses_on, restore_params

@@ -18,9 +18,10 @@ from jax.sharding import PartitionSpec as P
 from lss_jax.attention import make_attend
 from lss_jax.attention.mask import Intervals, bidirectional, neighbours, prefix_causal
 from lss_jax.attention.setting import Setting, setting_of
-from lss_jax.config import AttentionConfig, ConfigError, attention_problems, less_than_1, strategy_on_mesh, typed
+from lss_jax.config import AttentionConfig, ConfigError, typed
 from lss_jax.layout import Layout
 from lss_jax.mesh import DATA, MODEL, SEQ, axes_of, over_cut_axes
+from lss_jax.rules import attention_problems, less_than_1, strategy_on_mesh
 
 Names = str | tuple[str, ...] | None  # of the mesh axes that cut one dimension
 DTYPES = ("float32", "bfloat16")

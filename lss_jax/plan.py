@@ -19,11 +19,12 @@ from lss_jax import cli
 from lss_jax.attention import STRATEGIES
 from lss_jax.attention.setting import layout_on
 from lss_jax.cli import parse_size, shown_size
-from lss_jax.config import Config, ConfigError, MeshConfig, MeshSizes, from_dict, validate
+from lss_jax.config import Config, ConfigError, MeshConfig, from_dict
 from lss_jax.contract import Contract, predicted
 from lss_jax.memory import Memory, memory_of, shortfall
 from lss_jax.mesh import AXES, SEQ, make_mesh, named_axes
 from lss_jax.models import Model, build_model
+from lss_jax.rules import MeshSizes, validate
 from lss_jax.step import trace_train_step
 from lss_jax.topology import FORMS, devices_of
 

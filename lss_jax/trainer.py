@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from lss_jax.attention.setting import kernel_on, layout_on, mesh_of
 from lss_jax.checkpoint import CheckpointWriter, Restored, like, newest_step, restore_newest_sound
-from lss_jax.config import Config, ConfigError, RunError, gather_problems, validate
+from lss_jax.config import Config, ConfigError, RunError, gather_problems
 from lss_jax.data.loader import (
     Batch,
     consecutive_starts,
@@ -32,6 +32,7 @@ from lss_jax.metrics import MetricsWriter, Record, bits_per_byte
 from lss_jax.models import Model, Params, build_model
 from lss_jax.optimizer import make_optimizer, make_schedule
 from lss_jax.profile import STEP, Profile
+from lss_jax.rules import validate
 from lss_jax.skips import Skips
 from lss_jax.state import TrainState, init_state, kept_specs, state_shardings
 from lss_jax.step import make_eval_step, trace_train_step

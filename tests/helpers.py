@@ -6,10 +6,11 @@ import pytest
 
 from configs import base
 from lss_jax.attention.setting import layout_on
-from lss_jax.config import Config, from_dict, validate
+from lss_jax.config import Config, from_dict
 from lss_jax.data.loader import Batch, document_edges, read_batch
 from lss_jax.mesh import make_mesh
 from lss_jax.models import Model, build_model
+from lss_jax.rules import validate
 
 MESHES = [(1, 1), (8, 1), (1, 8), (2, 4), (4, 2), (2, 3)]  # data x seq
 SMALL = {

@@ -39,9 +39,10 @@ from lss_jax.attention import STRATEGIES, blockwise, tiles
 from lss_jax.attention.kernels import KERNELS
 from lss_jax.attention.mask import Intervals
 from lss_jax.attention.setting import Setting, stacked
-from lss_jax.config import ConfigError, validate
+from lss_jax.config import ConfigError
 from lss_jax.dropout import Dropout, dropped, hashed
 from lss_jax.layout import CHUNKS_PER_DEVICE, Layout
+from lss_jax.rules import validate
 
 MESHES = [(1, 1), (1, 2), (1, 3), (1, 4), (1, 8), (2, 2), (2, 3), (2, 4)]  # data x seq
 LAST = ("zigzag", *MESHES[-1])

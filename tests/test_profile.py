@@ -8,8 +8,9 @@ import pytest
 from helpers import small_config
 from test_run import TEXT, change
 
-from lss_jax.config import ConfigError, validate
+from lss_jax.config import ConfigError
 from lss_jax.profile import STEP
+from lss_jax.rules import validate
 from lss_jax.trainer import Trainer
 
 

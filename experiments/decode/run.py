@@ -23,10 +23,11 @@ import numpy as np
 
 from configs import base
 from lss_jax import distributed
-from lss_jax.config import from_dict, validate
+from lss_jax.config import from_dict
 from lss_jax.decode import Generation
 from lss_jax.mesh import make_mesh, shardings
 from lss_jax.models import build_model
+from lss_jax.rules import validate
 from lss_jax.sampling import Sampling
 from lss_jax.state import kept_specs
 

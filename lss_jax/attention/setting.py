@@ -8,9 +8,10 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh
 
-from lss_jax.config import AttentionConfig, Config, ConfigError, validate
+from lss_jax.config import AttentionConfig, Config, ConfigError
 from lss_jax.layout import Layout
 from lss_jax.mesh import DATA, MODEL, SEQ, if_cut, make_mesh
+from lss_jax.rules import validate
 
 COMMUNICATED = "attention_communicated"  # keys and values from other devices: kept, or moved again on the way back
 FUSED = {"triton": "NVIDIA GPUs of compute capability 8.0 or more", "mosaic": "TPUs"}  # kernels for some devices alone
