@@ -119,15 +119,24 @@ def render(results: dict[str, Any]) -> str:
         "Command: `python -m experiments.paper.head_to_head`",
         "",
     ]
-    lines += [
-        f"Measured on simulated devices that share two cores (4 layers, width 256, float32, {LENGTH:,} tokens, one "
-        "sequence):",
-        "",
-        table(
-            "devices | rows | time, baseline / LSS | temporaries, baseline | LSS | baseline / LSS",
-            [_measured_row(row) for row in results["measured"]],
-        ),
-        "",
+    if "measured" in results:
+        lines += [
+            f"Measured on simulated devices that share two cores (4 layers, width 256, float32, {LENGTH:,} tokens, one "
+            "sequence):",
+            "",
+            table(
+                "devices | rows | time, baseline / LSS | temporaries, baseline | LSS | baseline / LSS",
+                [_measured_row(row) for row in results["measured"]],
+            ),
+            "",
+        ]
+    if "compiled" in results:
+        lines += _compiled(results["compiled"], results["one sequence"])
+    return "\n".join(lines).rstrip()
+
+
+def _compiled(rows: list[Row], single: list[Row]) -> list[str]:
+    return [
         f"Compiled for TPU v5p, per device (6 layers, width 512, 8 heads, bfloat16, {TOKENS} tokens per device, the "
         f"same sequences per step); the paper on 144 GPUs: {PAPER['time']} times the speed, {PAPER['memory']} times "
         "less memory. Milliseconds are modelled.",
@@ -136,7 +145,7 @@ def render(results: dict[str, Any]) -> str:
             "devices | who | data x seq x model | rows | groups | sequences, in microbatches | state, MB "
             "| temporaries, MB | all, MB | less than the dense baseline | than the same rows "
             "| GFLOP | sent, MB | step, ms | baseline / LSS",
-            [_compiled_row(row, results["compiled"]) for row in results["compiled"]],
+            [_compiled_row(row, rows) for row in rows],
         ),
         "",
         "A single sequence, with Adam's moments cut (`optim.shard_state`) where the devices divide the width: the "
@@ -146,10 +155,9 @@ def render(results: dict[str, Any]) -> str:
         table(
             "devices | tokens | rows | groups | parameters, MB | optimizer, MB | temporaries, MB | all, MB "
             "| less than the dense baseline of 144",
-            [_single_row(row, results["compiled"]) for row in results["one sequence"]],
+            [_single_row(row, rows) for row in single],
         ),
     ]
-    return "\n".join(lines)
 
 
 def _measured_row(row: Row) -> tuple:
@@ -193,7 +201,7 @@ def _baseline(rows: list[Row], devices: int, kernel: str) -> Row:
 
 def plot(results: dict[str, Any]) -> Figure:
     """Memory per device by class, on 144 devices."""
-    rows = [row for row in results["compiled"] if row["devices"] == 144]
+    rows = [row for row in results.get("compiled", []) if row["devices"] == 144]
     labels = [f"{row['name']}\n{row['kernel']}, {row['gather_groups']}" for row in rows]
     figure = Figure(figsize=(8, 4))
     axes = figure.subplots()

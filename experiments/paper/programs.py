@@ -83,7 +83,7 @@ def compiled(config: Config, devices: Sequence[jax.Device]) -> Row:
         "memory_total": sum(audit.memory.values()) if audit.memory else None,
         "operations": operations,
         "attention_operations": audit.attention_flops,
-        "algorithmic_operations": algorithmic_operations(model, mesh),
+        "algorithmic_operations": algorithmic_operations(model, mesh, scores=1),
         "sent": sent(audit.collectives or audit.predicted, mesh),
         "collectives": figures["collectives"]["compiled"],
         "compile_seconds": audit.seconds,

@@ -1,0 +1,124 @@
+"""Attention as the `attention_fn` of layers of Flax: a model trains as with Flax's own."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+from helpers import assert_close, mesh_of, sampled
+
+import lss_jax
+from lss_jax.config import ConfigError
+
+B = 2
+BOUND = 1e-5
+BLOCKS = {"block_queries": 8, "block_keys": 8}
+INPUTS = np.random.default_rng(0).normal(size=(3, B, 43, 6, 8)).astype(np.float32)
+
+
+class Decoder(nnx.Module):
+    """A small language model as one writes it in Flax."""
+
+    def __init__(self, rngs: nnx.Rngs, kv_heads: int | None = None, **options):
+        self.embed = nnx.Embed(64, 32, rngs=rngs)
+        self.layers = nnx.List(
+            [nnx.MultiHeadAttention(8, 32, num_kv_heads=kv_heads, decode=False, rngs=rngs, **options) for _ in range(2)]
+        )
+        self.norms = nnx.List([nnx.LayerNorm(32, rngs=rngs) for _ in range(2)])
+        self.head = nnx.Linear(32, 64, rngs=rngs)
+
+    def __call__(self, tokens_BL):
+        x_BLE = self.embed(tokens_BL)
+        for norm, layer in zip(self.norms, self.layers, strict=True):
+            x_BLE = x_BLE + layer(norm(x_BLE), is_causal=True)
+        return self.head(x_BLE)
+
+
+@nnx.jit
+def train_step(model, optimizer, tokens_BL):
+    def loss(model):
+        logits_BLV = model(tokens_BL[:, :-1])
+        return optax.softmax_cross_entropy_with_integer_labels(logits_BLV, tokens_BL[:, 1:]).mean()
+
+    value, gradient = nnx.value_and_grad(loss)(model)
+    optimizer.update(model, gradient)
+    return value
+
+
+def trained(steps: int, **options):
+    """The losses of some steps, and the parameters after them."""
+    model = Decoder(nnx.Rngs(0), **options)
+    optimizer = nnx.Optimizer(model, optax.chain(optax.clip_by_global_norm(1.0), optax.sgd(0.3, 0.9)), wrt=nnx.Param)
+    tokens_BL = jax.random.randint(jax.random.key(1), (4, 44), 0, 64)
+    losses = [float(train_step(model, optimizer, tokens_BL)) for _ in range(steps)]
+    return losses, nnx.to_pure_dict(nnx.state(model, nnx.Param))
+
+
+MODELS = [
+    ("lss", "contiguous", 2),
+    ("ring", "zigzag", 8),
+    ("ulysses", "contiguous", 4),
+]
+
+
+@pytest.mark.parametrize("case", sampled(MODELS, MODELS[:1]), ids=str)
+def test_a_model_of_flax_trains_as_with_flax_own_attention(case):
+    strategy, layout, kv_heads = case
+    ours = lss_jax.attention_fn(mesh_of(2, 4), strategy=strategy, layout=layout, **BLOCKS)
+    (losses, found), (expected_losses, expected) = (
+        trained(3, kv_heads=kv_heads, **changes) for changes in ({"attention_fn": ours}, {})
+    )
+    assert losses[2] < losses[0] - 0.1, "it learns"
+    assert_close(losses, expected_losses, BOUND)
+    key_biases = [layer["key"].pop("bias") for tree in (found, expected) for layer in tree["layers"].values()]
+    assert_close(found, expected, BOUND)
+    assert max(np.abs(bias).max() for bias in key_biases) < 1e-6, "they shift all scores alike: their gradient is zero"
+
+
+def test_a_layer_computes_in_its_own_dtype():
+    found = lss_jax.attention_fn(mesh_of(1, 4))(*INPUTS, dtype=jnp.bfloat16, dropout_rate=0.1, deterministic=True)
+    assert found.dtype == jnp.bfloat16
+    assert_close(np.asarray(found, np.float32), jax.nn.dot_product_attention(*INPUTS), 2e-2)
+
+
+def test_options_of_all_layers():
+    attend = lss_jax.attention_fn(mesh_of(1, 2), is_causal=True, local_window_size=3)
+    expected = jax.nn.dot_product_attention(*INPUTS, is_causal=True, local_window_size=3)
+    for is_causal in (False, True):
+        assert_close(attend(*INPUTS, is_causal=is_causal), expected, BOUND)
+
+
+@pytest.mark.parametrize(
+    ("of_layer", "of_call", "message"),
+    [
+        (
+            {},
+            {"mask": np.ones((1, 1, 43, 43), bool)},
+            "a mask array of shape (1, 1, 43, 43) is refused, since L x L numbers are what no device should have: say",
+        ),
+        ({"dropout_rate": 0.1, "deterministic": False}, {}, "dropout_rate=0.1 is refused, since attention"),
+        ({}, {"sow_weights": True}, "sow_weights=True is refused, since attention weights exist in blocks alone; use"),
+        ({"precision": "highest"}, {}, "precision=highest is refused, since the way back would not know it; use"),
+    ],
+    ids=["mask", "dropout", "weights", "precision"],
+)
+def test_what_flax_can_and_this_cannot(of_layer, of_call, message):
+    attend = lss_jax.attention_fn(mesh_of(1, 2))
+    layer = nnx.MultiHeadAttention(4, 32, decode=False, attention_fn=attend, rngs=nnx.Rngs(0), **of_layer)
+    with pytest.raises(ConfigError) as error:
+        layer(jnp.ones((B, 43, 32)), **of_call)
+    assert str(error.value).startswith(message)
+
+
+def test_a_bias_is_refused():
+    with pytest.raises(ConfigError, match=r"a bias of shape \(1, 1, 43, 43\) is refused, .*; use positions such as"):
+        lss_jax.attention_fn(mesh_of(1, 2))(*INPUTS, np.zeros((1, 1, 43, 43)))
+
+
+def test_decoding_is_refused():
+    attend = lss_jax.attention_fn(mesh_of(1, 2))
+    layer = nnx.MultiHeadAttention(4, 32, decode=True, attention_fn=attend, rngs=nnx.Rngs(0))
+    layer.init_cache((B, 43, 32))
+    with pytest.raises(ConfigError, match="decode=True makes such a mask, too: decode with Flax's own attention"):
+        layer(jnp.ones((B, 1, 32)))

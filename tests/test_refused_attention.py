@@ -1,0 +1,118 @@
+"""What attention on global arrays refuses: one clear error each, before anything is compiled."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers import mesh_of
+from jax.sharding import PartitionSpec as P
+
+import lss_jax
+from lss_jax.config import ConfigError
+from lss_jax.mesh import SEQ
+
+B, K = 2, 8
+attention = lss_jax.dot_product_attention
+
+
+X = np.zeros((B, 48, 6, K), np.float32)
+WRONG_ARRAYS = {
+    "query (6, 8), key (6, 8), value (6, 8): each is [..., L, heads, K], of three": [X[0, 0]] * 3,
+    "value (2, 48, 6, 4): they may differ in the number of the query heads alone": [X, X, X[..., :4]],
+    "key (2, 47, 6, 8), value (2, 47, 6, 8): they may differ in": [X, X[:, 1:], X[:, 1:]],
+    "(2, 0, 6, 8): nothing to attend to; every dimension must be at least 1": [X[:, :0]] * 3,
+    "of dtypes float32, float32, bfloat16; give all three as float32 or as bfloat16": [X, X, jnp.bfloat16(X)],
+    "of dtypes float16, float16, float16; give all three": [np.float16(X)] * 3,
+    "heads=6 is not divisible by kv_heads=4; each key/value head serves equally many query heads: use kv_heads=6 or": [
+        X,
+        X[:, :, :4],
+        X[:, :, :4],
+    ],
+}
+WRONG_OPTIONS = {
+    "strategy='lsss' is not known; choose one of 'lss', 'ring', 'ulysses'": {"strategy": "lsss"},
+    "layout='striped' is not known; choose one of 'contiguous', 'zigzag'": {"layout": "striped"},
+    "kernel='cudnn' is not known; choose one of 'auto', 'blockwise'": {"kernel": "cudnn"},
+    "kernel='triton' is for NVIDIA GPUs of compute capability 8.0 or more, and these devices are cpu; use kernel=": {
+        "kernel": "triton"
+    },
+    "block_keys=0 must be at least 1": {"block_keys": 0},
+    "block_queries=8.0 is of type float; give a value of type int": {"block_queries": 8.0},
+    "prefix=-1 must be at least 0": {"prefix": -1, "is_causal": True},
+    "prefix=3 has no use with is_causal=False, under which all is seen anyway; use prefix=0": {"prefix": 3},
+    "local_window_size=(-1, -1) must be one number or (left, right), each at least 0": {"local_window_size": -1},
+    "local_window_size=(1, 2, 3) must be one number or (left, right)": {"local_window_size": (1, 2, 3)},
+    "local_window_size=0.5 must be one number or (left, right)": {"local_window_size": 0.5},
+    "intervals: end is of dtype float32; give positions as integers": {"intervals": (0, np.float32(5))},
+    "intervals: start and end of shapes (47,) and () do not broadcast to (2, 48), which the queries have before": {
+        "intervals": (np.zeros(47, int), 5)
+    },
+    "shapes () and (3, 2, 48) do not broadcast to (2, 48)": {"intervals": (0, np.zeros((3, 2, 48), int))},
+    'heads=6 is not divisible by seq=4, which strategy="ulysses" needs; use heads=8 or strategy="lss"': {
+        "strategy": "ulysses"
+    },
+    'heads=6 is not divisible by seq=2 times model=2, which strategy="ulysses" needs; use heads=8': {
+        "strategy": "ulysses",
+        "mesh": (1, 2, 2),
+    },
+    'kernel=\'dense\' cannot take keys as they come by, which strategy="ring" needs; use kernel="blockwise"': {
+        "strategy": "ring",
+        "kernel": "dense",
+    },
+    "gather_groups=2 has no use with strategy='ring', which gathers nothing; use gather_groups=1 or": {
+        "strategy": "ring",
+        "gather_groups": 2,
+    },
+    "kv_heads=6 is not divisible by gather_groups=4; use gather_groups=6 or another divisor": {"gather_groups": 4},
+    "kv_heads=6 is not divisible by gather_groups=6 times model=2; use gather_groups=1": {
+        "gather_groups": 6,
+        "mesh": (1, 2, 2),
+    },
+    "regather=True has no use with strategy='ulysses', which keeps no gathered pairs; use regather=False": {
+        "strategy": "ulysses",
+        "regather": True,
+        "mesh": (1, 2, 1),
+    },
+    "mesh=None is no jax.sharding.Mesh; give one, as of jax.make_mesh((jax.device_count(),), ('seq',))": {"mesh": None},
+    "axes=('data', 'context', 'model') do not name axes of this mesh, which has 'data', 'seq', 'model'; give its": {
+        "axes": ("data", "context", "model")
+    },
+    "axes=('data', 'seq', 'seq') do not name axes of this mesh": {"axes": ("data", "seq", "seq")},
+    "axes=('dat', 'seq', None) do not name axes of this mesh": {"axes": ("dat", "seq", None)},
+}
+
+
+@pytest.mark.parametrize("message", WRONG_ARRAYS)
+def test_arrays_that_do_not_go_together_are_one_clear_error(message):
+    with pytest.raises(ConfigError) as error:
+        attention(*WRONG_ARRAYS[message], mesh=mesh_of(1, 2))
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize("message", WRONG_OPTIONS)
+def test_options_that_cannot_work_are_one_clear_error(message):
+    options = {"mesh": (1, 4, 1), **WRONG_OPTIONS[message]}
+    if options["mesh"]:
+        options["mesh"] = mesh_of(*options["mesh"])
+    with pytest.raises(ValueError) as error:
+        attention(X, X, X, **options)
+    assert message in str(error.value)
+
+
+def test_all_problems_are_told_at_once():
+    with pytest.raises(ConfigError) as error:
+        attention(X, X, X, mesh=mesh_of(1, 4), strategy="ulysses", block_keys=0, gather_groups=2)
+    found = [line.partition("=")[0] for line in str(error.value).splitlines()]
+    assert found == ["block_keys", "gather_groups", "heads"]
+
+
+def test_local_arrays_are_refused():
+    mesh = mesh_of(1, 2)
+    by_sequence = {"in_specs": P(None, SEQ), "out_specs": P(None, SEQ)}
+    with pytest.raises(ConfigError, match=r"this is inside a shard_map; call it outside, or .*attention\.make_attend"):
+        jax.shard_map(lambda x: attention(x, x, x, mesh=mesh), mesh=mesh, **by_sequence)(X)
+
+
+def test_forward_mode_is_refused_by_jax():
+    with pytest.raises(TypeError, match=r"forward-mode autodiff \(jvp\)"):
+        jax.jvp(lambda q: attention(q, X, X, mesh=mesh_of(1, 2)), (jnp.asarray(X),), (jnp.asarray(X),))
