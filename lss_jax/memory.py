@@ -83,11 +83,17 @@ def peaks(model: Model, mesh: Mesh | AbstractMesh) -> dict[str, float]:
         layers *= 2
     if config.model.remat == "none" and config.model.dtype == "bfloat16":  # the weights as they were rounded, turned
         layers += parameters
+    of_layer = parameters / config.model.layers
+    # a layer's weights as they were rounded; XLA holds them through the whole block where no keys are put in order
+    rounded = of_layer if config.model.remat == "block" and config.model.dtype == "bfloat16" else 0
+    contiguous = config.attention.layout == "contiguous" and config.attention.regather
     return {
-        "back through a block": layers + _block(config, arrays) + parameters / config.model.layers,
-        "back through attention": layers + _attention(config, arrays, mesh) + (parameters if arrays.scores else 0),
+        "back through a block": layers + _block(config, arrays) + of_layer + (rounded if contiguous else 0),
+        "back through attention": layers
+        + _attention(config, arrays, mesh)
+        + (parameters if arrays.scores else rounded),
         "loss": layers + 2 * arrays.logits + 5 * arrays.part,
-        "update": 2.2 * parameters,  # the gradient as one vector, and its leaves; they leave the largest gaps
+        "update": 2.21 * parameters,  # the gradient as one vector, and its leaves; they leave the largest gaps
     }
 
 
