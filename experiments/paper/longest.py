@@ -31,7 +31,6 @@ NAME = "longest"
 MEMORY = 16 * 2**30
 DEVICES = (1, 2, 4, 8, 16, 36, 64, 144, 256)
 COMPILED = 8
-LEAN: Row = {**BLOCKWISE, "attention.gather_groups": 8}
 
 
 def cuts(devices: int) -> dict[str, tuple[Mesh, str, Row]]:
@@ -40,7 +39,6 @@ def cuts(devices: int) -> dict[str, tuple[Mesh, str, Row]]:
     own: dict[str, tuple[Mesh, str, Row]] = {
         "LSS, dense (the paper's)": ((1, devices, 1), "lss", DENSE),
         "LSS, blockwise": ((1, devices, 1), "lss", BLOCKWISE),
-        "LSS, blockwise, heads in 8 groups": ((1, devices, 1), "lss", LEAN),
         "ring, blockwise": ((1, devices, 1), "ring", {}),
         "baseline, dense": ((devices // heads, 1, heads), "lss", DENSE),
         "baseline, blockwise": ((devices // heads, 1, heads), "lss", BLOCKWISE),
