@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from helpers import sampled
 
 from lss_jax.metrics import read_records
 
@@ -62,7 +63,7 @@ def test_train_then_evaluate_then_train_on(tmp_path):
     assert json.loads((workdir / "config.json").read_text())["model"]["mlp_width"] == 128
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", sampled([signal.SIGINT, signal.SIGTERM], [signal.SIGTERM]))
 def test_a_signal_ends_the_run_after_the_step_and_the_same_command_goes_on(tmp_path, number):
     endless = train(tmp_path, "--config.optim.steps=100000", "--config.checkpoint_every=100000")
     process = subprocess.Popen(endless, cwd=ROOT, stdout=subprocess.PIPE, text=True)

@@ -6,6 +6,7 @@ from pathlib import Path
 PACKAGE = Path(__file__).parents[1] / "lss_jax"
 ROWS = [
     {"config", "mesh", "layout", "dropout", "tensor_parallel", "hlo", "peers", "sampling", "interrupt"},
+    {"rules"},
     {"distributed", "topology", "attention", "embeddings", "checksums", "workdir"},
     {"layers", "global_attention", "cache"},
     {"models", "data", "flax_attention"},

@@ -72,7 +72,7 @@ def test_an_interrupted_run_ends_like_an_uninterrupted_one(config, tmp_path):
     ("sizes", "changes"),
     [
         pytest.param((8, 1, 1), {}, marks=pytest.mark.grid),
-        ((2, 3, 1), {}),
+        pytest.param((2, 3, 1), {}, marks=pytest.mark.grid),
         pytest.param((1, 1, 1), {}, marks=pytest.mark.grid),
         pytest.param((1, 3, 2), {"model__vocab_parallel": True}, marks=pytest.mark.grid),
         ((2, 2, 2), {"optim__shard_state": True}),
@@ -90,6 +90,7 @@ def test_another_mesh_goes_on_with_the_same_curve(config, tmp_path, sizes, chang
     np.testing.assert_allclose([loss for _, loss in found], [loss for _, loss in expected], rtol=1e-5)
 
 
+@pytest.mark.grid
 def test_a_length_that_only_one_mesh_divides(config, tmp_path):
     """Its position table is whole on 2 x 4 devices and cut on 1 x 3; the checkpoint and the curve are the same."""
     config = change(config, data__seq_len=45)

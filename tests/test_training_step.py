@@ -127,7 +127,7 @@ def test_gradient_equals_the_oracle_for_packed_documents(strategy):
     check_against_oracle(2, 4, attention__strategy=strategy, data__separator="a", data__seq_len=41)
 
 
-@pytest.mark.parametrize("seq_len", [3, 7, 9, 47])
+@pytest.mark.parametrize("seq_len", sampled([3, 7, 9, 47], [3, 47]))
 def test_any_length_on_eight_devices(seq_len):
     """Shorter than the mesh, and with segments that are all padding."""
     check_against_oracle(1, 8, data__seq_len=seq_len)
@@ -173,7 +173,7 @@ def oracle_curve(steps):
 ALL_MESHES = [*((*mesh, 1) for mesh in MESHES), (2, 2, 2), (1, 1, 4), (1, 3, 2)]
 
 
-@pytest.mark.parametrize("mesh", sampled(ALL_MESHES, {(1, 1, 1), (2, 4, 1), (2, 2, 2)}))
+@pytest.mark.parametrize("mesh", sampled(ALL_MESHES, {(2, 4, 1), (2, 2, 2)}))
 def test_twenty_steps_follow_the_oracle(mesh):
     model, mesh = model_on(*mesh)
     optimizer = make_optimizer(model.config.optim)
