@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from typing import Any
 
 import jax
 import pytest
@@ -186,16 +187,22 @@ def test_bad_input_of_the_command_is_one_error(arguments, message):
     assert "Traceback" not in done.stderr
 
 
-ON_TPU = [((1, 8), "lss", 2), ((1, 1, 8), "lss", 8), ((2, 2, 2), "lss", 10), ((1, 8), "ulysses", 4)]
+IN_GROUPS = {"attention__gather_groups": 4, "model__remat": "block"}
+ON_TPU: list[tuple[tuple[int, ...], dict[str, Any], int]] = [
+    ((1, 8), {}, 2),
+    ((1, 1, 8), {}, 8),
+    ((2, 2, 2), {}, 10),
+    ((1, 8), {"attention__strategy": "ulysses"}, 4),
+    ((1, 8), IN_GROUPS, 2 * 4),
+    ((1, 8), {**IN_GROUPS, "attention__regather": True, "attention__kernel": "blockwise"}, 3 * 4),
+]
 
 
 @pytest.mark.grid
-@pytest.mark.parametrize(("sizes", "strategy", "per_layer"), ON_TPU)
-def test_the_contract_holds_on_a_tpu_topology(sizes, strategy, per_layer):
-    """Compiled for eight chips that are not here, with the fused kernel."""
-    model, _ = model_on(
-        *sizes, model__layers=LAYERS, model__heads=8, model__width=512, data__seq_len=1024, attention__strategy=strategy
-    )
+@pytest.mark.parametrize(("sizes", "changes", "per_layer"), ON_TPU)
+def test_the_contract_holds_on_a_tpu_topology(sizes, changes, per_layer):
+    """Compiled for eight chips that are not here, with the fused kernel unless the changes say otherwise."""
+    model, _ = model_on(*sizes, model__layers=LAYERS, model__heads=8, model__width=512, data__seq_len=1024, **changes)
     mesh = make_mesh((*sizes, 1)[:3], devices_of("tpu:v5p:2x2x2"))
     result = audited(model, mesh)
     assert problems(result, None) == []

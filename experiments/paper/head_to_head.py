@@ -15,8 +15,9 @@ after the other over all devices (`optim.accumulate`): the same tokens, the same
 That is the paper's own comparison: what is cut no further must be repeated in data groups. Both recompute blocks
 (`remat="block"`). With dense rows both hold scores in memory, as the paper's did; with blockwise rows neither.
 
-Where the column `as predicted` says no, the audit finds other collectives than the formulas do: libtpu puts the sums of
-two groups' gradients into one, and over 4 x 4 x 8 chips it gathers by sums of zeros with a segment. The JSON has them.
+Where the column `as predicted` says no, the audit finds other collectives than the formulas do, and the JSON has them:
+on 128 chips, where the moments are cut, libtpu gathers the shares of all but two parameters in one sum of zeros with a
+share, since they are smaller than its tiles.
 
 *Modelled*: the seconds of a step, by `machines.py`, from the compiled operations and collectives.
 """

@@ -29,7 +29,7 @@ TOKENS = 348  # per device in the paper's weak scaling: 50,112 on 144
 Mesh = tuple[int, int, int]
 Row = dict[str, Any]
 
-TORUS = {36: "2x2x9", 128: "4x4x8", 144: "12x12x1", 3456: "12x12x24"}
+TORUS = {36: "2x2x9", 128: "8x16x1", 144: "12x12x1", 3456: "12x12x24"}
 DENSE: Row = {"attention.kernel": "dense", "attention.regather": True}
 BLOCKWISE: Row = {"attention.kernel": "blockwise", "attention.regather": True}
 
@@ -50,7 +50,7 @@ def config_of(mesh: Mesh, seq_len: int, changes: Row | None = None) -> Config:
 def chips(count: int) -> Sequence[jax.Device]:
     """Absent TPU v5p chips in a torus; six lie as no one could rent them, on a host of their own.
 
-    144 lie in a plane: over 6 x 6 x 4 chips libtpu gathers by sums of zeros with a segment, and the audit says so.
+    128 and 144 lie in a plane: over 6 x 6 x 4 libtpu gathers by sums of zeros with a segment, and the audit says so.
     """
     if count == 6:
         devices_of("tpu:v5p:2x2x1")  # the settings that libtpu needs

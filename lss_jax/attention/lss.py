@@ -23,7 +23,8 @@ def lss_attention(
     """This segment's rows of attention, `o_BlHK`, from local `q, k, v`, inside `shard_map` over `setting.axis`.
 
     The key/value heads travel in `gather_groups` groups (the paper: one), with one collective each: while the rows of
-    one are computed the next may travel. A group starts when the one before the last is done, so that two are held.
+    one are computed the keys and values of the next may travel, so that two groups are held. On the way back a group
+    waits for the scatter before it: of scatters that do not wait XLA makes one for TPUs, which holds all they send.
     """
     return _own_rows(q_BlHK, stacked(k_BlGK, v_BlGK), mask, dropout, setting)
 
@@ -67,10 +68,10 @@ def _backward(setting, residuals, do_BlHK):
     o_and_do = zip(*(jnp.split(x, setting.gather_groups, axis=2) for x in (o_BlHK, do_BlHK)), strict=True)
     groups = zip(_groups(q_BlHK, kv_2BGlK, dropout, setting), o_and_do, saved, strict=True)
     for group, ((q, kv, pair_dropout), (o, do), (kept, kv_N2BGlK)) in enumerate(groups):
-        if group >= 2:
-            do = after(dkv[group - 2], do)
         if setting.regather:
-            kv_N2BGlK = _gathered(after(do, kv), setting)
+            kv_N2BGlK = _gathered(after(dkv[group - 2] if group >= 2 else do, kv), setting)
+        if group:
+            do = after(dkv[-1], do)
         dq_of_group, dkv_N2BGKl = kernel.backward(q, kv_N2BGlK, mask, pair_dropout, o, kept, do, setting)
         dq.append(dq_of_group)
         dkv.append(_scattered(dkv_N2BGKl, setting).swapaxes(3, 4).astype(kv.dtype))
