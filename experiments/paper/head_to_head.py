@@ -54,7 +54,7 @@ GOALS = {"dense": 15, "blockwise": 60}  # times less memory than the baseline's 
 SMALL: Row = {"model.layers": 4, "model.width": 256, "model.dtype": "float32"}
 LENGTH = 2048  # tokens, on simulated devices
 BASELINES = {36: (9, 1, 4), 144: (18, 1, 8)}
-GROUPS = {"dense": 4, "blockwise": 8}  # of heads, in which LSS moves keys and values where memory is short
+GROUPS = 8  # of heads, in which LSS moves keys and values where memory is short
 KERNELS = {"dense": DENSE, "blockwise": BLOCKWISE}
 
 
@@ -92,11 +92,11 @@ def compiled_on(devices: int) -> list[Row]:
     """The baseline and LSS, dense and blockwise, LSS also with heads in groups."""
     absent, rows = chips(devices), []
     baseline = BASELINES[devices]
-    for kernel, changes in KERNELS.items():
+    for changes in KERNELS.values():
         for name, mesh, groups in (
             ("baseline", baseline, 1),
             ("lss", (1, devices, 1), 1),
-            ("lss", (1, devices, 1), GROUPS[kernel]),
+            ("lss", (1, devices, 1), GROUPS),
         ):
             same = {"data.batch_size": baseline[0], "optim.accumulate": baseline[0] if name == "lss" else 1}
             config = config_of(mesh, TOKENS * devices, {**changes, **same, "attention.gather_groups": groups})
@@ -108,8 +108,8 @@ def one_sequence() -> list[Row]:
     """LSS alone with a single sequence: nothing to add up over microbatches; on 128 devices Adam's moments are cut."""
     rows = []
     for devices in (144, 128):
-        for kernel, changes in KERNELS.items():
-            groups = {"attention.gather_groups": GROUPS[kernel], "optim.shard_state": True}
+        for changes in KERNELS.values():
+            groups = {"attention.gather_groups": GROUPS, "optim.shard_state": True}
             row = compiled(config_of((1, devices, 1), TOKENS * devices, {**changes, **groups}), chips(devices))
             rows.append({"name": "lss", **row})
     return rows

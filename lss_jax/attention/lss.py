@@ -23,8 +23,8 @@ def lss_attention(
     """This segment's rows of attention, `o_BlHK`, from local `q, k, v`, inside `shard_map` over `setting.axis`.
 
     The key/value heads travel in `gather_groups` groups (the paper: one), with one collective each: while the rows of
-    one are computed the keys and values of the next may travel, so that two groups are held. On the way back a group
-    waits for the scatter before it: of scatters that do not wait XLA makes one for TPUs, which holds all they send.
+    one are computed the keys and values of the next may travel, so that two groups are held. On the way back the
+    rows of a group wait for the scatter before: of scatters that do not wait XLA makes one for TPUs, which holds both.
     """
     return _own_rows(q_BlHK, stacked(k_BlGK, v_BlGK), mask, dropout, setting)
 
@@ -71,7 +71,7 @@ def _backward(setting, residuals, do_BlHK):
         if setting.regather:
             kv_N2BGlK = _gathered(after(dkv[group - 2] if group >= 2 else do, kv), setting)
         if group:
-            do = after(dkv[-1], do)
+            do = after(dq[-1], after(dkv[-1], do))
         dq_of_group, dkv_N2BGKl = kernel.backward(q, kv_N2BGlK, mask, pair_dropout, o, kept, do, setting)
         dq.append(dq_of_group)
         dkv.append(_scattered(dkv_N2BGKl, setting).swapaxes(3, 4).astype(kv.dtype))
