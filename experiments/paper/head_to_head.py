@@ -16,8 +16,8 @@ That is the paper's own comparison: what is cut no further must be repeated in d
 (`remat="block"`). With dense rows both hold scores in memory, as the paper's did; with blockwise rows neither.
 
 Where the column `as predicted` says no, the audit finds other collectives than the formulas do, and the JSON has them:
-on 128 chips, where the moments are cut, libtpu gathers the shares of all but two parameters in one sum of zeros with a
-share, since they are smaller than its tiles.
+on 128 chips, where the moments are cut, libtpu gathers all but two parameters in one sum of zeros with a share (those
+two have shares that fill its tiles).
 
 *Modelled*: the seconds of a step, by `machines.py`, from the compiled operations and collectives.
 """
