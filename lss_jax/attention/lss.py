@@ -23,8 +23,9 @@ def lss_attention(
     """This segment's rows of attention, `o_BlHK`, from local `q, k, v`, inside `shard_map` over `setting.axis`.
 
     The key/value heads travel in `gather_groups` groups (the paper: one), with one collective each: while the rows of
-    one are computed the keys and values of the next may travel, so that two groups are held. On the way back the
-    rows of a group wait for the scatter before: of scatters that do not wait XLA makes one for TPUs, which holds both.
+    one are computed the keys and values of the next may travel, so that two groups are held. On the way back the rows
+    of a group wait for those before, so that dense scores are of one group, and for their scatter: of scatters that do
+    not wait XLA makes one for TPUs, which holds both.
     """
     return _own_rows(q_BlHK, stacked(k_BlGK, v_BlGK), mask, dropout, setting)
 
