@@ -8,6 +8,7 @@ killed save leaves nothing that looks like a checkpoint. What is restored is sum
 import json
 import logging
 import shutil
+import time
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -163,9 +164,12 @@ class CheckpointWriter:
             self._manager.save(step, args=ocp.args.Composite(manifest=ocp.args.JsonSave(manifest), **trees))
 
     def check(self) -> None:
-        """Raises a RunError if a save in the background has failed."""
-        with self._failing_clearly():
-            self._manager.check_for_errors()
+        """Raises a RunError if a save in the background has failed.
+
+        Orbax's own `check_for_errors` is silent about that: its background thread has already taken the error away.
+        """
+        if not self._manager.is_saving_in_progress():
+            self.wait()
 
     def wait(self) -> None:
         """Waits until everything is on disk; raises a RunError if it cannot be."""
@@ -189,13 +193,26 @@ class CheckpointWriter:
         try:
             yield
         except Exception as error:  # Orbax passes on what its libraries raise
-            if is_first():  # half a checkpoint on a full disk is in the way
-                for half in self._folder.glob(f"*{UNFINISHED}*"):
-                    shutil.rmtree(half, ignore_errors=True)
+            if is_first():
+                _remove_unfinished(self._folder)
             raise RunError(
                 f"a checkpoint cannot be written to {self._folder} ({' '.join(str(error).split())[:200]}); "
                 f"{self.newest()}; make room or make the folder writable, then the same command goes on from there"
             ) from error
+
+
+def _remove_unfinished(folder: Path) -> None:
+    """Removes half a checkpoint, which on a full disk is in the way, until it has stayed away for a second.
+
+    Orbax ends a save at its first error, and the threads that write its other parts make their folders anew. What
+    cannot be removed is left after ten seconds: the next run removes it.
+    """
+    started = removed = time.monotonic()
+    while time.monotonic() < min(removed + 1.0, started + 10.0):
+        for half in folder.glob(f"*{UNFINISHED}*"):
+            shutil.rmtree(half, ignore_errors=True)
+            removed = time.monotonic()
+        time.sleep(0.05)
 
 
 def _set_aside(folder: Path, resumed_step: int) -> None:

@@ -1,11 +1,17 @@
 """A disk that fills up, and a folder that turns read-only: one clear error, and the last sound checkpoint intact."""
 
+import resource
 import subprocess
+import time
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from processes import command, finish, saved, start, write_text
+
+from lss_jax.checkpoint import CheckpointWriter
+from lss_jax.config import RunError
 
 
 @pytest.fixture
@@ -77,3 +83,25 @@ def test_a_limit_on_files(tmp_path):
     _, err = finish(process)
     assert_ends_clearly(process, err)
     jax.tree.map(np.testing.assert_array_equal, saved(tmp_path / "run", 5), before)
+
+
+@pytest.fixture
+def small_files():
+    """In this process no file may grow past 40 kB."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_save_that_fails_in_the_background_is_told_at_the_next_look(tmp_path, small_files):
+    placed = jax.NamedSharding(jax.make_mesh((2,), ("data",), devices=jax.devices()[:2]), jax.P("data"))
+    values = np.random.default_rng(0).standard_normal((40, 64, 64), np.float32)
+    arrays = {str(i): jax.device_put(value, placed) for i, value in enumerate(values)}
+    writer = CheckpointWriter(tmp_path, kept=2, resumed_step=0)
+    writer.save(5, {}, params=arrays, opt_state=jax.tree.map(jnp.square, arrays))
+    with pytest.raises(RunError, match=r"cannot be written to .*; there is no checkpoint yet; make room"):
+        for _ in range(600):
+            writer.check()
+            time.sleep(0.1)
+    assert not list(tmp_path.iterdir()), "half a checkpoint would be in the way"
