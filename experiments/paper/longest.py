@@ -7,10 +7,9 @@ below. Here one sequence over all devices, of 16 GiB each, the paper's model (6 
 blocks computed again on the way back).
 
 *Modelled*: the longest length by the planner's memory model, an upper bound (`lss_jax/inspection/memory.py`).
-*Compiled*, for simulated CPU devices: the program at that length, for 8 devices, so that the bound can be judged; CPUs keep
-bfloat16 as
-float32, so that real machines hold more. The baseline cuts heads: beyond 8 devices it gains nothing, and the others
-train on other sequences. Hybrids cut the sequence over N/2 or N/8 devices and the heads over 2 or 8.
+*Compiled*, for simulated CPU devices: the program at that length, for 8 devices, so that the bound can be judged; CPUs
+keep bfloat16 as float32, so that real machines hold more. The baseline cuts heads: beyond 8 devices it gains nothing,
+and the others train on other sequences. Hybrids cut the sequence over N/2 or N/8 devices and the heads over 2 or 8.
 """
 
 import argparse
