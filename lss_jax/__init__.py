@@ -15,66 +15,55 @@ What one calls has a name here; the rest is in the modules (README, "The package
 >>> trainer.close()
 >>> sorted(record)
 ['bits_per_byte', 'grad_norm', 'learning_rate', 'loss', 'skipped', 'split', 'step', 'step_seconds', 'tokens_per_second']
->>> len(lss_jax.generate(workdir, "def ", tokens=10, temperature=0))
+>>> len(lss_jax.generate_text(workdir, "def ", tokens=10, temperature=0))
 14
->>> lss_jax.evaluate(workdir, "test")  # doctest: +SKIP
->>> lss_jax.audit(config)  # doctest: +SKIP
+>>> lss_jax.evaluate_run(workdir, "test")  # doctest: +SKIP
+>>> lss_jax.audit_step(config)  # doctest: +SKIP
 """
 
 import importlib
-import sys
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lss_jax.audit import audit
+    from lss_jax.attention.flax_attention import attention_fn
+    from lss_jax.attention.global_attention import dot_product_attention
     from lss_jax.cli import load_config
-    from lss_jax.distributed import start
-    from lss_jax.evaluate import evaluate
-    from lss_jax.flax_attention import attention_fn
-    from lss_jax.generate import generate
-    from lss_jax.global_attention import dot_product_attention
-    from lss_jax.mesh import make_mesh
-    from lss_jax.trainer import Trainer
+    from lss_jax.generation.generate import generate_text
+    from lss_jax.inspection.audit import audit_step
+    from lss_jax.parallel.mesh import make_mesh
+    from lss_jax.runtime.distributed import start
+    from lss_jax.training.evaluation import evaluate_run
+    from lss_jax.training.trainer import Trainer
 
 HOMES = {
-    "Trainer": "trainer",
-    "attention_fn": "flax_attention",
-    "audit": "audit",
-    "dot_product_attention": "global_attention",
-    "evaluate": "evaluate",
-    "generate": "generate",
+    "Trainer": "training.trainer",
+    "attention_fn": "attention.flax_attention",
+    "audit_step": "inspection.audit",
+    "dot_product_attention": "attention.global_attention",
+    "evaluate_run": "training.evaluation",
+    "generate_text": "generation.generate",
     "load_config": "cli",
-    "make_mesh": "mesh",
-    "start": "distributed",
+    "make_mesh": "parallel.mesh",
+    "start": "runtime.distributed",
 }
 __all__ = [
     "Trainer",
     "attention_fn",
-    "audit",
+    "audit_step",
     "dot_product_attention",
-    "evaluate",
-    "generate",
+    "evaluate_run",
+    "generate_text",
     "load_config",
     "make_mesh",
     "start",
 ]
 
 
-class _Package(ModuleType):
-    """Some functions are called as the module that they are in, which is a command line; here the functions count."""
-
-    def __getattr__(self, name: str) -> Any:
-        if name not in HOMES:
-            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-        return getattr(importlib.import_module(f"{__name__}.{HOMES[name]}"), name)
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if not (name in HOMES and isinstance(value, ModuleType)):  # as the import of a submodule would have it
-            super().__setattr__(name, value)
-
-    def __dir__(self) -> list[str]:
-        return [*super().__dir__(), *HOMES]
+def __getattr__(name: str) -> Any:  # PEP 562: importing the package imports nothing else
+    if name not in HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{HOMES[name]}"), name)
 
 
-sys.modules[__name__].__class__ = _Package  # importing it imports nothing else
+def __dir__() -> list[str]:
+    return [*globals(), *HOMES]

@@ -2,44 +2,16 @@
 
 import argparse
 import json
-import math
-import time
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
 
-import jax
-from jax.sharding import Mesh
-
-from lss_jax import cli, contract, distributed, hlo, operations
-from lss_jax.attention.setting import kernel_on, mesh_of
-from lss_jax.cli import parse_size, shown_size
-from lss_jax.config import Config, from_dict
-from lss_jax.contract import Contract
-from lss_jax.memory import memory_of, shortfall
-from lss_jax.models import Model, build_model, parameter_count
-from lss_jax.step import trace_train_step
-from lss_jax.topology import FORMS, capacity_of, devices_of
+from lss_jax import cli
+from lss_jax.config.schema import from_dict
+from lss_jax.config.units import parse_size
+from lss_jax.inspection.audit import audit_step, json_of, problems, text_of
+from lss_jax.inspection.topology import FORMS, capacity_of
+from lss_jax.runtime import distributed
 
 DISAGREES = 1  # exit code of --check
-CLASSES = ("parameters", "optimizer state", "batch", "temporaries")
-
-
-class Audit(NamedTuple):
-    """A step as it was compiled and as it was predicted; `None` where the program does not fit its devices."""
-
-    model: Model
-    mesh: Mesh
-    seconds: float  # of compilation
-    collectives: Contract | None
-    memory: dict[str, int] | None  # bytes on one device, by class
-    too_large: str  # what the compiler says of a program that does not fit
-    predicted: Contract
-    flops: int  # of matrix products outside attention, traced
-    attention_flops: int  # by the blocks that the mask touches
-
-    def __repr__(self) -> str:
-        return text_of(self, capacity_of(self.mesh.devices.flat[0]))
 
 
 def main() -> int:
@@ -65,181 +37,12 @@ def main() -> int:
     room = parse_size(arguments.memory) if arguments.memory else None
     if not arguments.topology:
         distributed.start()
-    result = audit(config, arguments.topology)
+    result = audit_step(config, arguments.topology)
     room = room or capacity_of(result.mesh.devices.flat[0])
     print(text_of(result, room))
     if arguments.json:
         Path(arguments.json).write_text(json.dumps(json_of(result, room), indent=2) + "\n")
     return DISAGREES if arguments.check and problems(result, room) else 0
-
-
-def audit(config: Config, devices: str | Sequence[jax.Device] | None = None) -> Audit:
-    """What the compiler makes of a config's training step; nothing is allocated. `print` it to read it.
-
-    Args:
-      config: of `lss_jax.load_config`.
-      devices: to compile for: all there are, unless given; or a topology such as "tpu:v5p:2x2x2" or "gpu:h100:8", whose
-        devices need not be there (that takes `pip install "jax[tpu]"` or `"jax[cuda13]"`).
-
-    Returns:
-      `collectives` as compiled and as `predicted`, `memory` in bytes on one device, `flops`; its text is the table.
-
-    Raises:
-      ConfigError: the config does not fit the devices, or there is no such topology.
-    """
-    if isinstance(devices, str):
-        devices = devices_of(devices)
-    devices = jax.devices() if devices is None else devices
-    return audited(build_model(config), mesh_of(config, devices))
-
-
-def audited(model: Model, mesh: Mesh) -> Audit:
-    """Compiles the step for shapes alone."""
-    traced = trace_train_step(model, mesh)
-    known = (contract.predicted(model, mesh), operations.traced(traced.jaxpr), operations.attention(model, mesh))
-    started = time.perf_counter()
-    try:
-        compiled = traced.lower().compile()
-    except jax.errors.JaxRuntimeError as error:
-        return Audit(model, mesh, time.perf_counter() - started, None, None, shortfall(error), *known)
-    seconds = time.perf_counter() - started
-    found = contract.found(hlo.collectives(compiled.as_text()), mesh)
-    return Audit(model, mesh, seconds, found, _memory(compiled), "", *known)
-
-
-def _memory(compiled: jax.stages.Compiled) -> dict[str, int]:
-    """Bytes on one device, by class: what goes in, by the shardings that the program asks for, and what comes to it."""
-    (state, batch), _ = compiled.args_info
-    (of_state, of_batch), _ = compiled.input_shardings
-
-    def size(infos: Any, shardings: Any) -> int:
-        """Of what the program uses: for the rest there is no sharding."""
-
-        def of_one(info: Any, sharding: Any) -> int:
-            return math.prod(sharding.shard_shape(info.shape)) * info.dtype.itemsize if sharding else 0
-
-        return sum(jax.tree.leaves(jax.tree.map(of_one, infos, shardings)))
-
-    analysis = compiled.memory_analysis()
-    assert analysis is not None, "every backend of XLA has one"
-    sizes = (
-        size(state.params, of_state.params),
-        size(state.opt_state, of_state.opt_state),
-        size(batch, of_batch),
-        analysis.temp_size_in_bytes,
-    )
-    return dict(zip(CLASSES, sizes, strict=True))
-
-
-def problems(audit: Audit, room: int | None) -> list[str]:
-    """Where program and prediction differ, and whether it is too large for a device's memory of `room` bytes."""
-    if audit.collectives is None or audit.memory is None:
-        return [f"it does not fit: {audit.too_large}"]
-    found = contract.disagreements(audit.collectives, audit.predicted)
-    expected = operations.outside_attention(audit.model, audit.mesh)
-    if audit.flops != expected:
-        found.append(f"operations outside attention: {audit.flops:,} in the program, {expected:,} predicted")
-    needed = sum(audit.memory.values())
-    if room and needed > room:
-        found.append(
-            f"it does not fit: {shown_size(needed)} of {shown_size(room)}, {shown_size(needed - room)} too much"
-        )
-    return found
-
-
-def text_of(audit: Audit, room: int | None) -> str:
-    """For a terminal."""
-    config, mesh, device = audit.model.config, audit.mesh, audit.mesh.devices.flat[0]
-    sizes = " x ".join(f"{axis}={size}" for axis, size in mesh.shape.items())
-    lines = [
-        f"devices     {mesh.size:,} {device.device_kind}, mesh {sizes}",
-        f"model       {parameter_count(audit.model):,} parameters, {config.model.layers} layers, {config.model.dtype}, "
-        f"attention {config.attention.strategy} ({config.attention.layout}, {kernel_on(config.attention, mesh)})",
-        f"step        {config.data.batch_size} sequences of {config.data.seq_len:,} tokens",
-        f"compiled    in {audit.seconds:.1f} s, jax {jax.__version__}",
-        "",
-        *_table_of_collectives(audit),
-        "",
-        *_table_of_memory(audit, room),
-        "",
-        *_table_of_operations(audit),
-    ]
-    differences = [f"differs     {problem}" for problem in problems(audit, room)]
-    return "\n".join([*lines, "", *(differences or ["all as predicted"])])
-
-
-def _table_of_collectives(audit: Audit) -> list[str]:
-    predicted, found = audit.predicted, audit.collectives or {}
-    lines = [
-        "collectives per step; MB are of their results on one device",
-        f"{'':21}{'':20}{'':11}{'compiled':>14}{'':7}{'':9}{'predicted':>14}",
-        f"{'in':21}{'kind':20}{'over':11}{'times':>7}{'MB':>14}{'async':>7}  {'times':>7}{'MB':>14}",
-    ]
-    for line in sorted(found.keys() | predicted.keys()):
-        one, other = found.get(line), predicted.get(line)
-        lines.append(
-            f"{line.place:21}{line.kind:20}{','.join(line.axes):11}"
-            + (f"{one.times:7}{one.bytes / 1e6:14,.3f}{one.asynchronous:7}" if one else f"{'-':>7}{'-':>14}{'-':>7}")
-            + (f"  {other.times:7}{other.bytes / 1e6:14,.3f}" if other else f"  {'-':>7}{'-':>14}")
-        )
-    return lines if len(lines) > 3 else ["no collectives"]
-
-
-def _table_of_memory(audit: Audit, room: int | None) -> list[str]:
-    compiled, predicted = audit.memory, predicted_memory(audit)
-    lines = [f"{'memory per device':21}{'compiled':>14}{'predicted':>14}"]
-    for name in CLASSES:
-        lines.append(f"{name:21}{shown_size(compiled[name]) if compiled else '-':>14}{shown_size(predicted[name]):>14}")
-    needed = sum(compiled.values()) if compiled else 0
-    lines.append(f"{'all':21}{shown_size(needed) if compiled else '-':>14}{shown_size(sum(predicted.values())):>14}")
-    if not compiled:
-        return [*lines, f"does not fit: {audit.too_large}"]
-    return [*lines, f"of {shown_size(room)}: {'fits' if needed <= room else 'does not fit'}"] if room else lines
-
-
-def predicted_memory(audit: Audit) -> dict[str, int]:
-    """Bytes on one device, by class, from shapes, specs and the planner's count of what lives at once."""
-    return dict(zip(CLASSES, memory_of(audit.model, audit.mesh), strict=True))
-
-
-def _table_of_operations(audit: Audit) -> list[str]:
-    outside = operations.outside_attention(audit.model, audit.mesh)
-    return [
-        "floating-point operations per step and device, of matrix products",
-        f"{'outside attention':21}{audit.flops:>24,} traced{outside:>24,} predicted",
-        f"{'attention':21}{audit.attention_flops:>24,} by the blocks that the mask touches, on the busiest device",
-    ]
-
-
-def json_of(audit: Audit, room: int | None) -> dict[str, Any]:
-    """For programs: all figures, in bytes, seconds and operations, of one device and one step."""
-
-    def rows(lines: Contract | None) -> list[dict[str, Any]] | None:
-        return (
-            None
-            if lines is None
-            else [{**line._asdict(), "axes": list(line.axes), **lines[line]._asdict()} for line in sorted(lines)]
-        )
-
-    return {
-        "mesh": dict(audit.mesh.shape),
-        "device": audit.mesh.devices.flat[0].device_kind,
-        "parameters": parameter_count(audit.model),
-        "compile_seconds": audit.seconds,
-        "collectives": {
-            "compiled": rows(audit.collectives),
-            "predicted": rows(audit.predicted),
-        },
-        "memory": {"compiled": audit.memory, "predicted": predicted_memory(audit)},
-        "memory_of_device": room,
-        "too_large": audit.too_large,
-        "operations": {
-            "outside_attention_traced": audit.flops,
-            "outside_attention_predicted": operations.outside_attention(audit.model, audit.mesh),
-            "attention": audit.attention_flops,
-        },
-        "problems": problems(audit, room),
-    }
 
 
 if __name__ == "__main__":

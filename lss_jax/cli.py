@@ -18,17 +18,15 @@ from absl import flags
 from absl import logging as absl_logging
 from ml_collections import ConfigDict, config_flags
 
-from lss_jax import distributed
-from lss_jax.config import Config, ConfigError, RunError, flat, from_dict, gather_problems, unknown_key
-from lss_jax.distributed import Launch
-from lss_jax.peers import Alone, Peers
-from lss_jax.workdir import saved_config
+from lss_jax.config.schema import Config, ConfigError, RunError, flat, from_dict, gather_problems, unknown_key
+from lss_jax.runtime import distributed
+from lss_jax.runtime.distributed import Launch
+from lss_jax.runtime.peers import Alone, Peers
+from lss_jax.storage.workdir import saved_config
 
 BAD_INPUT = 2
 FAILED = 3  # the run cannot go on; peers.LOST is the code where another process is why
 OVERRIDES = "Any key of the config can be changed by --config.KEY=VALUE, as in --config.optim.steps=1000."
-
-UNITS = {"MiB": 2**20, "GiB": 2**30, "TiB": 2**40, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
 
 def run(main: Callable[[], int]) -> None:
@@ -179,21 +177,3 @@ def _override_one(config: ConfigDict, argument: str) -> None:
     except (flags.Error, ValueError, TypeError) as error:
         reason = str(error).replace("\n", " ")
         raise ConfigError(f"{reason}; give a value of the same type as the default in configs/base.py") from error
-
-
-def parse_size(written: str) -> int:
-    """Bytes of `16GiB`, `80GB` or `512MiB`.
-
-    Raises:
-      ConfigError: it is no size, or has no unit.
-    """
-    match = re.fullmatch(rf"(\d+(?:\.\d+)?) ?({'|'.join(UNITS)})", written)
-    if not match or not float(match[1]):
-        raise ConfigError(f"--memory={written} is no size; write it like 16GiB, with a unit of {', '.join(UNITS)}")
-    return round(float(match[1]) * UNITS[match[2]])
-
-
-def shown_size(count: float) -> str:
-    """Bytes for the eye."""
-    unit = next(unit for unit in ("TiB", "GiB", "MiB") if count >= UNITS[unit] or unit == "MiB")
-    return f"{count / UNITS[unit]:,.2f} {unit}"

@@ -2,25 +2,20 @@
 
 import argparse
 import json
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-import jax
 from ml_collections import ConfigDict
 
-from lss_jax import cli, distributed
-from lss_jax.attention.setting import mesh_of
-from lss_jax.by_position import evaluate_by_position, parse_lengths, plot_of, table_of
-from lss_jax.config import Config, ConfigError, from_dict
-from lss_jax.data.sources import open_splits
-from lss_jax.figures import png_of
-from lss_jax.metrics import Record, add_record
-from lss_jax.models import build_model
-from lss_jax.runs import BY_POSITION
-from lss_jax.step import make_eval_step
-from lss_jax.trainer import Split, evaluate_split, restore_params
-from lss_jax.workdir import check_workdir, saved_config, write_whole
+from lss_jax import cli
+from lss_jax.config.schema import ConfigError, from_dict
+from lss_jax.reports.by_position import evaluate_by_position, parse_lengths, plot_of, table_of
+from lss_jax.reports.figures import png_of
+from lss_jax.reports.runs import BY_POSITION
+from lss_jax.runtime import distributed
+from lss_jax.storage.metrics import add_record
+from lss_jax.storage.workdir import saved_config, write_whole
+from lss_jax.training.evaluation import evaluate_run
 
 
 def main() -> int:
@@ -58,7 +53,7 @@ def main() -> int:
                 keep(result, workdir)
                 print(table_of(result))
             return 0
-        record = evaluate(workdir, arguments.split, arguments.batches, config=config)
+        record = evaluate_run(workdir, arguments.split, arguments.batches, config=config)
         if distributed.is_first():
             if arguments.split == "test" and arguments.batches is None:
                 add_record(workdir, record)
@@ -89,38 +84,6 @@ def keep(result: dict[str, Any], workdir: Path) -> None:
         write_whole(path.with_suffix(".png"), figure)
     except OSError as error:
         raise ConfigError(f"{path} cannot be written ({error.strerror}); make room or make it writable") from error
-
-
-def evaluate(
-    workdir: Path | str,
-    split: Literal["train", "valid", "test"] = "valid",
-    batches: int | None = None,
-    *,
-    config: Config | None = None,
-    devices: Sequence[jax.Device] | None = None,
-) -> Record:
-    """The loss of a run's newest sound checkpoint: `loss` in nats and `bits_per_byte`, `step` and `split`.
-
-    Args:
-      workdir: of a training run.
-      split: of its data.
-      batches: only the first so many; None for all of them.
-      config: the run's own, unless given; `load_config(workdir, {"mesh.seq": 4})` is that on another mesh, which gives
-        the same loss.
-      devices: what the mesh is made of; all there are, unless given.
-
-    Raises:
-      ConfigError: there is no run or no checkpoint, or the config does not fit it or the devices.
-    """
-    workdir, devices = Path(workdir), jax.devices() if devices is None else devices
-    config = config or from_dict(saved_config(workdir))
-    check_workdir(config, workdir)
-    mesh = mesh_of(config, devices)
-    data = Split(open_splits(config.data)[split], config, mesh)
-    model = build_model(config)
-    step, params = restore_params(model, mesh, workdir)
-    losses = evaluate_split(make_eval_step(model, mesh), params, data, split, batches)
-    return {"step": step, "split": split, **losses}
 
 
 if __name__ == "__main__":

@@ -12,13 +12,14 @@ from pathlib import Path
 
 import jax
 
-from lss_jax import cli, distributed
-from lss_jax.attention.setting import layout_on
-from lss_jax.config import RunError, from_dict
-from lss_jax.metrics import console_line, read_records
+from lss_jax import cli
+from lss_jax.config.schema import RunError, from_dict
 from lss_jax.models import parameter_count
-from lss_jax.peers import Alone, Peers
-from lss_jax.trainer import Trainer
+from lss_jax.parallel.layout import layout_on
+from lss_jax.runtime import distributed
+from lss_jax.runtime.peers import Alone, Peers
+from lss_jax.storage.metrics import console_line, read_records
+from lss_jax.training.trainer import Trainer
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)  # the last is for Slurm: sbatch --signal=USR1@120
 

@@ -13,13 +13,13 @@ import numpy as np
 from helpers import assert_close, mesh_of
 from jax.sharding import PartitionSpec as P
 
-from lss_jax.attention import make_attend
+from lss_jax.attention.kernels.targets import TARGETS
 from lss_jax.attention.mask import Intervals, bidirectional, causal, documents, prefix_causal, window
 from lss_jax.attention.setting import Setting
-from lss_jax.attention.targets import TARGETS
-from lss_jax.dropout import Dropout
-from lss_jax.layout import Layout
-from lss_jax.mesh import DATA, SEQ, over_cut_axes
+from lss_jax.attention.strategies import make_attend
+from lss_jax.parallel.dropout import Dropout
+from lss_jax.parallel.layout import Layout
+from lss_jax.parallel.mesh import DATA, SEQ, over_cut_axes
 
 B, H, K = 2, 24, 8  # 2, 3, 4 and 8 devices divide the heads, for Ulysses
 TOKENS = 93  # which 3 devices divide; 2, 4 and 8, and all in zigzag, need padding

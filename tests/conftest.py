@@ -15,7 +15,7 @@ os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")  # smal
 import jax
 import pytest
 
-from lss_jax import distributed
+from lss_jax.runtime import distributed
 
 distributed.start()
 

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 import lss_jax
-from lss_jax.config import ConfigError
-from lss_jax.interrupt import held_back
-from lss_jax.metrics import read_records
+from lss_jax.config.schema import ConfigError
+from lss_jax.runtime.interrupt import held_back
+from lss_jax.storage.metrics import read_records
 
 ROOT = Path(__file__).parents[1]
 TEXT = bytes(np.random.default_rng(0).choice(list(b"abcdefgh     \n"), 6000))
@@ -64,7 +64,7 @@ def test_a_name_is_the_function_whatever_was_imported_before():
         assert value is getattr(sys.modules[f"lss_jax.{home}"], name)
     assert sorted(lss_jax.HOMES) == lss_jax.__all__
     assert set(lss_jax.__all__) <= set(dir(lss_jax))
-    from lss_jax import attention, cli  # submodules of other names are there as ever
+    from lss_jax import attention, cli
 
     assert attention.__name__ == "lss_jax.attention" and cli.__name__ == "lss_jax.cli"
     with pytest.raises(AttributeError, match="no attribute 'evaluation'"):
@@ -108,7 +108,7 @@ def test_a_run_in_a_folder_that_is_none(tmp_path):
     with pytest.raises(ConfigError, match="cannot be read"):
         lss_jax.load_config(tmp_path)
     with pytest.raises(ConfigError, match="cannot be read"):
-        lss_jax.evaluate(tmp_path)
+        lss_jax.evaluate_run(tmp_path)
 
 
 def test_a_notebook_trains_is_interrupted_looks_and_goes_on(config, tmp_path, ctrl_c):
@@ -140,7 +140,7 @@ def test_a_notebook_trains_is_interrupted_looks_and_goes_on(config, tmp_path, ct
         for name in ("whole", "parts")
     ]
     assert curves[0] == curves[1]
-    found = lss_jax.evaluate(tmp_path / "parts", batches=1, devices=DEVICES)
+    found = lss_jax.evaluate_run(tmp_path / "parts", batches=1, devices=DEVICES)
     assert found["step"] == 24 and found["loss"] == pytest.approx(curves[0][-1][2], rel=1e-6)
 
 
@@ -163,10 +163,10 @@ def test_ctrl_c_waits_for_the_end_of_the_block_and_a_second_one_does_not(ctrl_c)
 
 def test_an_audit_reads_as_its_table():
     config = lss_jax.load_config(ROOT / "configs/default.py", {**SMALL, "data.source": "stdlib"})
-    result = lss_jax.audit(config, "cpu:4")
+    result = lss_jax.audit_step(config, "cpu:4")
     assert str(result) == repr(result)
     assert "4 cpu, mesh data=1 x seq=4 x model=1" in str(result) and str(result).endswith("all as predicted")
     with pytest.raises(ConfigError, match=r"mesh.seq=4, mesh.model=1 needs 4 devices, but 8 are found"):
-        lss_jax.audit(config)
+        lss_jax.audit_step(config)
     with pytest.raises(ConfigError, match="topology 'moon:8' is unknown"):
-        lss_jax.audit(config, "moon:8")
+        lss_jax.audit_step(config, "moon:8")

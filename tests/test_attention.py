@@ -10,20 +10,17 @@ from attention_cases import Case, attended
 from helpers import assert_close, mesh_of
 from jax.sharding import PartitionSpec as P
 
-from lss_jax.attention import STRATEGIES, make_attend, ring, ulysses
 from lss_jax.attention.kernels import KERNELS
-from lss_jax.attention.mask import (
-    Intervals,
-    bidirectional,
-    causal,
-)
+from lss_jax.attention.mask import Intervals, bidirectional, causal
 from lss_jax.attention.setting import Setting
-from lss_jax.config import AttentionConfig, DataConfig, ModelConfig
+from lss_jax.attention.strategies import STRATEGIES, make_attend, ring, ulysses
+from lss_jax.config.schema import AttentionConfig, DataConfig, ModelConfig
 from lss_jax.data.sources import SOURCES
-from lss_jax.dropout import Dropout, hashed, mixed
-from lss_jax.layout import CHUNKS_PER_DEVICE, Layout
-from lss_jax.mesh import SEQ
 from lss_jax.models import FAMILIES
+from lss_jax.parallel.dropout import Dropout
+from lss_jax.parallel.hashing import hashed, mixed
+from lss_jax.parallel.layout import CHUNKS_PER_DEVICE, Layout
+from lss_jax.parallel.mesh import SEQ
 
 # Dropout's hash
 

@@ -9,12 +9,13 @@ import jax
 import pytest
 from helpers import model_on
 
-from lss_jax import contract, hlo, operations
 from lss_jax.attention import lss
-from lss_jax.audit import DISAGREES, audited, json_of, problems, text_of
-from lss_jax.mesh import make_mesh
-from lss_jax.step import trace_train_step
-from lss_jax.topology import devices_of
+from lss_jax.audit import DISAGREES
+from lss_jax.inspection import contract, hlo, operations
+from lss_jax.inspection.audit import audited, json_of, problems, text_of
+from lss_jax.inspection.topology import devices_of
+from lss_jax.parallel.mesh import make_mesh
+from lss_jax.training.step import trace_train_step
 
 LAYERS = 3
 

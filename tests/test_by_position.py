@@ -13,9 +13,12 @@ from helpers import batch_on, model_on, relative_error, sampled, small_config
 from test_run import TEXT, change
 from test_training_step import perturbed_params
 
-from lss_jax import by_position
-from lss_jax.attention.setting import layout_on
-from lss_jax.by_position import (
+from lss_jax.config.schema import ConfigError
+from lss_jax.evaluate import check
+from lss_jax.models import build_model
+from lss_jax.parallel.layout import layout_on
+from lss_jax.reports import by_position
+from lss_jax.reports.by_position import (
     Sums,
     at_length,
     binned,
@@ -24,11 +27,9 @@ from lss_jax.by_position import (
     parse_lengths,
     shortened,
 )
-from lss_jax.config import ConfigError
-from lss_jax.evaluate import check, evaluate
-from lss_jax.models import build_model
-from lss_jax.step import make_eval_step, make_position_step
-from lss_jax.trainer import Trainer
+from lss_jax.training.evaluation import evaluate_run
+from lss_jax.training.step import make_eval_step, make_position_step
+from lss_jax.training.trainer import Trainer
 
 CASES = {
     "one device": ((1, 1), {}),
@@ -104,7 +105,7 @@ def kept(tmp_path_factory):
 def test_a_whole_split_on_other_meshes_and_lengths(kept):
     """Windows may be longer than those that the model was trained on."""
     workdir, config = kept
-    plain = evaluate(workdir, config=config)
+    plain = evaluate_run(workdir, config=config)
     other = change(config, mesh__data=1, mesh__seq=8)
     one, same = (evaluate_by_position(c, workdir, "valid", [48, 60], None)["windows"] for c in (config, other))
     whole_split = len(TEXT) * 5 // 100 - 1  # each byte but the first, at every length

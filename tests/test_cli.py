@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from helpers import sampled
 
-from lss_jax.metrics import read_records
+from lss_jax.storage.metrics import read_records
 
 ROOT = Path(__file__).parents[1]
 SMALL = [

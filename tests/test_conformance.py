@@ -35,14 +35,15 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
 
-from lss_jax.attention import STRATEGIES, blockwise, tiles
-from lss_jax.attention.kernels import KERNELS
+from lss_jax.attention.kernels import KERNELS, blockwise, tiles
 from lss_jax.attention.mask import Intervals
 from lss_jax.attention.setting import Setting, stacked
-from lss_jax.config import ConfigError
-from lss_jax.dropout import Dropout, dropped, hashed
-from lss_jax.layout import CHUNKS_PER_DEVICE, Layout
-from lss_jax.rules import validate
+from lss_jax.attention.strategies import STRATEGIES
+from lss_jax.config.rules import validate
+from lss_jax.config.schema import ConfigError
+from lss_jax.parallel.dropout import Dropout, dropped
+from lss_jax.parallel.hashing import hashed
+from lss_jax.parallel.layout import CHUNKS_PER_DEVICE, Layout
 
 MESHES = [(1, 1), (1, 2), (1, 3), (1, 4), (1, 8), (2, 2), (2, 3), (2, 4)]  # data x seq
 LAST = ("zigzag", *MESHES[-1])

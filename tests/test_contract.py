@@ -9,10 +9,10 @@ import jax
 import pytest
 from helpers import batch_on, model_on, sampled
 
-from lss_jax import contract, hlo
-from lss_jax.mesh import named_axes
+from lss_jax.inspection import contract, hlo
 from lss_jax.models import parameter_count
-from lss_jax.step import make_eval_step, trace_train_step
+from lss_jax.parallel.mesh import named_axes
+from lss_jax.training.step import make_eval_step, trace_train_step
 
 LAYERS = 3
 

@@ -12,18 +12,12 @@ import numpy as np
 import pytest
 from helpers import mesh_of, random_bytes, small_config
 
-from lss_jax.config import ConfigError
+from lss_jax.config.schema import ConfigError
 from lss_jax.data import loader, sources
-from lss_jax.data.loader import (
-    IGNORED,
-    consecutive_starts,
-    document_edges,
-    prefetched,
-    shuffled_starts,
-    training_windows,
-)
+from lss_jax.data.batch import IGNORED
+from lss_jax.data.loader import consecutive_starts, document_edges, prefetched, shuffled_starts, training_windows
 from lss_jax.data.sources import open_splits
-from lss_jax.layout import Layout
+from lss_jax.parallel.layout import Layout
 
 ENWIK8_PREFIX = Path(__file__).parents[2] / "shared" / "data" / "enwik8-first-4MB"
 

@@ -9,7 +9,7 @@ from flax import nnx
 from helpers import assert_close, mesh_of, sampled
 
 import lss_jax
-from lss_jax.config import ConfigError
+from lss_jax.config.schema import ConfigError
 
 B = 2
 BOUND = 1e-5

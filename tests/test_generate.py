@@ -9,13 +9,13 @@ import oracle
 import pytest
 from helpers import model_on, random_bytes, relative_error, sampled
 
-from lss_jax import hlo
-from lss_jax.attention.setting import layout_on
-from lss_jax.cache import Cache
-from lss_jax.decode import Generation, make_prefill, make_step
-from lss_jax.mesh import shardings
-from lss_jax.sampling import Sampling
-from lss_jax.state import kept_specs
+from lss_jax.generation.cache import Cache
+from lss_jax.generation.decode import Generation, make_prefill, make_step
+from lss_jax.generation.sampling import Sampling
+from lss_jax.inspection import hlo
+from lss_jax.parallel.layout import layout_on
+from lss_jax.parallel.mesh import shardings
+from lss_jax.training.state import kept_specs
 
 GREEDY = Sampling(0.0, None, 1.0, seed=0)
 DRAWN = Sampling(0.9, 50, 0.95, seed=3)

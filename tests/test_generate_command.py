@@ -9,11 +9,11 @@ import jax
 import pytest
 from helpers import random_bytes, small_config
 
-from lss_jax.config import ConfigError
-from lss_jax.decode import check_request
+from lss_jax.config.schema import ConfigError
 from lss_jax.generate import main, show
-from lss_jax.sampling import Sampling
-from lss_jax.trainer import Trainer
+from lss_jax.generation.decode import check_request
+from lss_jax.generation.sampling import Sampling
+from lss_jax.training.trainer import Trainer
 
 ROOT = Path(__file__).parents[1]
 GREEDY = Sampling(0.0, None, 1.0, seed=0)

@@ -17,11 +17,11 @@ from jax.sharding import PartitionSpec as P
 
 import lss_jax
 from configs import base
-from lss_jax.attention import STRATEGIES
 from lss_jax.attention.mask import packed
-from lss_jax.hlo import collectives
-from lss_jax.layout import CHUNKS_PER_DEVICE
-from lss_jax.mesh import SEQ
+from lss_jax.attention.strategies import STRATEGIES
+from lss_jax.inspection.hlo import collectives
+from lss_jax.parallel.layout import CHUNKS_PER_DEVICE
+from lss_jax.parallel.mesh import SEQ
 
 B, H, K = 2, 24, 8  # 2, 3, 4 and 8 devices divide the heads, for Ulysses
 BOUND = 1e-5

@@ -1,45 +1,65 @@
-"""A module imports only from the rows above its own, and nothing imports the configs or the experiments."""
+"""Folders import only from folders below them, files of a folder in no circle, and nothing imports configs or tests."""
 
 import ast
+import graphlib
 from pathlib import Path
 
 PACKAGE = Path(__file__).parents[1] / "lss_jax"
-ROWS = [
-    {"config", "mesh", "layout", "dropout", "tensor_parallel", "hlo", "peers", "sampling", "interrupt"},
-    {"rules"},
-    {"distributed", "topology", "attention", "embeddings", "checksums", "workdir"},
-    {"layers", "global_attention", "cache"},
-    {"models", "data", "flax_attention"},
-    {"losses", "gradients", "optimizer", "state", "checkpoint", "metrics", "skips", "figures", "profile"},
-    {"step", "page", "runs"},
-    {"trainer", "cli", "contract", "operations", "memory", "decode"},
-    {"by_position"},
-    {"train", "evaluate", "generate", "audit", "plan"},
-    {"report"},
+COMMANDS = "the commands at the top"
+FLOORS = [  # from the top
+    COMMANDS,
+    "reports",
+    "inspection",
+    "generation",
+    "training",
+    "models",
+    "attention",
+    "data",
+    "storage",
+    "parallel",
+    "runtime",
+    "config",
 ]
-ROW = {name: row for row, names in enumerate(ROWS) for name in names}
+HEIGHT = {folder: -number for number, folder in enumerate(FLOORS)}
+FILES = {
+    ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts).removesuffix(".__init__"): path
+    for path in PACKAGE.rglob("*.py")
+}
 
 
-def imported(path):
+def imported(path: Path) -> set[str]:
+    """The modules of the package, and of the project, that a file imports anywhere in it."""
+    found = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
+            found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: imports are absolute"
-            yield from ([node.module] if node.module != "lss_jax" else [f"lss_jax.{a.name}" for a in node.names])
+            whole = {f"{node.module}.{alias.name}" for alias in node.names}
+            found |= {name if name in FILES else str(node.module) for name in whole}
+    return found
 
 
-def test_imports_go_up():
-    seen = set()
-    for path in PACKAGE.rglob("*.py"):
-        unit = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
-        if unit == "__init__":
-            continue
-        seen.add(unit)
+def folder_of(module: str) -> str:
+    parts = module.split(".")
+    return parts[1] if len(parts) > 1 and (PACKAGE / parts[1]).is_dir() else COMMANDS
+
+
+def test_every_folder_has_a_floor():
+    assert {folder_of(module) for module in FILES} == set(FLOORS)
+
+
+def test_folders_import_from_below():
+    for module, path in FILES.items():
+        if module == "lss_jax":
+            continue  # names alone, imported when somebody asks for one
         for name in imported(path):
-            root, _, rest = name.partition(".")
-            assert root not in ("configs", "experiments", "tests"), f"{path} imports {name}"
-            other = rest.partition(".")[0]
-            if root == "lss_jax" and other != unit:
-                assert ROW[other] < ROW[unit], f"{unit} (row {ROW[unit]}) imports {other} (row {ROW[other]})"
-    assert seen == set(ROW), "every module has a row"
+            assert name.partition(".")[0] not in ("configs", "experiments", "tests"), f"{path} imports {name}"
+            here, there = folder_of(module), folder_of(name)
+            if name.partition(".")[0] == "lss_jax" and here != there:
+                assert HEIGHT[there] < HEIGHT[here], f"{path}, on the floor {here!r}, imports {name}, on {there!r}"
+
+
+def test_files_of_a_folder_import_in_no_circle():
+    graph = {module: imported(path) & FILES.keys() for module, path in FILES.items() if module != "lss_jax"}
+    graphlib.TopologicalSorter(graph).prepare()  # raises a CycleError that names the circle

@@ -9,7 +9,7 @@ import pytest
 from helpers import mesh_of, relative_error
 from jax.sharding import PartitionSpec as P
 
-from lss_jax.attention.blocks import (
+from lss_jax.attention.kernels.blocks import (
     KeyBlocks,
     QueryCut,
     chunks_of_all,
@@ -19,7 +19,7 @@ from lss_jax.attention.blocks import (
     key_blocks,
     touched,
 )
-from lss_jax.attention.dense import attention_rows
+from lss_jax.attention.kernels.dense import attention_rows
 from lss_jax.attention.mask import (
     Intervals,
     bidirectional,
@@ -31,8 +31,8 @@ from lss_jax.attention.mask import (
     window,
 )
 from lss_jax.attention.setting import stacked
-from lss_jax.layout import CHUNKS_PER_DEVICE, Layout
-from lss_jax.mesh import MODEL, SEQ, cut_axes, over_cut_axes
+from lss_jax.parallel.layout import CHUNKS_PER_DEVICE, Layout
+from lss_jax.parallel.mesh import MODEL, SEQ, cut_axes, over_cut_axes
 
 LAYOUTS = [Layout(name, devices) for name in CHUNKS_PER_DEVICE for devices in (1, 2, 3, 5, 8)]
 by_layout = pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: f"{layout.name}-{layout.devices}")

@@ -8,9 +8,9 @@ from helpers import mesh_of, model_on
 from jax.sharding import AbstractMesh
 
 from experiments.planner import run as planner
-from lss_jax.memory import memory_of
-from lss_jax.mesh import AXES
-from lss_jax.step import trace_train_step
+from lss_jax.inspection.memory import memory_of
+from lss_jax.parallel.mesh import AXES
+from lss_jax.training.step import trace_train_step
 
 CLOSE = 0.10  # the goal, and what the README states
 

@@ -11,10 +11,10 @@ from helpers import sampled
 from jax.sharding import PartitionSpec as P
 from test_training_step import check_against_oracle
 
-import lss_jax.step
-from lss_jax.gradients import double_sum
-from lss_jax.mesh import DATA, MODEL, SEQ
-from lss_jax.tensor_parallel import own_part
+import lss_jax.training.step
+from lss_jax.parallel.gradients import double_sum
+from lss_jax.parallel.mesh import DATA, MODEL, SEQ
+from lss_jax.parallel.tensor_parallel import own_part
 
 REAL_PSUM = jax.lax.psum
 
@@ -104,7 +104,7 @@ def test_a_forgotten_sum_does_not_trace(axis, monkeypatch):
 
 def test_a_forgotten_cast_is_seen(monkeypatch):
     """Parameters that do not vary get their sums from autodiff, unasked, and then once more from us."""
-    monkeypatch.setattr(lss_jax.step, "varying", lambda params, specs, mesh: params)
+    monkeypatch.setattr(lss_jax.training.step, "varying", lambda params, specs, mesh: params)
     with pytest.raises(AssertionError, match="relative error"):
         check_against_oracle(2, 4)
 
@@ -115,6 +115,6 @@ def test_a_table_summed_over_its_own_axis_is_seen(monkeypatch):
     def everything_is_shared(partial, specs, mesh):
         return double_sum(partial, jax.tree.map(lambda _: P(), specs), mesh)
 
-    monkeypatch.setattr(lss_jax.step, "double_sum", everything_is_shared)
+    monkeypatch.setattr(lss_jax.training.step, "double_sum", everything_is_shared)
     with pytest.raises(AssertionError, match="table_LE"):
         check_against_oracle(2, 4)

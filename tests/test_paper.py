@@ -9,10 +9,10 @@ from jax.sharding import AbstractMesh
 from experiments.paper import ablation, head_to_head, longest, splits, weak_scaling
 from experiments.paper.machines import Machine, communication, step_time
 from experiments.paper.programs import HERE, config_of
-from lss_jax.contract import Line, Total, predicted
-from lss_jax.mesh import AXES
+from lss_jax.inspection.contract import Line, Total, predicted
+from lss_jax.inspection.topology import devices_of
 from lss_jax.models import build_model
-from lss_jax.topology import devices_of
+from lss_jax.parallel.mesh import AXES
 
 TABLES = {module.NAME: module for module in (ablation, head_to_head, longest, splits, weak_scaling)}
 MESH = AbstractMesh((2, 4, 1), AXES)

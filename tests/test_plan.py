@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 from helpers import small_config
 
-from lss_jax.cli import parse_size
-from lss_jax.config import ConfigError
-from lss_jax.plan import largest, plan
+from lss_jax.config.schema import ConfigError
+from lss_jax.config.units import parse_size
+from lss_jax.inspection.planner import largest, plan
 
 ROOT = Path(__file__).parents[1]
 

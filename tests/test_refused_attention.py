@@ -8,8 +8,8 @@ from helpers import mesh_of
 from jax.sharding import PartitionSpec as P
 
 import lss_jax
-from lss_jax.config import ConfigError
-from lss_jax.mesh import SEQ
+from lss_jax.config.schema import ConfigError
+from lss_jax.parallel.mesh import SEQ
 
 B, K = 2, 8
 attention = lss_jax.dot_product_attention
@@ -109,7 +109,8 @@ def test_all_problems_are_told_at_once():
 def test_local_arrays_are_refused():
     mesh = mesh_of(1, 2)
     by_sequence = {"in_specs": P(None, SEQ), "out_specs": P(None, SEQ)}
-    with pytest.raises(ConfigError, match=r"this is inside a shard_map; call it outside, or .*attention\.make_attend"):
+    said = r"this is inside a shard_map; call it outside, or .*attention\.strategies\.make_attend"
+    with pytest.raises(ConfigError, match=said):
         jax.shard_map(lambda x: attention(x, x, x, mesh=mesh), mesh=mesh, **by_sequence)(X)
 
 

@@ -16,11 +16,11 @@ from helpers import small_config
 from test_run import TEXT, change
 
 from lss_jax import report
-from lss_jax.config import ConfigError
-from lss_jax.metrics import add_record, read_records
-from lss_jax.runs import caveats, check_comparable, read_runs
-from lss_jax.trainer import Trainer
-from lss_jax.workdir import keep_config
+from lss_jax.config.schema import ConfigError
+from lss_jax.reports.runs import caveats, check_comparable, read_runs
+from lss_jax.storage.metrics import add_record, read_records
+from lss_jax.storage.workdir import keep_config
+from lss_jax.training.trainer import Trainer
 
 ROOT = Path(__file__).parents[1]
 ODD = "_<b>&$2"  # the name of a run that HTML, Matplotlib or TeX could take for something else

@@ -9,10 +9,10 @@ import orbax.checkpoint as ocp
 import pytest
 from helpers import small_config
 
-from lss_jax.config import ConfigError
-from lss_jax.metrics import MetricsWriter, console_line, duration, read_records
-from lss_jax.trainer import Trainer
-from lss_jax.workdir import saved_config
+from lss_jax.config.schema import ConfigError
+from lss_jax.storage.metrics import MetricsWriter, console_line, duration, read_records
+from lss_jax.storage.workdir import saved_config
+from lss_jax.training.trainer import Trainer
 
 TEXT = bytes(np.random.default_rng(0).choice(list(b"abcdefgh     \n"), 6000))
 

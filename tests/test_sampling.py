@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lss_jax.sampling import Sampling, sample
+from lss_jax.generation.sampling import Sampling, sample
 
 GREEDY = Sampling(0.0, None, 1.0, seed=0)
 

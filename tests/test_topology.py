@@ -6,10 +6,10 @@ import jax
 import pytest
 from helpers import mesh_of, small_config
 
-from lss_jax.attention.setting import kernel_on
-from lss_jax.config import ConfigError
-from lss_jax.mesh import AXES
-from lss_jax.topology import devices_of
+from lss_jax.attention.placement import kernel_on
+from lss_jax.config.schema import ConfigError
+from lss_jax.inspection.topology import devices_of
+from lss_jax.parallel.mesh import AXES
 
 
 @pytest.mark.parametrize(

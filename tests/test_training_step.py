@@ -10,13 +10,13 @@ import pytest
 from helpers import MESHES, assert_close, batch_on, mesh_of, model_on, random_bytes, relative_error, sampled
 from jax.sharding import PartitionSpec as P
 
-from lss_jax.data.loader import IGNORED
-from lss_jax.dropout import AFTER_ATTENTION, AFTER_MLP, ATTENTION, EMBEDDING, LAYER, Dropout
-from lss_jax.losses import cross_entropy, cross_entropy_of_shares
-from lss_jax.mesh import MODEL
-from lss_jax.optimizer import decayed, make_optimizer, make_schedule
-from lss_jax.state import init_state
-from lss_jax.step import make_eval_step, make_loss_and_gradient, make_train_step
+from lss_jax.data.batch import IGNORED
+from lss_jax.models.losses import cross_entropy, cross_entropy_of_shares
+from lss_jax.parallel.dropout import AFTER_ATTENTION, AFTER_MLP, ATTENTION, EMBEDDING, LAYER, Dropout
+from lss_jax.parallel.mesh import MODEL
+from lss_jax.training.optimizer import decayed, make_optimizer, make_schedule
+from lss_jax.training.state import init_state
+from lss_jax.training.step import make_eval_step, make_loss_and_gradient, make_train_step
 
 VARIANTS = {
     "learned": {},

@@ -34,13 +34,14 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from experiments.balance.count import all_blocks, computed_blocks
-from lss_jax import distributed
-from lss_jax.attention import STRATEGIES, make_attend
 from lss_jax.attention.mask import Intervals, bidirectional, causal, window
-from lss_jax.attention.setting import Setting, Sizes
-from lss_jax.hlo import collectives
-from lss_jax.layout import Layout
-from lss_jax.mesh import SEQ, make_mesh
+from lss_jax.attention.setting import Setting
+from lss_jax.attention.strategies import STRATEGIES, make_attend
+from lss_jax.attention.traffic import Sizes
+from lss_jax.inspection.hlo import collectives
+from lss_jax.parallel.layout import Layout
+from lss_jax.parallel.mesh import SEQ, make_mesh
+from lss_jax.runtime import distributed
 
 DEVICES = 8
 B, H, K = 1, 8, 64

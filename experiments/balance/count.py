@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lss_jax.attention.blocks import chunks_of_all, cut_queries, key_blocks, too_short, visits
+from lss_jax.attention.kernels.blocks import chunks_of_all, cut_queries, key_blocks, too_short, visits
 from lss_jax.attention.mask import Intervals, bidirectional
-from lss_jax.layout import Layout
+from lss_jax.parallel.layout import Layout
 
 
 def computed_blocks(

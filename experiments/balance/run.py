@@ -26,9 +26,9 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from experiments.balance.count import computed_blocks
-from lss_jax import distributed
 from lss_jax.attention.mask import Intervals, causal, documents
-from lss_jax.layout import Layout
+from lss_jax.parallel.layout import Layout
+from lss_jax.runtime import distributed
 
 DEVICES = (2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
 TOKENS = 1024  # per device

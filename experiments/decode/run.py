@@ -22,14 +22,14 @@ import jax
 import numpy as np
 
 from configs import base
-from lss_jax import distributed
-from lss_jax.config import from_dict
-from lss_jax.decode import Generation
-from lss_jax.mesh import make_mesh, shardings
+from lss_jax.config.rules import validate
+from lss_jax.config.schema import from_dict
+from lss_jax.generation.decode import Generation
+from lss_jax.generation.sampling import Sampling
 from lss_jax.models import build_model
-from lss_jax.rules import validate
-from lss_jax.sampling import Sampling
-from lss_jax.state import kept_specs
+from lss_jax.parallel.mesh import make_mesh, shardings
+from lss_jax.runtime import distributed
+from lss_jax.training.state import kept_specs
 
 DEVICES = (1, 2, 4, 8)
 LENGTHS = (1024, 4096, 16384)  # of the prompt

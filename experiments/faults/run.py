@@ -130,9 +130,9 @@ def cost_of_saving(data: str, workdir: Path, rounds: int, length: int) -> dict:
     """Seconds of a step with and without a save beside it, in turns."""
     os.environ["JAX_PLATFORMS"] = "cpu"
     from configs import enwik8
-    from lss_jax import distributed
-    from lss_jax.config import from_dict
-    from lss_jax.trainer import Trainer
+    from lss_jax.config.schema import from_dict
+    from lss_jax.runtime import distributed
+    from lss_jax.training.trainer import Trainer
 
     config = enwik8.get_config()
     changes = {"mesh.data": 2, "mesh.seq": 4, "data.seq_len": length, "data.path": data, "checkpoint_every": 10**9}

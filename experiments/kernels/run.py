@@ -22,14 +22,16 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from lss_jax import cli, distributed
-from lss_jax.attention import make_attend
+from lss_jax import cli
 from lss_jax.attention.mask import causal
-from lss_jax.attention.setting import Setting, fused_on
-from lss_jax.dropout import Dropout
-from lss_jax.layout import Layout
-from lss_jax.mesh import SEQ, cut_axes, make_mesh, over_cut_axes
-from lss_jax.topology import devices_of
+from lss_jax.attention.placement import fused_on
+from lss_jax.attention.setting import Setting
+from lss_jax.attention.strategies import make_attend
+from lss_jax.inspection.topology import devices_of
+from lss_jax.parallel.dropout import Dropout
+from lss_jax.parallel.layout import Layout
+from lss_jax.parallel.mesh import SEQ, cut_axes, make_mesh, over_cut_axes
+from lss_jax.runtime import distributed
 
 HERE = Path(__file__).parent
 ROUNDS = 5

@@ -28,12 +28,12 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from matplotlib.figure import Figure
 
-from lss_jax import distributed
-from lss_jax.attention import STRATEGIES, make_attend
 from lss_jax.attention.mask import causal
 from lss_jax.attention.setting import Setting
-from lss_jax.layout import Layout
-from lss_jax.mesh import SEQ, make_mesh, over_cut_axes
+from lss_jax.attention.strategies import STRATEGIES, make_attend
+from lss_jax.parallel.layout import Layout
+from lss_jax.parallel.mesh import SEQ, make_mesh, over_cut_axes
+from lss_jax.runtime import distributed
 
 DEVICES = (1, 2, 4, 8, 16, 32, 64)
 LENGTH, HEADS, WIDTH = 2048, 64, 16

@@ -30,12 +30,13 @@ from jax.sharding import Mesh
 from matplotlib.figure import Figure
 
 from experiments.paper.programs import BLOCKWISE, Row, Step, config_of, megabytes, table, write
-from lss_jax import contract, hlo, operations, step
 from lss_jax.attention import lss
 from lss_jax.attention.setting import COMMUNICATED, Setting
-from lss_jax.mesh import cut_axes, named_axes
-from lss_jax.plan import sent
-from lss_jax.topology import devices_of
+from lss_jax.inspection import contract, hlo, operations
+from lss_jax.inspection.contract import sent
+from lss_jax.inspection.topology import devices_of
+from lss_jax.parallel.mesh import cut_axes, named_axes
+from lss_jax.training import step
 
 NAME = "ablation"
 SIZES = (2, 4, 1)

@@ -46,7 +46,7 @@ from experiments.paper.programs import (
     table,
     write,
 )
-from lss_jax.topology import devices_of
+from lss_jax.inspection.topology import devices_of
 
 NAME = "head_to_head"
 PAPER = {"time": 5.6, "memory": 10.2}

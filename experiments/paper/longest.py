@@ -6,10 +6,10 @@ The paper (arXiv 2311.02382, Results): 50,112 tokens on 144 GPUs of 16 GB to a s
 below. Here one sequence over all devices, of 16 GiB each, the paper's model (6 layers, width 512, 8 heads, bfloat16,
 blocks computed again on the way back).
 
-*Modelled*: the longest length by the planner's memory model, an upper bound (`lss_jax/memory.py`). *Compiled*, for
-simulated CPU devices: the program at that length, for 8 devices, so that the bound can be judged; CPUs keep bfloat16 as
-float32, so that real machines hold more. The baseline cuts heads: beyond 8 devices it gains nothing, and the others
-train on other sequences. Hybrids cut the sequence over N/2 or N/8 devices and the heads over 2 or 8.
+*Modelled*: the longest length by the planner's memory model, an upper bound (`lss_jax/inspection/memory.py`).
+*Compiled*, for simulated CPU devices: the program at that length, for 8 devices, so that the bound can be judged; CPUs
+keep bfloat16 as float32, so that real machines hold more. The baseline cuts heads: beyond 8 devices it gains nothing,
+and the others train on other sequences. Hybrids cut the sequence over N/2 or N/8 devices and the heads over 2 or 8.
 """
 
 import argparse
@@ -19,13 +19,13 @@ import jax
 from matplotlib.figure import Figure
 
 from experiments.paper.programs import BLOCKWISE, DENSE, Mesh, Row, config_of, table, write
-from lss_jax.config import ConfigError
-from lss_jax.memory import shortfall
-from lss_jax.mesh import make_mesh
+from lss_jax.config.schema import ConfigError
+from lss_jax.inspection.memory import shortfall
+from lss_jax.inspection.planner import evaluate
+from lss_jax.inspection.topology import devices_of
 from lss_jax.models import build_model
-from lss_jax.plan import evaluate
-from lss_jax.step import trace_train_step
-from lss_jax.topology import devices_of
+from lss_jax.parallel.mesh import make_mesh
+from lss_jax.training.step import trace_train_step
 
 NAME = "longest"
 MEMORY = 16 * 2**30

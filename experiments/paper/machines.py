@@ -10,13 +10,13 @@ that to sum, one to pass on. Each costs the link's latency and its share of the 
 import math
 from typing import NamedTuple
 
-from lss_jax.attention.setting import setting_on, sizes_of
-from lss_jax.contract import Contract
-from lss_jax.memory import arrays_of, memory_of
-from lss_jax.mesh import SEQ
+from lss_jax.attention.placement import setting_on
+from lss_jax.attention.traffic import sizes_of
+from lss_jax.inspection.contract import SENT, Contract
+from lss_jax.inspection.memory import arrays_of, memory_of
+from lss_jax.inspection.operations import outside_attention
 from lss_jax.models import Model
-from lss_jax.operations import outside_attention
-from lss_jax.plan import SENT
+from lss_jax.parallel.mesh import SEQ
 
 
 class Machine(NamedTuple):

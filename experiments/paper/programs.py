@@ -12,17 +12,18 @@ from matplotlib.figure import Figure
 
 from configs import paper_50112
 from experiments.paper.machines import V5P, algorithmic_operations, groups, step_time
-from lss_jax.attention.setting import layout_on, mesh_of
-from lss_jax.audit import audited, json_of
-from lss_jax.config import Config, from_dict
+from lss_jax.attention.placement import mesh_of
+from lss_jax.config.schema import Config, from_dict
 from lss_jax.data.loader import read_batch
-from lss_jax.mesh import AXES
+from lss_jax.inspection.audit import audited, json_of
+from lss_jax.inspection.contract import sent
+from lss_jax.inspection.topology import capacity_of, devices_of
 from lss_jax.models import build_model
-from lss_jax.optimizer import make_optimizer
-from lss_jax.plan import sent
-from lss_jax.state import init_state
-from lss_jax.step import trace_train_step
-from lss_jax.topology import capacity_of, devices_of
+from lss_jax.parallel.layout import layout_on
+from lss_jax.parallel.mesh import AXES
+from lss_jax.training.optimizer import make_optimizer
+from lss_jax.training.state import init_state
+from lss_jax.training.step import trace_train_step
 
 HERE = Path(__file__).parent
 TOKENS = 348  # per device in the paper's weak scaling: 50,112 on 144

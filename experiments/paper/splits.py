@@ -22,14 +22,14 @@ from matplotlib.figure import Figure
 
 from experiments.paper.machines import V5P, algorithmic_operations, step_time
 from experiments.paper.programs import Mesh, Row, config_of, table, write
-from lss_jax.config import ConfigError
-from lss_jax.contract import predicted
-from lss_jax.memory import memory_of
-from lss_jax.mesh import AXES
+from lss_jax.config.rules import validate
+from lss_jax.config.schema import ConfigError
+from lss_jax.inspection.contract import predicted, sent
+from lss_jax.inspection.memory import memory_of
+from lss_jax.inspection.planner import at_length, meshes
+from lss_jax.inspection.topology import CAPACITY
 from lss_jax.models import Model, build_model, parameter_count
-from lss_jax.plan import at_length, meshes, sent
-from lss_jax.rules import validate
-from lss_jax.topology import CAPACITY
+from lss_jax.parallel.mesh import AXES
 
 NAME = "splits"
 DEVICES = (64, 256, 3456)

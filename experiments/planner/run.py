@@ -23,13 +23,13 @@ import jax
 from jax.sharding import AbstractMesh, Mesh
 
 from configs import base
-from lss_jax.config import Config, ConfigError, from_dict
-from lss_jax.memory import memory_of
-from lss_jax.mesh import AXES, make_mesh
+from lss_jax.config.rules import validate
+from lss_jax.config.schema import Config, ConfigError, from_dict
+from lss_jax.inspection.memory import memory_of
+from lss_jax.inspection.topology import devices_of
 from lss_jax.models import build_model
-from lss_jax.rules import validate
-from lss_jax.step import trace_train_step
-from lss_jax.topology import devices_of
+from lss_jax.parallel.mesh import AXES, make_mesh
+from lss_jax.training.step import trace_train_step
 
 HERE = Path(__file__).parent
 Case = dict[str, Any]  # changes to configs/base.py

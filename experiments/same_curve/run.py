@@ -16,7 +16,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from lss_jax.metrics import read_records
+from lss_jax.storage.metrics import read_records
 
 MESHES = [(2, 4), (1, 1)]
 SCALED_DOWN = {

@@ -22,16 +22,16 @@ import numpy as np
 import optax
 
 from configs import base
-from lss_jax import distributed
-from lss_jax.attention.setting import layout_on
-from lss_jax.config import Config, from_dict
+from lss_jax.config.rules import validate
+from lss_jax.config.schema import Config, from_dict
 from lss_jax.data.loader import read_batch
-from lss_jax.mesh import make_mesh
 from lss_jax.models import build_model, parameter_count
-from lss_jax.optimizer import make_optimizer
-from lss_jax.rules import validate
-from lss_jax.state import init_state, state_shardings
-from lss_jax.step import make_loss_and_gradient, make_train_step
+from lss_jax.parallel.layout import layout_on
+from lss_jax.parallel.mesh import make_mesh
+from lss_jax.runtime import distributed
+from lss_jax.training.optimizer import make_optimizer
+from lss_jax.training.state import init_state, state_shardings
+from lss_jax.training.step import make_loss_and_gradient, make_train_step
 
 MESHES = [(1, 1), (1, 8), (2, 4)]  # data x seq
 SIZES = {  # tokens per step / parameters grows downwards: from where weights dominate to where the sequence does

@@ -13,8 +13,9 @@ from jax.ad_checkpoint import checkpoint_name
 
 from lss_jax.attention.kernels import KERNELS
 from lss_jax.attention.mask import Intervals
-from lss_jax.attention.setting import COMMUNICATED, Setting, Sizes, Traffic, after, stacked
-from lss_jax.dropout import Dropout, PairDropout
+from lss_jax.attention.setting import COMMUNICATED, Setting, after, stacked
+from lss_jax.attention.traffic import Sizes, Traffic
+from lss_jax.parallel.dropout import Dropout, PairDropout
 
 
 def lss_attention(

@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from lss_jax.attention.blocks import KeyBlocks, chunks_of_device, key_blocks
-from lss_jax.attention.blockwise import (
+from lss_jax.attention.kernels.blocks import KeyBlocks, chunks_of_device, key_blocks
+from lss_jax.attention.kernels.blockwise import (
     Gradients,
     accumulate,
     cotangents,
@@ -23,8 +23,9 @@ from lss_jax.attention.blockwise import (
     varying_like,
 )
 from lss_jax.attention.mask import Intervals
-from lss_jax.attention.setting import ATTENDED, Setting, Sizes, Traffic, stacked
-from lss_jax.dropout import Dropout, PairDropout
+from lss_jax.attention.setting import ATTENDED, Setting, stacked
+from lss_jax.attention.traffic import Sizes, Traffic
+from lss_jax.parallel.dropout import Dropout, PairDropout
 
 
 def ring_attention(

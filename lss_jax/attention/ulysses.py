@@ -13,8 +13,9 @@ from jax.ad_checkpoint import checkpoint_name
 
 from lss_jax.attention.kernels import KERNELS
 from lss_jax.attention.mask import Intervals
-from lss_jax.attention.setting import ATTENDED, COMMUNICATED, Setting, Sizes, Traffic, stacked
-from lss_jax.dropout import Dropout, PairDropout
+from lss_jax.attention.setting import ATTENDED, COMMUNICATED, Setting, stacked
+from lss_jax.attention.traffic import Sizes, Traffic
+from lss_jax.parallel.dropout import Dropout, PairDropout
 
 
 def ulysses_attention(

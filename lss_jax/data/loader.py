@@ -9,16 +9,15 @@ import re
 from collections import deque
 from collections.abc import Callable, Generator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, NamedTuple, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
-from jax.sharding import PartitionSpec as P
 
-from lss_jax.config import ConfigError
-from lss_jax.layout import Layout
-from lss_jax.mesh import DATA, SEQ, shardings
+from lss_jax.config.schema import ConfigError
+from lss_jax.data.batch import IGNORED, Batch, batch_like
+from lss_jax.parallel.layout import Layout
 
 T = TypeVar("T")
 
@@ -29,31 +28,6 @@ class Bytes(Protocol):
     def __len__(self) -> int: ...
 
     def __getitem__(self, part: slice, /) -> np.ndarray: ...
-
-
-IGNORED = -1  # a target that does not count
-
-
-class Batch(NamedTuple):
-    """Global int32 arrays, or their specs, shardings or shapes; `L` is padded, and in layout order.
-
-    `targets_BL` holds the next byte of each token, across segment borders too.
-    """
-
-    tokens_BL: Any
-    targets_BL: Any
-    positions_L: Any  # natural
-    row_B: Any
-    documents_2BL: Any  # where in the window each token's document starts and ends; None if all are one
-
-
-def batch_specs(packed: bool) -> Batch:
-    """How a batch is cut; `packed`: with documents.
-
-    A model group has its segment whole: masks and a vocabulary in shares need all of it, and tokens are few bytes.
-    """
-    whole = P(DATA, SEQ)
-    return Batch(whole, whole, P(SEQ), P(DATA), P(None, DATA, SEQ) if packed else None)
 
 
 def shuffled_starts(step: int, *, windows: int, batch_size: int, seq_len: int, seed: int) -> np.ndarray:
@@ -119,14 +93,6 @@ def read_batch(
         row_B=array(like.row_B, lambda index: np.arange(len(starts_B), dtype=np.int32)[index]),
         documents_2BL=array(like.documents_2BL, document_bounds),
     )
-
-
-def batch_like(batch_size: int, seq_len: int, mesh: Mesh, layout: Layout, packed: bool) -> Batch:
-    """Shapes and shardings of a batch, to compile a step before there is data."""
-    B, L = batch_size, layout.padded(seq_len)
-    shapes = Batch((B, L), (B, L), (L,), (B,), (2, B, L) if packed else None)
-    placed = shardings(batch_specs(packed), mesh)
-    return Batch(*(s and jax.ShapeDtypeStruct(s, np.int32, sharding=p) for s, p in zip(shapes, placed, strict=True)))
 
 
 def document_edges(data: np.ndarray, separator: str) -> np.ndarray | None:

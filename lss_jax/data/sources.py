@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from lss_jax.config import ConfigError, DataConfig, RunError
+from lss_jax.config.schema import ConfigError, DataConfig, RunError
 
 WHOLE = 2**28  # bytes: longer files are fingerprinted by as many bytes, in evenly spaced blocks
 BLOCK = 2**12

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 from flax import nnx
 
-from lss_jax.config import Config
+from lss_jax.config.schema import Config
 from lss_jax.models.decoder import Decoder
 
 FAMILIES = {"decoder": Decoder}

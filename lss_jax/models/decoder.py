@@ -3,12 +3,12 @@
 import jax
 from flax import nnx
 
-from lss_jax.config import Config
-from lss_jax.dropout import EMBEDDING
-from lss_jax.embeddings import Head, LearnedPositions, TokenEmbedding, logits, sinusoidal
-from lss_jax.hlo import REGIONS
-from lss_jax.layers import Segment, Stack, drop, layer_norm
-from lss_jax.tensor_parallel import gather_sequence
+from lss_jax.config.schema import Config
+from lss_jax.models.embeddings import Head, LearnedPositions, TokenEmbedding, logits, sinusoidal
+from lss_jax.models.layers import Segment, Stack, drop, layer_norm
+from lss_jax.parallel.dropout import EMBEDDING
+from lss_jax.parallel.scopes import REGIONS
+from lss_jax.parallel.tensor_parallel import gather_sequence
 
 
 class Decoder(nnx.Module):

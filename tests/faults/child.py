@@ -9,8 +9,8 @@ from pathlib import Path
 
 from helpers import small_config
 
-from lss_jax import distributed
-from lss_jax.trainer import Trainer
+from lss_jax.runtime import distributed
+from lss_jax.training.trainer import Trainer
 
 reads: list[int] = []
 

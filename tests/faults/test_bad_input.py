@@ -13,16 +13,16 @@ from processes import ROOT, SMALL, write_text
 
 from configs import base
 from lss_jax import cli, train
-from lss_jax.attention.setting import layout_on
-from lss_jax.config import ConfigError, flat, from_dict
-from lss_jax.data.loader import batch_like
-from lss_jax.mesh import make_mesh
+from lss_jax.config.rules import validate
+from lss_jax.config.schema import ConfigError, flat, from_dict
+from lss_jax.data.batch import batch_like
 from lss_jax.models import build_model
-from lss_jax.optimizer import make_optimizer
-from lss_jax.peers import Alone
-from lss_jax.rules import validate
-from lss_jax.state import init_state
-from lss_jax.step import make_train_step
+from lss_jax.parallel.layout import layout_on
+from lss_jax.parallel.mesh import make_mesh
+from lss_jax.runtime.peers import Alone
+from lss_jax.training.optimizer import make_optimizer
+from lss_jax.training.state import init_state
+from lss_jax.training.step import make_train_step
 
 BAD = {  # arguments, and what the errors say: a part of each, in order
     "optim.steps=0": ["optim.steps=0 must be at least 1"],

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 from helpers import small_config
 
-from lss_jax import step
-from lss_jax.config import RunError
-from lss_jax.losses import LossSum, cross_entropy
-from lss_jax.metrics import read_records
-from lss_jax.trainer import Trainer
+from lss_jax.config.schema import RunError
+from lss_jax.models.losses import LossSum, cross_entropy
+from lss_jax.storage.metrics import read_records
+from lss_jax.training import step
+from lss_jax.training.trainer import Trainer
 
 POISON = 255  # a target that makes the loss, or its gradient alone, not finite
 

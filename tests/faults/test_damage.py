@@ -10,9 +10,9 @@ import pytest
 from helpers import small_config
 from processes import write_text
 
-from lss_jax.checkpoint import newest_step
-from lss_jax.config import ConfigError
-from lss_jax.trainer import Trainer
+from lss_jax.config.schema import ConfigError
+from lss_jax.storage.checkpoint import newest_step
+from lss_jax.training.trainer import Trainer
 
 OLD, NEW = 2, 4
 ITEMS = ("params", "opt_state")

@@ -8,10 +8,10 @@ import pytest
 from helpers import small_config
 from processes import write_text
 
-from lss_jax.config import ConfigError, RunError
+from lss_jax.config.schema import ConfigError, RunError
 from lss_jax.data import sources
 from lss_jax.data.sources import fingerprint, open_splits
-from lss_jax.trainer import Trainer
+from lss_jax.training.trainer import Trainer
 
 
 def shrink(path):

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from processes import command, finish, saved, start, write_text
 
-from lss_jax.checkpoint import CheckpointWriter
-from lss_jax.config import RunError
+from lss_jax.config.schema import RunError
+from lss_jax.storage.checkpoint import CheckpointWriter
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ import pytest
 from helpers import small_config
 from processes import ROOT, command, finish, free_port, losses, read_until, start, start_many, write_text
 
-from lss_jax.trainer import Trainer
+from lss_jax.training.trainer import Trainer
 
 STEPS = 5
 BATCH, LENGTH = 8, 48  # of small_config

@@ -1,0 +1,272 @@
+"""Blockwise attention: exact, in memory that is linear in the sequence, and no work where the mask shows nothing.
+
+The softmax is taken block by block of keys with a running maximum and sum (Milakov & Gimelshein 2018, arXiv
+1805.02867; Rabe & Staats 2021, arXiv 2112.05682). The backward pass computes the scores again from each row's
+log-sum-exp (Dao et al. 2022, arXiv 2205.14135). It is plain JAX: one program for CPU, GPU and TPU.
+
+Keys and values are used as a gather leaves them, segments stacked in `kv_n2BGsK`, in no particular order: a table of
+key blocks in natural order says where each lies. What a block of queries sees are neighbours in that table, so the loop
+over key blocks runs from the first that is seen to the last. The letters are those of `blocks`.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+
+from lss_jax.attention.kernels.blocks import (
+    KeyBlocks,
+    QueryCut,
+    chunks_of_all,
+    cut_queries,
+    key_blocks,
+    too_short,
+    touched,
+)
+from lss_jax.attention.mask import Intervals
+from lss_jax.attention.setting import ATTENDED, Setting
+from lss_jax.parallel.dropout import PairDropout, dropped
+
+
+def forward(
+    q_BlHK: jax.Array, kv_N2BGlK: jax.Array, mask: Intervals, dropout: PairDropout | None, setting: Setting
+) -> tuple[jax.Array, jax.Array]:
+    """Attention rows `o_BlHK` over the keys and values of all segments, and the log-sum-exp of each.
+
+    A query that sees nothing has a row of zeros.
+    """
+    kv_n2BGsK, keys = _ordered(kv_N2BGlK, setting)
+    cut, queries = cut_and_blocks(q_BlHK, mask, dropout, kv_N2BGlK.shape[3], keys, setting)
+    o_igmK, lse_igm = finish(accumulate(queries, kv_n2BGsK, keys, nothing_yet(queries)))
+    return checkpoint_name((cut.join(o_igmK).astype(q_BlHK.dtype), lse_igm), ATTENDED)
+
+
+def backward(
+    q_BlHK: jax.Array,
+    kv_N2BGlK: jax.Array,
+    mask: Intervals,
+    dropout: PairDropout | None,
+    o_BlHK: jax.Array,
+    lse_igm: jax.Array,
+    do_BlHK: jax.Array,
+    setting: Setting,
+) -> tuple[jax.Array, jax.Array]:
+    """`dq_BlHK`, and this device's share of `dkv_N2BGKl` in float32."""
+    kv_n2BGsK, keys = _ordered(kv_N2BGlK, setting)
+    cut, queries = cut_and_blocks(q_BlHK, mask, dropout, kv_N2BGlK.shape[3], keys, setting)
+    back = cotangents(cut, o_BlHK, do_BlHK, lse_igm)
+    dq_igmK, dkv_n2BGKs = differentiate(queries, kv_n2BGsK, keys, back, no_gradients(queries, kv_n2BGsK))
+    if scattered(kv_N2BGlK.shape[4], setting):
+        dkv_n2BGKs = setting.layout.segments(dkv_n2BGKs[0], 4)
+    return cut.join(dq_igmK).astype(do_BlHK.dtype), dkv_n2BGKs
+
+
+def _ordered(kv_N2BGlK: jax.Array, setting: Setting) -> tuple[jax.Array, KeyBlocks]:
+    """The keys as they lie and their blocks; runs too short for a block are first put together in natural order."""
+    keys = blocks_of_keys(kv_N2BGlK.shape[4], setting)
+    if scattered(kv_N2BGlK.shape[4], setting):
+        kv_N2BGlK = setting.layout.natural(kv_N2BGlK, 4)[None]
+    return kv_N2BGlK, keys
+
+
+def blocks_of_keys(segment_length: int, setting: Setting) -> KeyBlocks:
+    """The blocks of all keys, as the kernel has them."""
+    if scattered(segment_length, setting):
+        segment_length, setting = segment_length * setting.layout.devices, setting.uncut
+    return key_blocks(chunks_of_all(setting.layout, segment_length), setting.block_keys)
+
+
+def scattered(segment_length: int, setting: Setting) -> bool:
+    """Whether runs are too short for blocks of their own, so that keys are first put together in natural order."""
+    layout = setting.layout
+    return layout.devices > 1 and too_short(segment_length // layout.chunks_per_device, setting.block_keys)
+
+
+class QueryBlocks(NamedTuple):
+    """Queries in blocks of neighbours, with what goes with them; one scan takes them in turn."""
+
+    q_igmK: jax.Array
+    start_iq: jax.Array  # the intervals; empty for the padding
+    end_iq: jax.Array
+    row_i: jax.Array  # of the batch
+    head_i: jax.Array  # the first of the key/value heads in the block
+    stream_igm: jax.Array | None  # for dropout
+    rate_i: jax.Array | None
+
+
+def cut_and_blocks(
+    q_BlHK: jax.Array, mask: Intervals, dropout: PairDropout | None, kv_heads: int, keys: KeyBlocks, setting: Setting
+) -> tuple[QueryCut, QueryBlocks]:
+    """How the local queries are cut, and their blocks."""
+    largest = (setting.block_queries, setting.block_keys)
+    cut = cut_queries(q_BlHK.shape, kv_heads, setting.layout, *largest, key_block=keys.size)
+    row_i, head_i = cut.first_rows_and_heads()
+    stream_igm, rate_i = None, None
+    if dropout is not None:
+        stream_igm, rate_i = cut.split_scalars(dropout.stream_BlH), jnp.full(len(row_i), dropout.rate, jnp.float32)
+    intervals = (cut.split_rows(mask.start), cut.split_rows(mask.end))
+    return cut, QueryBlocks(cut.split(q_BlHK), *intervals, row_i, head_i, stream_igm, rate_i)
+
+
+class Softmax(NamedTuple):
+    """The running softmax of each query over the keys so far, float32: at the end divide `o` by `sum`."""
+
+    o_igmK: jax.Array
+    max_igm: jax.Array
+    sum_igm: jax.Array
+
+
+def nothing_yet(queries: QueryBlocks) -> Softmax:
+    """The running softmax before any key."""
+    o_igmK = jnp.zeros_like(queries.q_igmK, jnp.float32)
+    return Softmax(o_igmK, jnp.full_like(o_igmK[..., 0], -jnp.inf), o_igmK[..., 0])
+
+
+def accumulate(queries: QueryBlocks, kv_n2BGsK: jax.Array, keys: KeyBlocks, softmax: Softmax) -> Softmax:
+    """Takes these keys into the running softmax of every query that sees them."""
+
+    def one_block_of_queries(_, inputs):
+        queries, softmax = inputs
+
+        def one_block_of_keys(t, softmax):
+            o_gmK, max_gm, sum_gm = softmax
+            k_gkK, v_gkK = _read(kv_n2BGsK, keys, t, queries)
+            s_gmk = _scores(queries, k_gkK, keys, t)
+            new_max_gm = jnp.maximum(max_gm, s_gmk.max(-1))
+            shift_gm = jnp.where(new_max_gm == -jnp.inf, 0.0, new_max_gm)  # a row that has seen nothing yet
+            p_gmk = jnp.exp(s_gmk - shift_gm[..., None])
+            shrink_gm = jnp.exp(max_gm - shift_gm)
+            sum_gm = sum_gm * shrink_gm + p_gmk.sum(-1)
+            weighted_gmK = product("gmk,gkK->gmK", _dropped(p_gmk, queries, keys, t), v_gkK)
+            return Softmax(o_gmK * shrink_gm[..., None] + weighted_gmK, new_max_gm, sum_gm)
+
+        return None, _over_touched(keys, queries, kv_n2BGsK, one_block_of_keys, softmax)
+
+    return jax.lax.scan(one_block_of_queries, None, (queries, softmax))[1]
+
+
+def finish(softmax: Softmax) -> tuple[jax.Array, jax.Array]:
+    """Attention rows and log-sum-exp, float32: `o_igmK, lse_igm`; both zero for a query that saw nothing."""
+    seen_igm = softmax.sum_igm > 0
+    sum_igm = jnp.where(seen_igm, softmax.sum_igm, 1.0)
+    lse_igm = jnp.where(seen_igm, softmax.max_igm, 0.0) + jnp.log(sum_igm)
+    return softmax.o_igmK / sum_igm[..., None], lse_igm
+
+
+class Cotangents(NamedTuple):
+    """What the backward pass knows of each query: `do`, the log-sum-exp, and the sum of `o * do` over `K`."""
+
+    do_igmK: jax.Array
+    lse_igm: jax.Array
+    odo_igm: jax.Array
+
+
+class Gradients(NamedTuple):
+    """Float32, and so far: of the queries, and of the keys and values.
+
+    The latter lie with the keys along the last axis: `do^T p` is a product as it stands, `p^T do` would take twice the
+    time for the transposition of the larger factor (XLA on CPU).
+    """
+
+    dq_igmK: jax.Array
+    dkv_n2BGKs: jax.Array
+
+
+def no_gradients(queries: QueryBlocks, kv_n2BGsK: jax.Array) -> Gradients:
+    """Before any block."""
+    return Gradients(jnp.zeros_like(queries.q_igmK, jnp.float32), jnp.zeros_like(kv_n2BGsK.swapaxes(4, 5), jnp.float32))
+
+
+def cotangents(cut: QueryCut, o_BlHK: jax.Array, do_BlHK: jax.Array, lse_igm: jax.Array) -> Cotangents:
+    """By block, as the queries are."""
+    odo_BlH = jnp.einsum("BlHK,BlHK->BlH", o_BlHK, do_BlHK, preferred_element_type=jnp.float32)
+    return Cotangents(cut.split(do_BlHK), lse_igm, cut.split_scalars(odo_BlH))
+
+
+def differentiate(
+    queries: QueryBlocks, kv_n2BGsK: jax.Array, keys: KeyBlocks, back: Cotangents, gradients: Gradients
+) -> Gradients:
+    """Adds what these queries and these keys mean for one another."""
+
+    def one_block_of_queries(dkv_n2BGKs, inputs):
+        queries, back, dq_gmK = inputs
+
+        def one_block_of_keys(t, gradients):
+            k_gkK, v_gkK = _read(kv_n2BGsK, keys, t, queries)
+            p_gmk = jnp.exp(_scores(queries, k_gkK, keys, t) - back.lse_igm[..., None])
+            dv_gKk = product("gmK,gmk->gKk", back.do_igmK, _dropped(p_gmk, queries, keys, t))
+            dp_gmk = _dropped(product("gmK,gkK->gmk", back.do_igmK, v_gkK), queries, keys, t)
+            ds_gmk = p_gmk * (dp_gmk - back.odo_igm[..., None]) * _scale(k_gkK)
+            dk_gKk = product("gmK,gmk->gKk", queries.q_igmK, ds_gmk)
+            dq_gmK = gradients.dq_igmK + product("gmk,gkK->gmK", ds_gmk, k_gkK)
+            return Gradients(dq_gmK, _add(gradients.dkv_n2BGKs, jnp.stack((dk_gKk, dv_gKk)), keys, t, queries))
+
+        so_far = Gradients(dq_gmK, dkv_n2BGKs)
+        dq_gmK, dkv_n2BGKs = _over_touched(keys, queries, (kv_n2BGsK, back), one_block_of_keys, so_far)
+        return dkv_n2BGKs, dq_gmK
+
+    dkv_n2BGKs = varying_like(gradients.dkv_n2BGKs, (queries, kv_n2BGsK, keys, back, gradients))
+    dkv_n2BGKs, dq_igmK = jax.lax.scan(one_block_of_queries, dkv_n2BGKs, (queries, back, gradients.dq_igmK))
+    return Gradients(dq_igmK, dkv_n2BGKs)
+
+
+def varying_like(tree: Any, reference: Any) -> Any:
+    """Inside `shard_map`: the arrays of `tree`, varying over all axes that any array of `reference` varies over.
+
+    A loop's carry must vary from the start as all that goes into it.
+    """
+    zero = jnp.zeros((), jnp.int32)
+    for leaf in jax.tree.leaves(reference):
+        zero = zero + jnp.zeros_like(leaf, shape=(), dtype=jnp.int32)
+    return jax.tree.map(lambda leaf: leaf + zero.astype(leaf.dtype), tree)
+
+
+def _over_touched(keys, queries, others, body, init):
+    """`body(t, carry)` over the key blocks that these queries touch."""
+    bounds = touched(keys, queries.start_iq, queries.end_iq)
+    (first, stop), init = varying_like((bounds, init), (keys, queries, others, init))
+    return jax.lax.fori_loop(first, stop, body, init)
+
+
+def _read(kv_n2BGsK, keys, t, queries):
+    """Keys and values of a block, `[g, k, K]` each."""
+    _, pair, _, _, _, K = kv_n2BGsK.shape
+    at = (keys.segment_t[t], 0, queries.row_i, queries.head_i, keys.place_t[t], 0)
+    return jax.lax.dynamic_slice(kv_n2BGsK, at, (1, pair, 1, queries.q_igmK.shape[0], keys.size, K))[0, :, 0]
+
+
+def _add(dkv_n2BGKs, d_2gKk, keys, t, queries):
+    """With the gradients of a block added where its keys and values lie."""
+    at = (keys.segment_t[t], 0, queries.row_i, queries.head_i, 0, keys.place_t[t])
+    d_121gKk = d_2gKk[None, :, None]
+    before = jax.lax.dynamic_slice(dkv_n2BGKs, at, d_121gKk.shape)
+    return jax.lax.dynamic_update_slice(dkv_n2BGKs, before + d_121gKk, at)
+
+
+def _position_k(keys, t):
+    return keys.first_t[t] + jnp.arange(keys.size, dtype=jnp.int32)
+
+
+def _scores(queries, k_gkK, keys, t):
+    """`s_gmk`, minus infinity where the query does not see the key."""
+    s_gmk = product("gmK,gkK->gmk", queries.q_igmK, k_gkK) * _scale(k_gkK)
+    position_k = _position_k(keys, t)
+    seen_qk = Intervals(queries.start_iq, queries.end_iq).sees(position_k) & (position_k >= keys.begin_t[t])
+    return jnp.where(jnp.tile(seen_qk, (s_gmk.shape[1] // seen_qk.shape[0], 1)), s_gmk, -jnp.inf)
+
+
+def _dropped(x_gmk, queries, keys, t):
+    if queries.stream_igm is None:
+        return x_gmk
+    return dropped(x_gmk, queries.stream_igm[..., None], _position_k(keys, t), queries.rate_i)
+
+
+def _scale(k_gkK) -> float:
+    return k_gkK.shape[-1] ** -0.5
+
+
+def product(equation: str, a: jax.Array, b: jax.Array) -> jax.Array:
+    """An einsum in the dtype of the inputs, the narrower one, with float32 sums."""
+    dtype = min(a.dtype, b.dtype, key=lambda dtype: dtype.itemsize)
+    return jnp.einsum(equation, a.astype(dtype), b.astype(dtype), preferred_element_type=jnp.float32)

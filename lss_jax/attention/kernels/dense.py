@@ -1,0 +1,96 @@
+"""Dense attention: the whole score matrix at once, as the paper has it. Exact and simple, and `l x L` in memory.
+
+Between the two passes it keeps a log-sum-exp per row, as the other kernels do, and computes the scores again from it
+(Dao et al. 2022, arXiv 2205.14135): they are there for one layer at a time.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+
+from lss_jax.attention.kernels.blockwise import product
+from lss_jax.attention.mask import Intervals
+from lss_jax.attention.setting import ATTENDED, Setting
+from lss_jax.parallel.dropout import PairDropout, dropped
+
+
+def forward(
+    q_BlHK: jax.Array, kv_N2BGlK: jax.Array, mask: Intervals, dropout: PairDropout | None, setting: Setting
+) -> tuple[jax.Array, jax.Array]:
+    """Attention rows `o_BlHK` over the keys and values of all segments, and the log-sum-exp of each.
+
+    A query that sees nothing has a row of zeros.
+    """
+    o_BlHK, lse_BGm = attention_rows(q_BlHK, setting.layout.natural(kv_N2BGlK, 4), mask, dropout)
+    return checkpoint_name((o_BlHK, lse_BGm), ATTENDED)
+
+
+def backward(
+    q_BlHK: jax.Array,
+    kv_N2BGlK: jax.Array,
+    mask: Intervals,
+    dropout: PairDropout | None,
+    o_BlHK: jax.Array,
+    lse_BGm: jax.Array,
+    do_BlHK: jax.Array,
+    setting: Setting,
+) -> tuple[jax.Array, jax.Array]:
+    """`dq_BlHK`, and this device's share of `dkv_N2BGKl` in float32."""
+    k_BGLK, v_BGLK = setting.layout.natural(kv_N2BGlK, 4)
+    G, scale = k_BGLK.shape[1], q_BlHK.shape[3] ** -0.5
+    q_BGmK, do_BGmK = rows_of_heads(q_BlHK, G), rows_of_heads(do_BlHK, G)
+    odo_BGm = jnp.einsum("BGmK,BGmK->BGm", rows_of_heads(o_BlHK, G), do_BGmK, preferred_element_type=jnp.float32)
+    p_BGmL = jnp.exp(_scores(q_BGmK, k_BGLK, mask) - lse_BGm[..., None])
+    dv_BGKL = product("BGmK,BGmL->BGKL", do_BGmK, _dropped(p_BGmL, dropout))
+    dp_BGmL = _dropped(product("BGmK,BGLK->BGmL", do_BGmK, v_BGLK), dropout)
+    ds_BGmL = (p_BGmL * (dp_BGmL - odo_BGm[..., None]) * scale).astype(q_BlHK.dtype)
+    dk_BGKL = product("BGmK,BGmL->BGKL", q_BGmK, ds_BGmL)
+    dq_BGmK = product("BGmL,BGLK->BGmK", ds_BGmL, k_BGLK)
+    dkv_N2BGKl = setting.layout.segments(jnp.stack((dk_BGKL, dv_BGKL)), 4)
+    return heads_of_rows(dq_BGmK, q_BlHK.shape).astype(q_BlHK.dtype), dkv_N2BGKl
+
+
+def attention_rows(
+    q_BlHK: jax.Array, kv_2BGLK: jax.Array, mask: Intervals, dropout: PairDropout | None = None
+) -> tuple[jax.Array, jax.Array]:
+    """The rows of attention `o_BlHK` of some queries, over all `L` keys in natural order, and their log-sum-exp.
+
+    Scores and softmax are float32, the rows are of the dtype of `q_BlHK`.
+    """
+    k_BGLK, v_BGLK = kv_2BGLK
+    s_BGmL = _scores(rows_of_heads(q_BlHK, k_BGLK.shape[1]), k_BGLK, mask)
+    lse_BGm = jax.nn.logsumexp(s_BGmL, axis=-1)
+    lse_BGm = jnp.where(lse_BGm == -jnp.inf, 0.0, lse_BGm)
+    p_BGmL = _dropped(jnp.exp(s_BGmL - lse_BGm[..., None]), dropout)
+    o_BGmK = product("BGmL,BGLK->BGmK", p_BGmL, v_BGLK)
+    return heads_of_rows(o_BGmK, q_BlHK.shape).astype(q_BlHK.dtype), lse_BGm
+
+
+def rows_of_heads(x_BlHK: jax.Array, kv_heads: int) -> jax.Array:
+    """`x_BGmK`: `G` key/value heads serve `H` query heads, `R = H/G` neighbours each, as `m = R*l` rows of one head.
+
+    Source: Ainslie et al. 2023, arXiv 2305.13245.
+    """
+    B, l, H, K = x_BlHK.shape
+    return x_BlHK.reshape(B, l, kv_heads, H // kv_heads, K).transpose(0, 2, 3, 1, 4).reshape(B, kv_heads, -1, K)
+
+
+def heads_of_rows(x_BGmK: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """The inverse of `rows_of_heads`, for an `x_BlHK` of this shape."""
+    B, l, _, K = shape
+    return x_BGmK.reshape(B, x_BGmK.shape[1], -1, l, K).transpose(0, 3, 1, 2, 4).reshape(shape)
+
+
+def _scores(q_BGmK: jax.Array, k_BGLK: jax.Array, mask: Intervals) -> jax.Array:
+    """`s_BGmL`, minus infinity where the query does not see the key."""
+    s_BGmL = product("BGmK,BGLK->BGmL", q_BGmK, k_BGLK) * q_BGmK.shape[-1] ** -0.5
+    seen = mask.sees(jnp.arange(k_BGLK.shape[2]))
+    seen_BlL = seen if seen.ndim == 3 else seen[None]
+    return jnp.where(jnp.tile(seen_BlL, (1, s_BGmL.shape[2] // seen_BlL.shape[1], 1))[:, None], s_BGmL, -jnp.inf)
+
+
+def _dropped(x_BGmL: jax.Array, dropout: PairDropout | None) -> jax.Array:
+    if dropout is None:
+        return x_BGmL
+    stream_BGm1 = rows_of_heads(dropout.stream_BlH[..., None], x_BGmL.shape[1])
+    return dropped(x_BGmL, stream_BGm1, jnp.arange(x_BGmL.shape[3]), dropout.rate)

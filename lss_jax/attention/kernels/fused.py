@@ -1,0 +1,286 @@
+"""The blockwise algorithm as fused kernels in Pallas, for GPUs ("triton") and TPUs ("mosaic"): scores stay on the chip.
+
+The mathematics is that of `blockwise`. A program of the grid takes one block of one head's queries past the blocks of
+keys that it touches; on the way back another takes one block of keys past the queries that touch it. Scores stand as
+`s_km`, keys down and queries across, so that whatever there is one of per query is a row. The letters are those of
+`tiles`; names in `_ref` are arrays as a program sees them.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+from jax.experimental import pallas as pl
+
+from lss_jax.attention.kernels.targets import Target
+from lss_jax.attention.kernels.tiles import END, START, STREAM, Plan, Tables, facts, plan_of
+from lss_jax.attention.mask import Intervals
+from lss_jax.attention.setting import ATTENDED, Setting
+from lss_jax.parallel.dropout import PairDropout, dropped
+
+LSE, ODO = range(2)  # rows of `floats_BHj2m`
+
+
+def forward(
+    q_BlHK: jax.Array,
+    kv_N2BGlK: jax.Array,
+    mask: Intervals,
+    dropout: PairDropout | None,
+    setting: Setting,
+    target: Target,
+) -> tuple[jax.Array, jax.Array]:
+    """Attention rows `o_BlHK` over the keys and values of all segments, and the log-sum-exp of each, `lse_BHj1m`.
+
+    A query that sees nothing has a row of zeros.
+    """
+    plan = plan_of(q_BlHK, kv_N2BGlK, dropout, setting, target)
+    tables, ints_BHj3m = facts(plan, mask, dropout)
+    q_BHjmK, kv_n2BGsK = plan.split_queries(q_BlHK), plan.split_keys(kv_N2BGlK)
+    *grid, m, K = q_BHjmK.shape
+    o_BHjmK, lse_BHj1m = _call(
+        _rows,
+        plan,
+        grid,
+        tables,
+        inputs=[(q_BHjmK, _own), (ints_BHj3m, _own), (kv_n2BGsK, _anywhere)],
+        outputs=[(q_BHjmK, _own), (jax.ShapeDtypeStruct((*grid, 1, m), jnp.float32), _own)],
+        walked=[(plan.key_size, K, kv_n2BGsK.dtype)] * 2,
+    )
+    return checkpoint_name((plan.join_queries(o_BHjmK, q_BlHK.shape[3]), lse_BHj1m), ATTENDED)
+
+
+def backward(
+    q_BlHK: jax.Array,
+    kv_N2BGlK: jax.Array,
+    mask: Intervals,
+    dropout: PairDropout | None,
+    o_BlHK: jax.Array,
+    lse_BHj1m: jax.Array,
+    do_BlHK: jax.Array,
+    setting: Setting,
+    target: Target,
+) -> tuple[jax.Array, jax.Array]:
+    """`dq_BlHK`, and this device's share of `dkv_N2BGKl` in float32."""
+    plan = plan_of(q_BlHK, kv_N2BGlK, dropout, setting, target)
+    tables, ints_BHj3m = facts(plan, mask, dropout)
+    odo_BlH = jnp.einsum("BlHK,BlHK->BlH", o_BlHK, do_BlHK, preferred_element_type=jnp.float32)
+    floats_BHj2m = jnp.concatenate((lse_BHj1m, plan.split_scalars(odo_BlH)[..., None, :]), axis=3)
+    q_BHjmK, do_BHjmK, kv_n2BGsK = plan.split_queries(q_BlHK), plan.split_queries(do_BlHK), plan.split_keys(kv_N2BGlK)
+    of_queries = (q_BHjmK, do_BHjmK, ints_BHj3m, floats_BHj2m)
+    (dq_BHjmK,) = _call(
+        _query_gradient,
+        plan,
+        q_BHjmK.shape[:3],
+        tables,
+        inputs=[*((x, _own) for x in of_queries), (kv_n2BGsK, _anywhere)],
+        outputs=[(q_BHjmK, _own)],
+        walked=[(plan.key_size, q_BHjmK.shape[4], kv_n2BGsK.dtype)] * 2,
+    )
+    n, _, B, G, _, _ = kv_n2BGsK.shape
+    (dkv_n2BGKs,) = _call(
+        _key_gradients,
+        plan,
+        (B, G, n * plan.blocks_per_segment),
+        tables,
+        inputs=[*((x, _anywhere) for x in of_queries), (kv_n2BGsK, _own_keys)],
+        outputs=[(jax.ShapeDtypeStruct(kv_n2BGsK.mT.shape, jnp.float32), _own_keys_last)],
+        walked=[(*x.shape[3:], x.dtype) for x in of_queries],
+    )
+    K = q_BlHK.shape[3]
+    return plan.join_queries(dq_BHjmK, K), plan.join_key_gradients(dkv_n2BGKs, K)
+
+
+def _rows(plan: Plan, tables: Tables, q_ref, ints_ref, kv_ref, o_ref, lse_ref, buffers):
+    """The rows of attention of one block of queries."""
+    q_mK = q_ref[...]
+    K, m = q_mK.shape[1], q_mK.shape[0]
+    start_1m, end_1m, stream_1m = (ints_ref[pl.ds(row, 1), :] for row in (START, END, STREAM))
+
+    def one_block_of_keys(t, load, carry):
+        o_Km, max_1m, sum_1m = carry
+        k_kK, v_kK = load(0), load(1)
+        position_k1 = _positions(plan, tables, t)
+        s_km = _scores(plan, q_mK, k_kK, position_k1, start_1m, jnp.minimum(end_1m, tables.end_t[t]))
+        new_max_1m = jnp.maximum(max_1m, s_km.max(0, keepdims=True))
+        shift_1m = jnp.where(new_max_1m == -jnp.inf, 0.0, new_max_1m)  # a query that has seen nothing yet
+        p_km = jnp.exp(s_km - shift_1m)
+        shrink_1m = jnp.exp(max_1m - shift_1m)
+        sum_1m = sum_1m * shrink_1m + p_km.sum(0, keepdims=True)
+        met_km = _dropped(plan, tables, p_km, stream_1m, position_k1)
+        return o_Km * shrink_1m + _dot(v_kK, met_km, (0, 0)), new_max_1m, sum_1m
+
+    nothing = (jnp.zeros((K, m)), jnp.full((1, m), -jnp.inf), jnp.zeros((1, m)))
+    o_Km, max_1m, sum_1m = _over_keys(plan, tables, kv_ref, buffers, one_block_of_keys, nothing)
+    seen_1m = sum_1m > 0
+    sum_1m = jnp.where(seen_1m, sum_1m, 1.0)
+    o_ref[...] = (o_Km / sum_1m).T.astype(o_ref.dtype)
+    lse_ref[...] = jnp.where(seen_1m, max_1m, 0.0) + jnp.log(sum_1m)
+
+
+def _query_gradient(plan: Plan, tables: Tables, q_ref, do_ref, ints_ref, floats_ref, kv_ref, dq_ref, buffers):
+    """The gradient of one block of queries."""
+    queries = _Queries(
+        q_ref[...],
+        do_ref[...],
+        *(ints_ref[pl.ds(row, 1), :] for row in (START, END, STREAM)),
+        *(floats_ref[pl.ds(row, 1), :] for row in (LSE, ODO)),
+    )
+
+    def one_block_of_keys(t, load, dq_Km):
+        k_kK = load(0)
+        _, ds_km = _differentiated(plan, tables, queries, k_kK, load(1), t)
+        return dq_Km + _dot(k_kK, ds_km, (0, 0))
+
+    m, K = queries.q_mK.shape
+    dq_Km = _over_keys(plan, tables, kv_ref, buffers, one_block_of_keys, jnp.zeros((K, m)))
+    dq_ref[...] = dq_Km.T.astype(dq_ref.dtype)
+
+
+def _key_gradients(plan: Plan, tables: Tables, q_ref, do_ref, ints_ref, floats_ref, kv_ref, dkv_ref, buffers):
+    """The gradients of one block of keys and values, from all query heads that they serve."""
+    b, g, t = (pl.program_id(axis) for axis in range(3))
+    heads, (k_kK, v_kK) = q_ref.shape[1] // pl.num_programs(1), (kv_ref[0], kv_ref[1])
+    at = b * pl.num_programs(2) + t
+    first, stop = tables.first_Bt[at], tables.stop_Bt[at]
+    count = stop - first
+
+    def where(turn):
+        return b, g * heads + turn // count, first + turn % count
+
+    def one_block_of_queries(_, load, carry):
+        dk_kK, dv_kK = carry
+        queries = _Queries(
+            load(0), load(1), *(load(2, row) for row in (START, END, STREAM)), *(load(3, row) for row in (LSE, ODO))
+        )
+        p_km, ds_km = _differentiated(plan, tables, queries, k_kK, v_kK, t)
+        return dk_kK + _dot(ds_km, queries.q_mK, (1, 0)), dv_kK + _dot(p_km, queries.do_mK, (1, 0))
+
+    nothing = (jnp.zeros(k_kK.shape), jnp.zeros(k_kK.shape))
+    sources = [(ref, where) for ref in (q_ref, do_ref, ints_ref, floats_ref)]
+    dk_kK, dv_kK = plan.target.walk(0, heads * count, sources, buffers, one_block_of_queries, nothing)
+    dkv_ref[0], dkv_ref[1] = dk_kK.T, dv_kK.T
+
+
+class _Queries(NamedTuple):
+    """One block of them, with what is known of each, on the way back."""
+
+    q_mK: jax.Array
+    do_mK: jax.Array
+    start_1m: jax.Array
+    end_1m: jax.Array
+    stream_1m: jax.Array
+    lse_1m: jax.Array
+    odo_1m: jax.Array
+
+
+def _differentiated(plan: Plan, tables: Tables, queries: _Queries, k_kK, v_kK, t):
+    """The weights that values were met with, and the gradient of the products of queries and keys: `p_km, ds_km`."""
+    position_k1 = _positions(plan, tables, t)
+    end_1m = jnp.minimum(queries.end_1m, tables.end_t[t])
+    p_km = jnp.exp(_scores(plan, queries.q_mK, k_kK, position_k1, queries.start_1m, end_1m) - queries.lse_1m)
+    dp_km = _dot(v_kK, queries.do_mK, (1, 1))
+    met_km, dp_km = (_dropped(plan, tables, x, queries.stream_1m, position_k1) for x in (p_km, dp_km))
+    return met_km, p_km * (dp_km - queries.odo_1m) * plan.scale
+
+
+def _dropped(plan: Plan, tables: Tables, x_km, stream_1m, position_k1):
+    if not plan.drops:
+        return x_km
+    return dropped(x_km, stream_1m.astype(jnp.uint32), position_k1, tables.rate_1[0])
+
+
+def _positions(plan: Plan, tables: Tables, t):
+    return tables.begin_t[t] + jax.lax.broadcasted_iota(jnp.int32, (plan.key_size, 1), 0)
+
+
+def _scores(plan: Plan, q_mK, k_kK, position_k1, start_1m, end_1m):
+    """`s_km`, minus infinity where the query does not see the key."""
+    seen_km = (start_1m <= position_k1) & (position_k1 < end_1m)
+    return jnp.where(seen_km, _dot(k_kK, q_mK, (1, 1)) * plan.scale, -jnp.inf)
+
+
+def _dot(a, b, contracted: tuple[int, int]):
+    """In the dtype of the inputs, the narrower one, with float32 sums; float32 is not cut short."""
+    dtype = min(a.dtype, b.dtype, key=lambda dtype: dtype.itemsize)
+    exact = jax.lax.Precision.HIGHEST if dtype == jnp.float32 else None
+    axes = (contracted[:1], contracted[1:])
+    return jax.lax.dot_general(
+        a.astype(dtype), b.astype(dtype), (axes, ((), ())), precision=exact, preferred_element_type=jnp.float32
+    )
+
+
+def _over_keys(plan: Plan, tables: Tables, kv_ref, buffers, body, init):
+    """`body(t, load, carry)` over the blocks of keys that this program's queries touch, in natural order."""
+    b, head, j = (pl.program_id(axis) for axis in range(3))
+    g = head // (pl.num_programs(1) // kv_ref.shape[3])
+    at = b * pl.num_programs(2) + j
+
+    def part(pair):
+        def where(turn):
+            t = tables.order_t[turn]
+            place = pl.multiple_of(t % plan.blocks_per_segment * plan.key_size, plan.key_size)
+            return t // plan.blocks_per_segment, pair, b, g, pl.ds(place, plan.key_size)
+
+        return where
+
+    def in_turn(turn, load, carry):
+        return body(tables.order_t[turn], load, carry)
+
+    return plan.target.walk(
+        tables.first_Bj[at], tables.stop_Bj[at], [(kv_ref, part(0)), (kv_ref, part(1))], buffers, in_turn, init
+    )
+
+
+def _own(plan: Plan, x: Any) -> pl.BlockSpec:
+    """The block of an array `[B, H, j, ...]` that is the program's own."""
+    return pl.BlockSpec((None, None, None, *x.shape[3:]), lambda b, h, j: (b, h, j, 0, 0))
+
+
+def _own_keys(plan: Plan, x: Any) -> pl.BlockSpec:
+    """The program's own block of keys and values `[n, 2, B, G, s, K]`."""
+
+    def index(b, g, t):
+        return t // plan.blocks_per_segment, 0, b, g, t % plan.blocks_per_segment, 0
+
+    return pl.BlockSpec((None, 2, None, None, plan.key_size, x.shape[5]), index)
+
+
+def _own_keys_last(plan: Plan, x: Any) -> pl.BlockSpec:
+    """The same of their gradients `[n, 2, B, G, K, s]`."""
+
+    def index(b, g, t):
+        return t // plan.blocks_per_segment, 0, b, g, 0, t % plan.blocks_per_segment
+
+    return pl.BlockSpec((None, 2, None, None, x.shape[4], plan.key_size), index)
+
+
+def _anywhere(plan: Plan, x: Any) -> pl.BlockSpec:
+    """The whole array, where it is: the program reads parts of it."""
+    return pl.BlockSpec(memory_space=pl.ANY)
+
+
+def _call(kernel, plan: Plan, grid, tables: Tables, inputs, outputs, walked) -> Any:
+    """Runs `kernel(plan, tables, *input_refs, *output_refs, buffers)` for every program of the grid.
+
+    Inputs and outputs are pairs of an array (or its shape) and what a program sees of it; `walked` are the blocks that
+    it meets one after the other, as rows, columns and dtype.
+    """
+    varies = jax.typeof(sum(jnp.zeros_like(x, jnp.int32, shape=()) for x in (*tables, *(x for x, _ in inputs))))
+    count = len(tables), len(tables) + len(inputs) + len(outputs)
+
+    def program(*refs):
+        kernel(plan, Tables(*refs[: count[0]]), *refs[count[0] : count[1]], refs[count[1] :])
+
+    return pl.pallas_call(
+        program,
+        grid=tuple(grid),
+        in_specs=[plan.target.tables] * len(tables) + [seen(plan, x) for x, seen in inputs],
+        out_specs=[seen(plan, x) for x, seen in outputs],
+        out_shape=[
+            jax.ShapeDtypeStruct(x.shape, x.dtype, manual_axis_type=varies.manual_axis_type) for x, _ in outputs
+        ],
+        scratch_shapes=plan.target.buffers(walked),
+        compiler_params=plan.target.compiler,
+        interpret=plan.interpret,
+    )(*tables, *(x for x, _ in inputs))

@@ -1,0 +1,166 @@
+"""How the fused kernels cut queries and keys into padded blocks, and the tables by which their programs find their way.
+
+Compilers for GPUs and TPUs want blocks of powers of two: runs of tokens are padded to whole blocks, and narrow heads
+with zeros. The letters are those of `blocks`; `j` counts the blocks of a head's queries, each of `m`, and `t` those of
+the keys, each of `k`, in the order in which they are stored.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from lss_jax.attention.kernels.blocks import QueryCut, chunks_of_all, too_short
+from lss_jax.attention.kernels.targets import SMALLEST, Target
+from lss_jax.attention.mask import Intervals
+from lss_jax.attention.setting import Setting
+from lss_jax.parallel.dropout import PairDropout
+from lss_jax.parallel.layout import Layout
+
+START, END, STREAM = range(3)  # rows of `ints_BHj3m`
+
+
+class Plan(NamedTuple):
+    """What is known of a call at compile time: above all, the blocks of queries and of keys."""
+
+    queries: QueryCut  # each block of one head
+    layout: Layout  # of the keys as they are cut
+    unordered: Layout | None  # the one that they come in, if its runs are too short for blocks
+    run: int  # keys without padding
+    key_size: int  # k
+    scale: float
+    drops: bool
+    target: Target
+    interpret: bool
+
+    @property
+    def padded_run(self) -> int:
+        """Keys in the blocks of a run."""
+        return -(-self.run // self.key_size) * self.key_size
+
+    @property
+    def blocks_per_segment(self) -> int:
+        """Of keys."""
+        return self.layout.chunks_per_device * self.padded_run // self.key_size
+
+    def split_queries(self, x_BlHK: jax.Array) -> jax.Array:
+        """`x_BHjmK`, `K` widened to a power of two."""
+        B, _, H, _ = x_BlHK.shape
+        x_i1mK = self.queries.split(_widened(x_BlHK))
+        return x_i1mK.reshape(B, H, -1, *x_i1mK.shape[2:])
+
+    def join_queries(self, x_BHjmK: jax.Array, K: int) -> jax.Array:
+        """The inverse: `x_BlHK`."""
+        return self.queries.join(x_BHjmK.reshape(-1, 1, *x_BHjmK.shape[3:]))[..., :K]
+
+    def split_rows(self, x: jax.Array) -> jax.Array:
+        """A number per query, `[l]` or `[B, l]`, as `x_BHjm`."""
+        return self.queries.split_rows(x).reshape(self.queries.batch, self.queries.kv_heads, -1, self.queries.size)
+
+    def split_scalars(self, x_BlH: jax.Array) -> jax.Array:
+        """A number per query and head, as `x_BHjm`."""
+        B, _, H = x_BlH.shape
+        return self.queries.split_scalars(x_BlH).reshape(B, H, -1, self.queries.size)
+
+    def split_keys(self, kv_N2BGlK: jax.Array) -> jax.Array:
+        """`kv_n2BGsK`, all runs padded to whole blocks, `K` widened."""
+        if self.unordered:
+            kv_N2BGlK = self.unordered.natural(kv_N2BGlK, 4)[None]
+        kv = _widened(kv_N2BGlK)
+        runs = kv.reshape(*kv.shape[:4], -1, self.run, kv.shape[5])
+        padded = jnp.pad(runs, [(0, 0)] * 5 + [(0, self.padded_run - self.run), (0, 0)])
+        return padded.reshape(*kv.shape[:4], -1, kv.shape[5])
+
+    def join_key_gradients(self, dkv_n2BGKs: jax.Array, K: int) -> jax.Array:
+        """The inverse, keys last: `dkv_N2BGKl`."""
+        runs = dkv_n2BGKs.reshape(*dkv_n2BGKs.shape[:5], -1, self.padded_run)[..., :K, :, : self.run]
+        dkv_n2BGKs = runs.reshape(*runs.shape[:5], -1)
+        return self.unordered.segments(dkv_n2BGKs[0], 4) if self.unordered else dkv_n2BGKs
+
+
+class Tables(NamedTuple):
+    """The numbers by which programs find their way, one-dimensional; rows of the batch one after the other."""
+
+    order_t: Any  # the blocks of keys in natural order
+    begin_t: Any  # the natural positions of block `t`: from here ...
+    end_t: Any  # ... to before here
+    first_Bj: Any  # which blocks, counted in natural order, these queries touch
+    stop_Bj: Any
+    first_Bt: Any  # the blocks of queries from the first to the last that touches these keys
+    stop_Bt: Any
+    rate_1: Any  # of dropout
+
+
+def plan_of(q_BlHK: Any, kv_N2BGlK: Any, dropout: PairDropout | None, setting: Setting, target: Target) -> Plan:
+    """How queries and keys of these shapes and dtype are cut.
+
+    Blocks are no larger than the config says, and than the target has room for.
+    """
+    B, l, H, K = q_BlHK.shape
+    layout = setting.layout
+    least = SMALLEST if setting.interpret else target.least
+    room = target.most_bytes // (_width(K) * q_BlHK.dtype.itemsize)
+    most_queries = min(setting.block_queries, target.most_queries, room)
+    most_keys = min(setting.block_keys, target.most_keys, room)
+    runs = 1 if too_short(l // layout.chunks_per_device, most_queries) else layout.chunks_per_device
+    queries = QueryCut(B, runs, l // runs, _block_size(l // runs, most_queries, least), kv_heads=H, block_heads=1)
+    unordered, run = None, kv_N2BGlK.shape[4] // layout.chunks_per_device
+    if layout.devices > 1 and too_short(run, most_keys):
+        unordered, layout, run = layout, setting.uncut.layout, run * len(layout.chunks_NC.ravel())
+    return Plan(
+        queries=queries,
+        layout=layout,
+        unordered=unordered,
+        run=run,
+        key_size=_block_size(run, most_keys, least),
+        scale=K**-0.5,
+        drops=dropout is not None,
+        target=target,
+        interpret=setting.interpret,
+    )
+
+
+def _block_size(run: int, most: int, least: int) -> int:
+    """The largest power of two up to `most`, and no larger than it takes to hold the run."""
+    return max(least, min(1 << (most.bit_length() - 1), 1 << (run - 1).bit_length()))
+
+
+def _widened(x: jax.Array) -> jax.Array:
+    """Heads, the last axis, as wide as a power of two: zeros change no product."""
+    return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, _width(x.shape[-1]) - x.shape[-1])])
+
+
+def _width(K: int) -> int:
+    return max(SMALLEST, 1 << (K - 1).bit_length())
+
+
+def facts(plan: Plan, mask: Intervals, dropout: PairDropout | None) -> tuple[Tables, jax.Array]:
+    """The tables, and the rows `START`, `END` and `STREAM` of the queries, `ints_BHj3m`."""
+    chunks = chunks_of_all(plan.layout, plan.run * plan.layout.chunks_per_device)
+    offsets = jnp.arange(0, plan.padded_run, plan.key_size)
+    blocks_per_run = len(offsets)
+    runs = chunks.segment_c * plan.layout.chunks_per_device + chunks.place_c // plan.run  # as stored, in natural order
+    order_t = (runs[:, None] * blocks_per_run + jnp.arange(blocks_per_run)).ravel()
+    start_c = jnp.asarray(chunks.start_c)[jnp.argsort(jnp.asarray(runs))]
+    begin_t = (start_c[:, None] + offsets).ravel()
+    end_t = (start_c[:, None] + jnp.minimum(offsets + plan.key_size, plan.run)).ravel()
+
+    start_BHjm, end_BHjm = plan.split_rows(mask.start), plan.split_rows(mask.end)
+    sees_Bjm = (start_BHjm < end_BHjm)[:, 0]
+    start_Bj1 = jnp.min(start_BHjm[:, 0], -1, where=sees_Bjm, initial=jnp.iinfo(jnp.int32).max, keepdims=True)
+    end_Bj1 = jnp.max(end_BHjm[:, 0], -1, where=sees_Bjm, initial=0, keepdims=True)
+    touches_Bjt = (start_Bj1 < end_t) & (begin_t < end_Bj1)
+    first_Bj, stop_Bj = range_of(touches_Bjt[..., order_t])
+    first_Bt, stop_Bt = range_of(touches_Bjt.swapaxes(1, 2))
+    rate_1 = jnp.full(1, dropout.rate if dropout else 0.0, jnp.float32)
+    tables = Tables(
+        order_t, begin_t, end_t, first_Bj.ravel(), stop_Bj.ravel(), first_Bt.ravel(), stop_Bt.ravel(), rate_1
+    )
+    stream_BHjm = jnp.zeros_like(start_BHjm) if dropout is None else plan.split_scalars(dropout.stream_BlH)
+    return tables, jnp.stack((start_BHjm, end_BHjm, stream_BHjm.astype(jnp.int32)), axis=3)
+
+
+def range_of(touches: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The shortest range along the last axis with all that is true in it; int32."""
+    first, from_end = (jnp.argmax(x, -1).astype(jnp.int32) for x in (touches, jnp.flip(touches, -1)))
+    return first, jnp.where(touches.any(-1), touches.shape[-1] - from_end, first)

@@ -1,0 +1,73 @@
+"""Where attention runs: the mesh of a config, its kernel, and the setting that both give."""
+
+from collections.abc import Sequence
+
+import jax
+from jax.sharding import AbstractMesh, Mesh
+
+from lss_jax.attention.setting import Setting
+from lss_jax.config.rules import validate
+from lss_jax.config.schema import AttentionConfig, Config, ConfigError
+from lss_jax.parallel.layout import Layout, layout_on
+from lss_jax.parallel.mesh import SEQ, if_cut, make_mesh
+
+FUSED = {"triton": "NVIDIA GPUs of compute capability 8.0 or more", "mosaic": "TPUs"}  # kernels for some devices alone
+
+
+def mesh_of(config: Config, devices: Sequence[jax.Device]) -> Mesh:
+    """The mesh that a config asks for, made of these devices.
+
+    Raises:
+      ConfigError: the config does not fit them, or names a kernel for others.
+    """
+    mesh = make_mesh(validate(config, len(devices)), devices)
+    kernel_on(config.attention, mesh)
+    return mesh
+
+
+def setting_on(config: Config, mesh: Mesh | AbstractMesh) -> Setting:
+    """The static side of a config's attention on this mesh."""
+    return setting_of(config.attention, layout_on(config, mesh), if_cut(SEQ, mesh), mesh)
+
+
+def setting_of(attention: AttentionConfig, layout: Layout, axis: str | None, mesh: Mesh | AbstractMesh) -> Setting:
+    """The same, where `axis` (None if it has one device) cuts the sequence into the segments of `layout`."""
+    return Setting(
+        axis=axis,
+        layout=layout,
+        kernel=kernel_on(attention, mesh),
+        block_queries=attention.block_queries,
+        block_keys=attention.block_keys,
+        gather_groups=attention.gather_groups,
+        regather=attention.regather,
+        interpret=False,
+    )
+
+
+def kernel_on(attention: AttentionConfig, mesh: Mesh | AbstractMesh) -> str:
+    """The kernel on this mesh; for "auto" the fused one, where the devices and the strategy can use it.
+
+    Raises:
+      ConfigError: the config names a kernel for other devices.
+    """
+    asked, fused = attention.kernel, fused_on(mesh)
+    if asked == "auto":
+        return fused if fused and attention.strategy != "ring" else "blockwise"
+    if asked in FUSED and asked != fused:
+        raise ConfigError(
+            f"attention.kernel={asked!r} is for {FUSED[asked]}, and these devices are "
+            f"{'abstract' if isinstance(mesh, AbstractMesh) else mesh.devices.flat[0].device_kind}; "
+            f'use attention.kernel="auto"'
+        )
+    return asked
+
+
+def fused_on(mesh: Mesh | AbstractMesh) -> str | None:
+    """The fused kernel that is compiled for the devices of this mesh."""
+    device = None if isinstance(mesh, AbstractMesh) else mesh.devices.flat[0]
+    if device is None or device.platform not in ("gpu", "tpu"):
+        return None
+    if device.platform == "tpu":
+        return "mosaic"
+    capability = getattr(device, "compute_capability", "0")  # NVIDIA's alone have one that is a number
+    return "triton" if capability.replace(".", "").isdigit() and float(capability) >= 8.0 else None

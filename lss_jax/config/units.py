@@ -1,0 +1,25 @@
+"""Sizes in bytes, as people write and read them."""
+
+import re
+
+from lss_jax.config.schema import ConfigError
+
+UNITS = {"MiB": 2**20, "GiB": 2**30, "TiB": 2**40, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+
+
+def parse_size(written: str) -> int:
+    """Bytes of `16GiB`, `80GB` or `512MiB`.
+
+    Raises:
+      ConfigError: it is no size, or has no unit.
+    """
+    match = re.fullmatch(rf"(\d+(?:\.\d+)?) ?({'|'.join(UNITS)})", written)
+    if not match or not float(match[1]):
+        raise ConfigError(f"--memory={written} is no size; write it like 16GiB, with a unit of {', '.join(UNITS)}")
+    return round(float(match[1]) * UNITS[match[2]])
+
+
+def shown_size(count: float) -> str:
+    """Bytes for the eye."""
+    unit = next(unit for unit in ("TiB", "GiB", "MiB") if count >= UNITS[unit] or unit == "MiB")
+    return f"{count / UNITS[unit]:,.2f} {unit}"

@@ -1,0 +1,251 @@
+"""Text generation: the prompt in parallel over the sequence, then token after token from a cache that stays cut.
+
+Two compiled programs. The *prefill* is the training model with its strategy, and leaves each layer's keys and values
+where they were computed. A *step* takes the last token of every row: these are a segment of `B` tokens to the model,
+each at its own position, so that rows of different length, and weights cut over `model`, need nothing of their own.
+The prompts' last tokens are the first step's, so that logits come from one place.
+"""
+
+import dataclasses
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from lss_jax.attention.mask import Intervals
+from lss_jax.attention.placement import setting_on
+from lss_jax.attention.setting import stacked
+from lss_jax.attention.strategies import make_attend
+from lss_jax.config.schema import Config, ConfigError
+from lss_jax.generation.cache import CACHE_SPECS, Cache, attend_to_cache, fill, write
+from lss_jax.generation.sampling import Sampling, sample
+from lss_jax.models import Model, Params, build_model
+from lss_jax.models.layers import Segment
+from lss_jax.models.objective import mask_of
+from lss_jax.parallel.layout import layout_on
+from lss_jax.parallel.mesh import DATA, MODEL, SEQ, if_cut, like, named_axes, shardings
+from lss_jax.parallel.scopes import ATTENTION
+from lss_jax.parallel.tensor_parallel import own_part
+from lss_jax.training.step import in_layout_order, on_mesh
+
+ROWS = P((DATA, MODEL))  # of a batch, one token each: those of a model group are its segment
+
+
+def make_prefill(model: Model, mesh: Mesh, tokens: int) -> Callable[[Params, jax.Array, jax.Array], Cache]:
+    """From global parameters, prompts `tokens_BL` (padded, natural order) and their lengths to the cache.
+
+    It has room for `tokens` more. The last token of each prompt has been seen by others, under a prefix mask, but is
+    not in the cache: the first step puts it there.
+    """
+    config, layout, axis = model.config, layout_on(model.config, mesh), if_cut(MODEL, mesh)
+    of_prompt = (P(DATA, SEQ), P(SEQ), P(DATA))
+
+    @partial(
+        jax.shard_map,
+        mesh=mesh,
+        in_specs=on_mesh((model.specs, *of_prompt), mesh),
+        out_specs=on_mesh(CACHE_SPECS, mesh),
+    )
+    def on_segments(params: Params, tokens_Bl: jax.Array, positions_l: jax.Array, length_B: jax.Array) -> Cache:
+        params = in_layout_order(params, model, mesh)
+        strategy = make_attend(config.attention.strategy, _mask(config, positions_l), setting_on(config, mesh))
+
+        def attend(q_BlHK, k_BlGK, v_BlGK, dropout, cache):
+            cache.set_value(stacked(k_BlGK, v_BlGK))
+            return strategy(q_BlHK, k_BlGK, v_BlGK, dropout)
+
+        segment = Segment(positions_l, own_part(positions_l, axis, 0), attend, None, axis)
+        nothing = jnp.zeros((config.model.layers, 0), config.model.dtype)
+        _, kv_n2BGlK = model.recall(params, nothing, tokens_Bl, segment)  # nobody asks for these logits
+        return fill(kv_n2BGlK, positions_l, length_B - 1, more=-(-tokens // layout.devices))
+
+    def prefill(params: Params, tokens_BL: jax.Array, length_B: jax.Array) -> Cache:
+        length = tokens_BL.shape[1]
+        positions_L = layout.positions(length)
+        rows = _with_tables(params, model, lambda table_LE: _first_rows(table_LE, length))
+        return on_segments(rows, tokens_BL[:, positions_L], positions_L, length_B)
+
+    return prefill
+
+
+Step = Callable[[Params, Cache, jax.Array, jax.Array, jax.Array], tuple[Cache, jax.Array]]
+
+
+def make_step(model: Model, mesh: Mesh, length: int) -> Step:
+    """From global parameters, cache, `token_B`, `position_B` and the step's number to the cache and `logits_BV`.
+
+    `length` is that of the (padded) prompts. Each step's tokens go to the next device of the sequence group, so that
+    the cache stays balanced.
+    """
+    config, axis, seq_axis = model.config, if_cut(MODEL, mesh), if_cut(SEQ, mesh)
+    layout = layout_on(config, mesh)
+    specs = jax.tree.map(lambda spec: ROWS if SEQ in named_axes(spec) else spec, model.specs)
+    logits_spec = P(DATA, MODEL) if config.model.vocab_parallel else ROWS
+
+    @partial(
+        jax.shard_map,
+        mesh=mesh,
+        in_specs=on_mesh((specs, CACHE_SPECS, P(DATA), P(DATA), P()), mesh),
+        out_specs=on_mesh((CACHE_SPECS, logits_spec), mesh),
+    )
+    def on_devices(
+        params: Params, cache: Cache, token_B: jax.Array, position_B: jax.Array, number: jax.Array
+    ) -> tuple[Cache, jax.Array]:
+        mask = _mask(config, position_B)
+
+        @jax.named_scope(ATTENTION)
+        def attend(q_1BHK, k_1BGK, v_1BGK, dropout, cached):
+            past_2BGcK, own_2BGK = cached[...], jnp.concatenate((k_1BGK, v_1BGK))
+            cached.set_value(own_2BGK)
+            return attend_to_cache(q_1BHK[0], own_2BGK, past_2BGcK, cache.position_Bc, mask, seq_axis)[None]
+
+        segment = Segment(position_B, own_part(position_B, axis, 0), attend, None, axis)
+        logits, kv_n2BGK = model.recall(params, cache.kv_n2BGcK, token_B[None], segment)
+        slot = length // layout.devices + number // layout.devices
+        mine = seq_axis is None or number % layout.devices == jax.lax.axis_index(seq_axis)
+        return write(cache, kv_n2BGK, position_B, slot, mine), logits[0]
+
+    def step(
+        params: Params, cache: Cache, token_B: jax.Array, position_B: jax.Array, number: jax.Array
+    ) -> tuple[Cache, jax.Array]:
+        rows = _with_tables(params, model, lambda table_LE: table_LE[position_B])
+        cache, logits_BV = on_devices(rows, cache, token_B, position_B, number)
+        return cache, jax.lax.with_sharding_constraint(logits_BV, NamedSharding(mesh, P()))
+
+    return step
+
+
+def _mask(config: Config, positions_l: jax.Array) -> Intervals:
+    """The config's mask, with no end to the sequence; all is one document."""
+    endless = dataclasses.replace(config.data, seq_len=np.iinfo(np.int32).max)
+    return mask_of(dataclasses.replace(config, data=endless), positions_l, None)
+
+
+def _with_tables(params: Params, model: Model, change: Callable[[jax.Array], jax.Array]) -> Params:
+    """The parameters, with tables that are cut like the sequence changed to the rows that are needed."""
+    return jax.tree.map(lambda p, spec: change(p) if SEQ in named_axes(spec) else p, params, model.specs)
+
+
+def _first_rows(table_LE: jax.Array, length: int) -> jax.Array:
+    """The first rows, with zeros behind the last."""
+    return jnp.pad(table_LE[:length], ((0, max(length - len(table_LE), 0)), (0, 0)))
+
+
+class Generation:
+    """Prompts and the programs that continue them, compiled for this mesh; iterating runs them.
+
+    Each turn yields a byte for every prompt, or `b""` behind the end of its document. Texts are the same on every mesh,
+    but for choices so close that rounding decides them; each is the text that its prompt would get alone.
+
+    Raises:
+      ConfigError: the prompts, the number of tokens or the sampling cannot work; nothing has been compiled.
+    """
+
+    def __init__(
+        self, config: Config, mesh: Mesh, params: Params, prompts: Sequence[bytes], tokens: int, sampling: Sampling
+    ):
+        check_request(config, prompts, tokens, sampling)
+        self._prompts, self._tokens, self._params = list(prompts), tokens, params
+        self._separator = config.data.separator.encode()
+        surplus = -len(prompts) % (mesh.shape[DATA] * mesh.shape[MODEL])  # rows that are computed, and thrown away
+        rows = [*prompts, *[prompts[0]] * surplus]
+        length, kept, whole = _padded(rows, config, mesh), shardings(CACHE_SPECS, mesh), NamedSharding(mesh, P())
+        tokens_BL = np.stack([np.frombuffer(row.ljust(length, b"\0"), np.uint8) for row in rows]).astype(np.int32)
+        length_B = np.array([len(row) for row in rows], np.int32)
+        last_B = tokens_BL[np.arange(len(rows)), length_B - 1]
+        stream_B = np.array([zlib.crc32(row, rows[:number].count(row)) for number, row in enumerate(rows)], np.uint32)
+        self._tokens_BL, self._length_B, self._last_B = jax.device_put((tokens_BL, length_B, last_B), whole)
+
+        model = _forward_model(config)
+        prefill, step = make_prefill(model, mesh, tokens), make_step(model, mesh, length)
+
+        def next_byte(
+            params: Params, cache: Cache, token_B: jax.Array, length_B: jax.Array, number: jax.Array
+        ) -> tuple[Cache, jax.Array]:
+            position_B = length_B - 1 + number
+            cache, logits_BV = step(params, cache, token_B, position_B, number)
+            return cache, sample(logits_BV, sampling, jnp.asarray(stream_B), position_B)
+
+        prompt = (params, self._tokens_BL, self._length_B)
+        self._prefill = jax.jit(prefill, out_shardings=kept).lower(*prompt).compile()
+        cache = like(jax.eval_shape(prefill, *prompt), kept)
+        stepping = jax.jit(next_byte, donate_argnums=1, out_shardings=(kept, whole))
+        self._step = stepping.lower(params, cache, self._last_B, self._length_B, np.int32(0)).compile()
+
+    @property
+    def cache_bytes(self) -> int:
+        """Of one device: what a compiled step updates in place."""
+        analysis = self._step.memory_analysis()
+        assert analysis is not None, "every backend has one"
+        return analysis.alias_size_in_bytes
+
+    def __iter__(self) -> Iterator[list[bytes]]:
+        ends, ended = list(self._prompts), [False] * len(self._prompts)
+        cache = jax.block_until_ready(self._prefill(self._params, self._tokens_BL, self._length_B))
+        token_B = self._last_B
+        for number in range(self._tokens):
+            step = self._step(self._params, cache, token_B, self._length_B, np.int32(number))
+            cache, token_B = jax.block_until_ready(step)  # queued steps of simulated devices would block one another
+            found = np.asarray(token_B)
+            new = [b"" if end else bytes([found[row]]) for row, end in enumerate(ended)]
+            yield new
+            if self._separator:
+                ends = [(end + byte)[-len(self._separator) :] for end, byte in zip(ends, new, strict=True)]
+                ended = [end == self._separator for end in ends]
+                if all(ended):
+                    return
+
+
+def _padded(rows: Sequence[bytes], config: Config, mesh: Mesh) -> int:
+    """The length of the longest, made one that the mesh divides."""
+    return layout_on(config, mesh).padded(max(map(len, rows)))
+
+
+def _forward_model(config: Config) -> Model:
+    """The model as it is best where nothing goes back: scanned, as only so XLA leaves the cache in its place."""
+    layers = dataclasses.replace(config.model, scan_layers=True, remat="none")
+    return build_model(dataclasses.replace(config, model=layers))
+
+
+def check_request(config: Config, prompts: Sequence[bytes], tokens: int, sampling: Sampling) -> None:
+    """Refuses, a line per problem, what no text can come from."""
+    problems = [*sampling.problems()]
+    if tokens < 1:
+        problems.append(f"--tokens={tokens} must be at least 1")
+    if not prompts:
+        problems.append("there is no prompt; give --prompt TEXT or --prompt-file FILE, several times if you like")
+    for number, prompt in enumerate(prompts, start=1):
+        problems += _problems_of(prompt, f"prompt {number}" if len(prompts) > 1 else "the prompt", config, tokens)
+    if problems:
+        raise ConfigError("\n".join(problems))
+
+
+def _problems_of(prompt: bytes, name: str, config: Config, tokens: int) -> Iterator[str]:
+    separator, prefix, rows = config.data.separator, config.attention.prefix, config.data.seq_len
+    if not prompt:
+        yield f"{name} is empty, and a text goes on from something; give at least one byte"
+    if separator and separator.encode() in prompt:
+        yield (
+            f"{name} has data.separator={separator!r} in it, behind which a document of its own starts that sees "
+            f"nothing before; give what stands behind the last one"
+        )
+    if len(prompt) < prefix:
+        yield (
+            f"{name} has {len(prompt)} bytes, less than attention.prefix={prefix}, and the model has never predicted a "
+            f"byte within that; give at least {prefix}"
+        )
+    if config.model.positions != "learned":
+        return
+    longer = 'train with a longer data.seq_len, or with model.positions="rope", which has no end'
+    if len(prompt) > rows:
+        yield f"{name} has {len(prompt)} bytes, more than data.seq_len={rows} learned positions; cut it, or {longer}"
+    elif len(prompt) + tokens - 1 > rows:
+        yield (
+            f"{name} has {len(prompt)} bytes, and data.seq_len={rows} learned positions leave room for "
+            f"--tokens={rows + 1 - len(prompt)}, not {tokens}; ask for less, or {longer}"
+        )

@@ -1,0 +1,238 @@
+"""Reads the collectives out of a compiled program's text, with the trip counts of the loops they stand in.
+
+XLA writes a collective in several forms, and all count as one: a plain instruction; a start and a done, between which
+other work may run; a fusion; and on TPUs a reduce-scatter as an all-reduce of which each device takes a slice.
+"""
+
+import math
+import re
+from typing import NamedTuple
+
+import numpy as np
+
+from lss_jax.parallel.scopes import ATTENTION, ELSEWHERE, GRADIENTS, LOSS, MASK, OPTIMIZER, POSITIONS, REGIONS
+
+PLACE = re.compile(rf"\b({'|'.join((ATTENTION, REGIONS, LOSS, MASK, POSITIONS, GRADIENTS, OPTIMIZER))})\b")
+
+KINDS = "all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute|collective-broadcast"
+INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%(?P<name>[\w.-]+) = (?P<type>.*?) (?P<op>[\w-]+)\((?P<operands>.*)$")
+COLLECTIVE = re.compile(rf"(?P<kind>{KINDS})(?P<part>-start|-done)?$")
+COMPUTATION = re.compile(r"^(?P<entry>ENTRY )?%?(?P<name>[\w.-]+) \(.*\{$")
+CALLED = re.compile(r"(?:calls|to_apply|body|condition|true_computation|false_computation)=%?([\w.-]+)")
+BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
+TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
+CONDITION = re.compile(r"condition=%([\w.-]+)")
+BELOW = re.compile(r"compare\(.*%(?P<limit>constant[\w.-]*)\), direction=LT")
+TILES = ":T("  # in the layouts of TPU programs alone
+SHAPE = re.compile(r"(?:f|bf|s|u)(\d+)\[([\d,]*)\]")
+SOURCE = re.compile(r'op_name="([^"]*)"')
+NEAR = 30  # instructions to ask for a lost name
+NAME = re.compile(r"%([\w.-]+)")
+
+
+class Collective(NamedTuple):
+    """One collective; sizes are those of its result on one device."""
+
+    kind: str
+    elements: int
+    bytes: int
+    group: tuple[int, ...]  # devices that take part in the first of its groups; of a permutation, a sender and receiver
+    times: int  # per run of the program
+    asynchronous: bool  # other work may run meanwhile
+    source: str  # the path of names by which the program asked for it
+
+    @property
+    def place(self) -> str:
+        """The part of the step that it belongs to; in attention and regions also which way it goes."""
+        places = PLACE.findall(self.source)
+        if not places:
+            return ELSEWHERE
+        way = (" backward" if "transpose(" in self.source else " forward") if places[-1] in (ATTENTION, REGIONS) else ""
+        return places[-1] + way
+
+    @property
+    def group_size(self) -> int:
+        """Devices in a group."""
+        return len(self.group)
+
+    def axes(self, mesh_shape: dict[str, int]) -> tuple[str, ...]:
+        """The mesh axes that it moves something along."""
+        coordinates = np.array(np.unravel_index(self.group, tuple(mesh_shape.values())))
+        return tuple(name for name, place in zip(mesh_shape, coordinates, strict=True) if len(set(place.tolist())) > 1)
+
+
+class Instruction(NamedTuple):
+    """One line of a computation."""
+
+    name: str
+    type: str
+    op: str
+    operands: str  # and what follows
+    line: str
+
+    @property
+    def arguments(self) -> list[str]:
+        """The names of its operands."""
+        return NAME.findall(self.operands.split(")")[0])
+
+
+Computation = dict[str, Instruction]  # by name
+
+
+def collectives(text: str) -> list[Collective]:
+    """All collectives of a compiled program (`compiled.as_text()`)."""
+    computations, entry = _computations(text)
+    found: list[Collective] = []
+
+    def visit(name: str, times: int | None, caller: Instruction | None) -> None:
+        body = computations[name]
+        for instruction in body.values():
+            form = COLLECTIVE.match(instruction.op)
+            if form and form["part"] != "-done":
+                assert times is not None, f"a collective in a loop of unknown length: {instruction.line[:200]}"
+                found.append(_collective(form, instruction, body, times, caller, computations))
+            inside = times
+            if instruction.op == "while":
+                trips = _trips(instruction, computations)
+                inside = None if times is None or trips is None else times * trips
+            line = instruction.line
+            for called in CALLED.findall(line) + [n for b in BRANCHES.findall(line) for n in NAME.findall(b)]:
+                visit(called, inside, instruction)
+
+    visit(entry, 1, None)
+    return found
+
+
+def _collective(
+    form: re.Match,
+    instruction: Instruction,
+    body: Computation,
+    times: int,
+    caller: Instruction | None,
+    computations: dict[str, Computation],
+) -> Collective:
+    """The collective of an instruction of this computation, which `caller` calls."""
+    started = form["part"] == "-start"
+    users = _users(instruction, body)
+    done = [user for user in users if started and user.op.endswith("-done")]
+    for_tpu = TILES in instruction.type  # elsewhere a sum of which one takes a slice is a sum
+    slices = _slices(instruction, body, computations) if form["kind"] == "all-reduce" and for_tpu else None
+    (result,) = done or (slices or [instruction])[:1]
+    parts = [(int(bits), math.prod(map(int, filter(None, s.split(","))))) for bits, s in SHAPE.findall(result.type)]
+    return Collective(
+        kind="reduce-scatter" if slices else form["kind"],
+        elements=sum(count for _, count in parts),
+        bytes=sum(bits // 8 * count for bits, count in parts),
+        group=_group(instruction.line),
+        times=times,
+        asynchronous=(started and '"is_sync":true' not in instruction.line)
+        or "async_collective_name" in instruction.line,
+        source=_source(instruction, body, caller),
+    )
+
+
+def _source(instruction: Instruction, body: Computation, caller: Instruction | None) -> str:
+    """Its name; if the compiler has lost that, the name of the nearest instruction that has a place in the step."""
+    own = SOURCE.search(instruction.line)
+    if own:
+        return own[1]
+    near = {one.name: one for one in (instruction, caller) if one}
+    for number in range(NEAR):
+        if number == len(near):
+            break
+        one = list(near.values())[number]
+        source = SOURCE.search(one.line)
+        if source and PLACE.search(source[1]):
+            return source[1]
+        near |= {x.name: x for x in (*_users(one, body), *(body[name] for name in one.arguments if name in body))}
+    return ""
+
+
+def _slices(
+    instruction: Instruction, body: Computation, computations: dict[str, Computation]
+) -> list[Instruction] | None:
+    """What takes slices of a result, in fusions too, if nobody else wants any of it."""
+    found: list[Instruction] = []
+    for user in _users(instruction, body):
+        if user.op == "dynamic-slice":
+            found.append(user)
+            continue
+        inside: list[Instruction] | None = None
+        if user.op == "bitcast":
+            inside = _slices(user, body, computations)
+        elif user.op == "fusion":
+            called = CALLED.search(user.line)
+            assert called, f"a fusion that calls nothing: {user.line[:200]}"
+            fused = computations[called[1]]
+            place = f"{user.arguments.index(instruction.name)})"
+            parameter = next(x for x in fused.values() if x.op == "parameter" and x.operands.startswith(place))
+            inside = _slices(parameter, fused, computations)
+        if inside is None:
+            return None
+        found += inside
+    return found or None
+
+
+def _users(instruction: Instruction, body: Computation) -> list[Instruction]:
+    return [x for x in body.values() if instruction.name in x.arguments]
+
+
+def _computations(text: str) -> tuple[dict[str, Computation], str]:
+    """The instructions of every computation by name, and which one is the program."""
+    computations: dict[str, Computation] = {}
+    entry = current = ""
+    for line in text.splitlines():
+        head, instruction = COMPUTATION.match(line), INSTRUCTION.match(line)
+        if head:
+            current = head["name"]
+            computations[current] = {}
+            entry = current if head["entry"] else entry
+        elif instruction and current:
+            computations[current][instruction["name"]] = Instruction(**instruction.groupdict(), line=line)
+    return computations, entry
+
+
+def _trips(loop: Instruction, computations: dict[str, Computation]) -> int | None:
+    """How often a loop's body runs, None if that depends on the data; XLA counts from zero."""
+    known = TRIPS.search(loop.line)
+    if known:
+        return int(known[1])
+    condition = CONDITION.search(loop.line)
+    assert condition, f"a loop without a condition: {loop.line[:200]}"
+    instructions = computations[condition[1]]
+    limits = [BELOW.search(x.line) for x in instructions.values() if x.op == "compare"]
+    if len(limits) != 1 or not limits[0]:
+        return None
+    constant = re.match(r"(\d+)\)", instructions[limits[0]["limit"]].operands)
+    return int(constant[1]) if constant else None
+
+
+def _group(line: str) -> tuple[int, ...]:
+    """The devices of the first group, in the order of the mesh."""
+    pairs = re.search(r"source_target_pairs=\{(.*?)\}\}", line)
+    if pairs:
+        moves = [tuple(map(int, pair.split(","))) for pair in re.findall(r"\{(\d+,\d+)", pairs[0])]
+        return next((move for move in moves if move[0] != move[1]), moves[0])
+    listed = re.search(r"replica_groups=\{\{([\d,]+)\}", line)
+    if listed:
+        return tuple(map(int, listed[1].split(",")))
+    by_axis = re.search(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\((\[.*?\)?)\))? \{([^}]*)\}", line)
+    if by_axis:
+        sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", by_axis[1])}
+        devices = _iota(by_axis[2] or str(list(sizes.values())).replace(" ", "")).reshape(tuple(sizes.values()))
+        first = tuple(slice(None) if name in re.findall(r"'(\w+)'", by_axis[3]) else 0 for name in sizes)
+        return tuple(devices[first].ravel().tolist())
+    iota = re.search(r"replica_groups=\[(\d+),(\d+)\]<=(\[[\d,]+\](?:T\([\d,]+\))?)", line)
+    assert iota, f"unknown form of replica groups: {line[:300]}"
+    return tuple(_iota(iota[3]).reshape(int(iota[1]), int(iota[2]))[0].tolist())
+
+
+def _iota(written: str) -> np.ndarray:
+    """Numbers from zero of a shape, transposed, as in `[24,144]T(1,0)`, in a row."""
+    shape, _, order = written.partition("T")
+    numbers = np.arange(math.prod(_ints(shape))).reshape(_ints(shape))
+    return (numbers.transpose(_ints(order)) if order else numbers).ravel()
+
+
+def _ints(written: str) -> list[int]:
+    return [int(number) for number in re.findall(r"\d+", written)]

@@ -1,0 +1,52 @@
+"""The loss law: sums of token losses here, one division by the global number of counted tokens at the end."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from lss_jax.data.batch import IGNORED
+from lss_jax.parallel.scopes import LOSS
+from lss_jax.parallel.tensor_parallel import own_numbers, own_part
+
+
+class LossSum(NamedTuple):
+    """Sums over some tokens, float32 scalars or one per position: divide only after both are summed over the mesh."""
+
+    nats: Any
+    tokens: Any  # those that count
+
+    def mean(self) -> jax.Array:
+        """Nats per counted token."""
+        return self.nats / jnp.maximum(self.tokens, 1.0)
+
+
+def cross_entropy(logits_BlV: jax.Array, targets_Bl: jax.Array, over: int | None = None) -> LossSum:
+    """Cross-entropy in nats, summed over this device's tokens whose target is not `IGNORED`.
+
+    `over` is the dimension of `Bl` that is summed, None: both.
+    """
+    counted_Bl = targets_Bl != IGNORED
+    target_logit_Bl = jnp.take_along_axis(logits_BlV, jnp.maximum(targets_Bl, 0)[..., None], axis=-1)[..., 0]
+    nats_Bl = jax.nn.logsumexp(logits_BlV, axis=-1) - target_logit_Bl
+    return LossSum(jnp.sum(nats_Bl, over, where=counted_Bl), jnp.sum(counted_Bl, over, dtype=jnp.float32))
+
+
+@jax.named_scope(LOSS)
+def cross_entropy_of_shares(
+    logits_BlV: jax.Array, targets_Bl: jax.Array, axis: str, over: int | None = None
+) -> LossSum:
+    """The same where each device of `axis` has all tokens' logits of its share of the vocabulary.
+
+    No device ever has all logits of a token: the largest and the sum of exponentials go over `axis`, a number per
+    token, and each device counts its own part of the tokens.
+    """
+    largest_Bl = jax.lax.pmax(jax.lax.stop_gradient(jnp.max(logits_BlV, axis=-1)), axis)
+    logits_BlV = logits_BlV - largest_Bl[..., None]
+    number_Bl, here_Bl = own_numbers(targets_Bl, logits_BlV.shape[2], axis)
+    target_logit_Bl = jnp.take_along_axis(logits_BlV, number_Bl[..., None], axis=-1)[..., 0]
+    shares_2Bl = jnp.stack((jnp.sum(jnp.exp(logits_BlV), axis=-1), jnp.where(here_Bl, target_logit_Bl, 0.0)))
+    sum_Bp, target_logit_Bp = jax.lax.psum_scatter(shares_2Bl, axis, scatter_dimension=2, tiled=True)
+    counted_Bp = own_part(targets_Bl, axis, 1) != IGNORED
+    nats_Bp = jnp.log(sum_Bp) - target_logit_Bp
+    return LossSum(jnp.sum(nats_Bp, over, where=counted_Bp), jnp.sum(counted_Bp, over, dtype=jnp.float32))

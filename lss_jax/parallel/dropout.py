@@ -1,0 +1,55 @@
+"""Dropout that does not depend on the mesh: each element's fate is a hash of what it is, not of where it is computed.
+
+An element is known by the seed, the step, the layer, the place in the block, the row of the batch, its natural
+positions, and its head or feature. Every mesh, layout and strategy therefore drops the same elements; and so does the
+backward pass of blockwise attention, or a block that is computed again, without anything kept.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from lss_jax.parallel.hashing import hashed, mixed
+
+EMBEDDING, LAYER, ATTENTION, AFTER_ATTENTION, AFTER_MLP = range(5)  # the places; those in a layer after its number
+
+
+class Dropout(NamedTuple):
+    """Dropout of this step over this device's rows and positions; `key` is a hash of everything above them."""
+
+    rate: Any  # of the elements that become zero
+    key: jax.Array  # uint32
+    row_B: jax.Array  # in the global batch
+    position_l: jax.Array  # natural
+    first_head: Any  # of this device's heads, its number in the whole model
+
+    def at(self, *coordinates: int | jax.Array) -> "Dropout":
+        """The same, further down: in this layer, at this place."""
+        return self._replace(key=hashed(self.key, *coordinates))
+
+    def of_heads(self, head_H: jax.Array) -> "PairDropout":
+        """For the attention weights of these heads, counted from this device's first."""
+        head_H = self.first_head + head_H
+        return PairDropout(
+            self.rate, hashed(self.key, self.row_B[:, None, None], self.position_l[:, None], head_H[None, None])
+        )
+
+    def __call__(self, x_BlE: jax.Array) -> jax.Array:
+        """`x_BlE` with some elements zero and the others larger by `1 / (1 - rate)`."""
+        stream_Bl = hashed(self.key, self.row_B[:, None], self.position_l)
+        return dropped(x_BlE, stream_Bl[..., None], jnp.arange(x_BlE.shape[2]), self.rate)
+
+
+class PairDropout(NamedTuple):
+    """Dropout of attention weights: a hash for each query, to be met with the natural position of each key."""
+
+    rate: Any
+    stream_BlH: jax.Array
+
+
+def dropped(x: jax.Array, stream: jax.Array, coordinate: jax.Array, rate: Any) -> jax.Array:
+    """Drops elements of `x` by the hashes of what they are so far (`stream`) and one more coordinate; all broadcast."""
+    bits = mixed(stream ^ mixed(coordinate))
+    keeps = bits >= (jnp.float32(rate) * 2.0**32).astype(jnp.uint32)
+    return jnp.where(keeps, x.astype(jnp.float32) / (1.0 - jnp.float32(rate)), 0.0).astype(x.dtype)

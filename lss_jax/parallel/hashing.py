@@ -1,0 +1,24 @@
+"""Hashes of coordinates: the same numbers on every mesh."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+
+def hashed(key: jax.Array | int, *coordinates: int | jax.Array) -> jax.Array:
+    """A hash of the coordinates, uint32, of their broadcast shape."""
+    for coordinate in coordinates:
+        key = mixed(key ^ mixed(coordinate))
+    return jnp.asarray(key)
+
+
+def mixed(x: Any) -> jax.Array:
+    """Mixes 32 bits: each bit of the input changes each bit of the output with probability one half.
+
+    Source: the finalizer of MurmurHash3 (Appleby 2011), after adding the golden ratio so that zero moves too.
+    """
+    x = jnp.asarray(x).astype(jnp.uint32) + jnp.uint32(0x9E3779B9)
+    x = (x ^ (x >> 16)) * jnp.uint32(0x85EBCA6B)
+    x = (x ^ (x >> 13)) * jnp.uint32(0xC2B2AE35)
+    return x ^ (x >> 16)

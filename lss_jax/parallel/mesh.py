@@ -1,0 +1,70 @@
+"""One mesh, three axes: `data` x `seq` x `model`; every sharding of the project is said in these names."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+from jax.experimental import mesh_utils
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
+
+DATA, SEQ, MODEL = "data", "seq", "model"
+AXES = (DATA, SEQ, MODEL)
+
+
+def make_mesh(sizes: tuple[int, int, int], devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """The mesh of `sizes` (data, seq, model) with neighbouring devices in one sequence group, as the paper has it.
+
+    The last axis varies fastest over the devices, so `model`, then `seq` stay within a node where they fit. On TPUs an
+    axis lies along whole links of the torus if it can, and along parts of them (8 of links of 6, 6 and 4) if not.
+    """
+    devices = jax.devices() if devices is None else devices
+    try:
+        placed = mesh_utils.create_device_mesh(sizes, devices)
+    except NotImplementedError:
+        placed = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+    return Mesh(placed, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def cut_axes(mesh: Mesh | AbstractMesh) -> tuple[str, ...]:
+    """The axes with more than one device: only these may leave a collective in the compiled program."""
+    return tuple(axis for axis in mesh.axis_names if mesh.shape[axis] > 1)
+
+
+def if_cut(axis: str, mesh: Mesh | AbstractMesh) -> str | None:
+    """The axis, None if it has one device."""
+    return axis if axis in cut_axes(mesh) else None
+
+
+def named_axes(spec: PartitionSpec) -> frozenset[str]:
+    """The mesh axes that a spec names: `P(None, ("seq", "model"))` names two."""
+    return frozenset(axis for part in spec for axis in axes_of(part))
+
+
+def axes_of(part: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    """The axes that cut one dimension, the slowest first, from its part of a spec."""
+    return (part,) if isinstance(part, str) else part or ()
+
+
+def over_cut_axes(spec: PartitionSpec, mesh: Mesh | AbstractMesh) -> PartitionSpec:
+    """The spec without the axes of size 1.
+
+    What is never cut never varies: with these specs `shard_map` sees values that do not vary over an axis of size 1,
+    and nothing asks for a collective there (XLA on CPU would keep it).
+    """
+    cut = cut_axes(mesh)
+
+    def keep(part):
+        kept = tuple(axis for axis in axes_of(part) if axis in cut)
+        return kept[0] if len(kept) == 1 else kept or None
+
+    return PartitionSpec(*map(keep, spec))
+
+
+def shardings(specs, mesh: Mesh):
+    """A tree of specs as a tree of shardings on `mesh`."""
+    return jax.tree.map(lambda spec: NamedSharding(mesh, over_cut_axes(spec, mesh)), specs)
+
+
+def like(shapes: Any, shardings: Any) -> Any:
+    """Global shapes placed by shardings: what restoring wants to know."""
+    return jax.tree.map(lambda s, p: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=p), shapes, shardings)

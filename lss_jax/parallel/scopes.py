@@ -1,0 +1,5 @@
+"""The parts of a training step, as names on the way to an operation (`jax.named_scope`), by which a program is read."""
+
+ATTENTION, REGIONS, LOSS, MASK = "attention", "regions", "loss", "mask"
+POSITIONS, GRADIENTS, OPTIMIZER = "positions", "gradients", "optimizer"
+ELSEWHERE = "elsewhere"  # none of these, or the compiler has lost the name

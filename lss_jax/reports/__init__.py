@@ -1,0 +1,1 @@
+"""Runs at rest, and pages about them."""

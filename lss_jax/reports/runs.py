@@ -1,0 +1,115 @@
+"""Runs at rest: what their workdirs say of them, and whether their losses can be compared."""
+
+import itertools
+import json
+import math
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from lss_jax.config.schema import Config, ConfigError, from_dict, gather_problems
+from lss_jax.storage.checkpoint import newest_notes
+from lss_jax.storage.metrics import Record, checked_records
+from lss_jax.storage.workdir import saved_config
+
+BY_POSITION = "by_position"  # _SPLIT.json and .png, what `evaluate --by-position` keeps
+
+
+class Run(NamedTuple):
+    """One run; nothing here depends on the devices at hand."""
+
+    name: str
+    workdir: Path
+    config: Config
+    records: list[Record]
+    data: dict[str, Any] | None  # size and fingerprint, as the newest checkpoint has them; None if there is none
+    by_position: dict[str, dict[str, Any]]  # split to result
+
+    def of(self, split: str) -> list[Record]:
+        """The records of a split."""
+        return [record for record in self.records if record["split"] == split]
+
+    def skips(self) -> list[tuple[int, int]]:
+        """The logged steps since whose predecessors updates were skipped, and how many."""
+        totals = [(0, 0), *((record["step"], record["skipped"]) for record in self.of("train"))]
+        return [(step, now - before) for (_, before), (step, now) in itertools.pairwise(totals) if now > before]
+
+    def tokens_per_second(self) -> float:
+        """The median over the records."""
+        return statistics.median(r["tokens_per_second"] for r in self.of("train")) if self.of("train") else math.nan
+
+
+def read_runs(workdirs: Sequence[Path]) -> list[Run]:
+    """The runs in these folders, named by them.
+
+    Raises:
+      ConfigError: a folder is named twice, is not that of a run, has no metrics yet, or holds damaged files.
+    """
+    if len({workdir.resolve() for workdir in workdirs}) < len(workdirs):
+        raise ConfigError("--compare: a run is given twice; compare different runs")
+    short = [workdir.resolve().name for workdir in workdirs]
+    names = short if len(set(short)) == len(short) else [str(workdir) for workdir in workdirs]
+    return [_read(name, workdir) for name, workdir in zip(names, workdirs, strict=True)]
+
+
+def _read(name: str, workdir: Path) -> Run:
+    config, records = from_dict(saved_config(workdir)), checked_records(workdir / "metrics.jsonl")
+    notes = newest_notes(workdir / "checkpoints")
+    results = map(_read_by_position, sorted(workdir.glob(f"{BY_POSITION}_*.json")))
+    return Run(name, workdir, config, records, notes and notes["data"], {r["split"]: r for r in results})
+
+
+def _read_by_position(path: Path) -> dict[str, Any]:
+    try:
+        result = json.loads(path.read_bytes())
+        for window in result["windows"]:
+            _ = [result["step"] + window["length"] + window["bits_per_byte"] + window["bytes"], result["split"] + ""]
+            _ = [of_bin["before"][0] + of_bin["before"][1] + of_bin["bits_per_byte"] for of_bin in window["bins"]]
+        return result
+    except (OSError, ValueError, TypeError, KeyError, IndexError) as error:
+        raise ConfigError(f"{path} is damaged; evaluate again with --by-position, or remove it") from error
+
+
+def check_comparable(runs: Sequence[Run]) -> None:
+    """Refuses runs on other data than the first: bits per byte of one text say nothing of another.
+
+    Raises:
+      ConfigError: for each of them.
+    """
+
+    def check(run: Run) -> None:
+        if _identity(run, runs[0]) != _identity(runs[0], run):
+            raise ConfigError(
+                f"--compare: {run.workdir} was trained on {_shown_data(run)}, but {runs[0].workdir} on "
+                f"{_shown_data(runs[0])}, and losses on different data cannot be compared; give runs on the same data"
+            )
+
+    gather_problems(*(lambda run=run: check(run) for run in runs[1:]))
+
+
+def _identity(run: Run, other: Run) -> Any:
+    """What must be the same: the fingerprint wherever the file lies, or where it lies if one has no checkpoint yet."""
+    return run.data if run.data and other.data else (run.config.data.source, run.config.data.path)
+
+
+def _shown_data(run: Run) -> str:
+    data = run.config.data
+    path = f" {data.path!r}" if data.path else ""
+    size = f" ({run.data['bytes']:,} bytes, fingerprint {run.data['sha256'][:12]})" if run.data else ""
+    return f"{data.source}{path}{size}"
+
+
+def caveats(runs: Sequence[Run]) -> list[str]:
+    """Why numbers of these runs may differ that are not their models'."""
+    first, found = runs[0].config, []
+    for run in runs[1:]:
+        now = run.config
+        counted = [c.eval_batches * c.data.batch_size * c.data.seq_len for c in (first, now)]
+        if counted[0] != counted[1]:
+            found.append(
+                f"Validation is over the first {counted[1]:,} bytes in {run.name}, {counted[0]:,} in {runs[0].name}."
+            )
+        if (now.attention.prefix, now.data.separator) != (first.attention.prefix, first.data.separator):
+            found.append(f"By attention.prefix or data.separator {run.name} predicts other bytes than {runs[0].name}.")
+    return found

@@ -1,0 +1,45 @@
+"""Checksums of global arrays: the same on every mesh and for every number of processes, and none needs an array whole.
+
+An element counts by its bits and its place, and the counts are added up modulo 2**32, twice over. A sum does not care
+how the array is cut, and any change of a single element changes it for certain.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from lss_jax.parallel.hashing import mixed
+
+SALTS = (0, 0x5BD1E995)
+UNSIGNED = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}  # by the size of an element
+
+
+def checksums(tree: Any) -> dict[str, str]:
+    """The checksum of every array of a tree (64 bits, as hexadecimal digits), under its path."""
+    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
+    arrays = [leaf for _, leaf in leaves]
+    sums = jax.device_get(_summing(arrays[0].sharding.mesh)(arrays))
+    return {
+        _name(path): "".join(f"{word:08x}" for word in words) for (path, _), words in zip(leaves, sums, strict=True)
+    }
+
+
+@functools.lru_cache(maxsize=2)
+def _summing(mesh: Mesh) -> jax.stages.Wrapped:
+    return jax.jit(lambda arrays: [_checksum(array) for array in arrays], out_shardings=NamedSharding(mesh, P()))
+
+
+def _checksum(array: jax.Array) -> jax.Array:
+    bits = jax.lax.bitcast_convert_type(array, UNSIGNED[array.dtype.itemsize]).astype(jnp.uint32)
+    place = jnp.uint32(0)
+    for axis, size in enumerate(array.shape):
+        place = place * jnp.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, array.shape, axis)
+    return jnp.stack([jnp.sum(mixed(bits ^ mixed(place + jnp.uint32(salt))), dtype=jnp.uint32) for salt in SALTS])
+
+
+def _name(path: Any) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator="/")

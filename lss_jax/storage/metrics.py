@@ -1,0 +1,150 @@
+"""What a run says of itself: lines on the console, `metrics.jsonl`, and TensorBoard event files."""
+
+import json
+import math
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.proto.summary_pb2 import Summary
+
+from lss_jax.config.schema import ConfigError
+
+Record = dict[str, Any]
+
+OF_ALL = {"step", "split", "loss", "bits_per_byte"}
+OF_TRAINING = {"learning_rate", "grad_norm", "tokens_per_second", "step_seconds", "skipped"}
+
+
+def bits_per_byte(nats: float) -> float:
+    """Nats per byte to bits per byte."""
+    return nats / math.log(2)
+
+
+class MetricsWriter:
+    """Appends records to `DIR/metrics.jsonl` (one JSON object a line) and `DIR/tensorboard/`.
+
+    `resumed_step` is the step that the run goes on from: records of later steps, which will come again, are dropped.
+    Records are on disk when `write` returns, or it raises OSError.
+    """
+
+    def __init__(self, workdir: Path, resumed_step: int):
+        path = workdir / "metrics.jsonl"
+        _rewrite(path, [r for r in read_records(path) if r["step"] <= resumed_step])
+        self._file = path.open("a")
+        (workdir / "tensorboard").mkdir(exist_ok=True)
+        self._tensorboard = EventsWriter(str(workdir / "tensorboard" / "events"))
+        restart = SessionLog(status=SessionLog.START)  # has TensorBoard drop the later steps too
+        self._add_event(resumed_step + 1, session_log=restart)
+
+    def write(self, record: Record) -> None:
+        """Writes one record to both places."""
+        self._file.write(_line(record))
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        values = [
+            Summary.Value(tag=f"{record['split']}/{name}", simple_value=value)
+            for name, value in record.items()
+            if name not in ("step", "split")
+        ]
+        self._add_event(record["step"], summary=Summary(value=values))
+
+    def close(self) -> None:
+        """Closes the files."""
+        self._file.close()
+        self._tensorboard.close()
+
+    def _add_event(self, step: int, **content: Any) -> None:
+        self._tensorboard.write_event(Event(wall_time=time.time(), step=step, **content))
+        self._tensorboard.flush()
+
+
+def add_record(workdir: Path, record: Record) -> None:
+    """Adds a record to the metrics of a run at rest; it takes the place of one of the same step and split."""
+    path = workdir / "metrics.jsonl"
+    same = (record["step"], record["split"])
+    _rewrite(path, [r for r in read_records(path) if (r["step"], r["split"]) != same] + [record])
+
+
+def _rewrite(path: Path, records: list[Record]) -> None:
+    unfinished = path.with_suffix(".unfinished")
+    unfinished.write_text("".join(map(_line, records)))
+    os.replace(unfinished, path)
+
+
+def _line(record: Record) -> str:
+    """A record as JSON, which has no word for infinity and the like: null."""
+    finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
+    return json.dumps(finite) + "\n"
+
+
+def read_records(path: Path) -> list[Record]:
+    """The records of a `metrics.jsonl`, with nan for null; a line that was cut short or damaged does not count."""
+    records = []
+    for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        if isinstance(record, dict) and isinstance(record.get("step"), int):
+            records.append({k: math.nan if v is None else v for k, v in record.items()})
+    return records
+
+
+def checked_records(path: Path) -> list[Record]:
+    """The same, but every line must be sound, if not the last: a killed run leaves half of it.
+
+    Raises:
+      ConfigError: one is not, or there are none.
+    """
+    try:
+        *lines, _ = path.read_bytes().split(b"\n")
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read ({error.strerror}); give the folder of a training run") from error
+    for number, line in enumerate(lines, 1):
+        if not _is_record(line):
+            raise ConfigError(
+                f"{path}: line {number} is damaged; put the file back from a copy, or remove that line, which leaves "
+                f"a gap in the curves"
+            )
+    if not lines:
+        raise ConfigError(f"{path} has no metrics yet; train there for log_every steps first")
+    return read_records(path)
+
+
+def _is_record(line: bytes) -> bool:
+    try:
+        record = json.loads(line)
+        keys = OF_ALL | (OF_TRAINING if record["split"] == "train" else set())
+        numbers = [value for key, value in record.items() if key != "split"]
+    except (ValueError, TypeError, KeyError, AttributeError):
+        return False
+    return (
+        keys <= record.keys()
+        and type(record["step"]) is int
+        and all(type(n) in (int, float, type(None)) for n in numbers)
+    )
+
+
+def console_line(record: Record, steps: int) -> str:
+    """A record for the eye; `steps` is where the run ends, for the time that is left."""
+    step = f"step {record['step']:>{len(str(steps))}}/{steps}"
+    if record["split"] != "train":
+        return f"{step}  {record['split']:<5} loss {record['loss']:.4f}  {record['bits_per_byte']:.4f} bits/byte"
+    left = (steps - record["step"]) * record["step_seconds"]
+    return (
+        f"{step}  train loss {record['loss']:.4f}  {record['bits_per_byte']:.4f} bits/byte  "
+        f"lr {record['learning_rate']:.2e}  |grad| {record['grad_norm']:.2f}  "
+        f"{record['tokens_per_second']:,.0f} tokens/s  {duration(left)} left"
+    )
+
+
+def duration(seconds: float) -> str:
+    """Seconds as `4s`, `3m04s` or `2h05m`."""
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes >= 60:
+        return f"{minutes // 60}h{minutes % 60:02d}m"
+    return f"{minutes}m{rest:02d}s" if minutes else f"{rest}s"

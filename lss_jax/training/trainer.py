@@ -1,0 +1,239 @@
+"""A run: mesh, model, data, compiled steps, state and files, all from one config."""
+
+import logging
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from lss_jax.attention.placement import kernel_on, mesh_of
+from lss_jax.config.rules import validate
+from lss_jax.config.schema import Config, ConfigError, RunError, gather_problems
+from lss_jax.data.batch import Batch
+from lss_jax.data.loader import (
+    prefetched,
+    shuffled_starts,
+    training_windows,
+)
+from lss_jax.data.sources import check_file, fingerprint, open_splits
+from lss_jax.models import build_model
+from lss_jax.parallel.mesh import like
+from lss_jax.runtime.distributed import after_first, is_first
+from lss_jax.runtime.interrupt import held_back
+from lss_jax.storage.checkpoint import CheckpointWriter, Restored, newest_step, restore_newest_sound
+from lss_jax.storage.metrics import MetricsWriter, Record, bits_per_byte
+from lss_jax.storage.workdir import check_workdir, check_writable, keep_config
+from lss_jax.training.evaluation import Split, evaluate_split
+from lss_jax.training.optimizer import make_optimizer, make_schedule
+from lss_jax.training.profile import STEP, Profile
+from lss_jax.training.skips import Skips
+from lss_jax.training.state import TrainState, init_state, state_shardings
+from lss_jax.training.step import make_eval_step, trace_train_step
+
+log = logging.getLogger(__name__)
+
+
+class Trainer:
+    """Trains a model in `workdir`, and goes on where the last run there stopped.
+
+    Building one validates everything, opens the data, makes or restores the state, and only then writes. Where there
+    are many processes, each builds one, and they do the same in the same order. `state` is what is trained (`params`,
+    global arrays), `step` how many steps it has seen, `mesh` and `config` are what it is trained by.
+
+    Args:
+      config: of `lss_jax.load_config`.
+      workdir: a folder, for checkpoints, metrics and the config; made where needed.
+      devices: what the mesh is made of; all there are, unless given.
+
+    Raises:
+      ConfigError: the config, the data or the workdir cannot work; nothing has been written.
+    """
+
+    def __init__(self, config: Config, workdir: Path | str, devices: Sequence[jax.Device] | None = None):
+        devices, workdir = jax.devices() if devices is None else devices, Path(workdir)
+        self.config, self.workdir = config, workdir
+        gather_problems(
+            lambda: validate(config, len(devices)),
+            lambda: check_file(config.data.path) if config.data.path else None,
+            lambda: check_writable(workdir),
+        )
+        self.mesh = mesh_of(config, devices)
+        self.kernel = kernel_on(config.attention, self.mesh)
+        self.model = build_model(config)
+        self._blocks = self.mesh.devices.flat[0].platform == "cpu"
+        self._optimizer = make_optimizer(config.optim)
+        self._schedule = make_schedule(config.optim)
+        self._train_step: Callable | None = None
+        self._eval_step = make_eval_step(self.model, self.mesh)
+        folder = workdir / "checkpoints"
+        self.changes = {} if newest_step(folder) is None else check_workdir(config, workdir)
+        self.splits = {name: Split(data, config, self.mesh) for name, data in open_splits(config.data).items()}
+        self._source = self.splits["train"].data.source
+        self._data = fingerprint(self._source)
+        found = self._restored(folder)
+        self.step = found.step if found else 0
+        self.state = TrainState(self._step_number(), **found.items) if found else self._fresh()
+        self._skips = Skips(*found.notes["skips"]) if found else Skips(0, 0)
+        self._profile = Profile(config.profile, workdir / "profile")
+        after_first(lambda: keep_config(config, workdir))
+        self._checkpoints = CheckpointWriter(folder, config.checkpoints_kept, self.step)
+        with self._writing_metrics():
+            self._metrics = MetricsWriter(workdir, self.step) if is_first() else None
+
+    def compile(self) -> float:
+        """Compiles the training step, unless that is done already; returns the seconds that it took."""
+        started = time.perf_counter()
+        if self._train_step is None:
+            self._train_step = trace_train_step(self.model, self.mesh).lower().compile()
+        return time.perf_counter() - started
+
+    def fit(self, may_start: Callable[[int], bool] = lambda step: True) -> Iterator[Record]:
+        """Trains up to `optim.steps`; yields a record each time that there is one, after writing it.
+
+        It can be left at any record and called again, and stops before a step that `may_start` does not let pass.
+        Ctrl-C (a notebook's interrupt) is a KeyboardInterrupt after the step in hand, with all that belongs to it, and
+        `fit` can be called again. A second one comes at once; if there is no state then, build another Trainer, which
+        goes on from the last checkpoint. On CPU every step is waited for: queued steps of simulated devices block one
+        another in XLA's thread pool.
+
+        Raises:
+          RunError: too many steps were not finite, a checkpoint cannot be written, or the data has changed.
+        """
+        self.compile()
+        try:
+            with closing(prefetched(self.training_batch, self.step, self.config.optim.steps)) as batches:
+                yield from self._fit(batches, may_start)
+        finally:
+            self._profile.stop()  # if the run ends within it, for whatever reason
+
+    def _fit(self, batches: Iterator[Batch], may_start: Callable[[int], bool]) -> Iterator[Record]:
+        assert self._train_step is not None
+        config, first = self.config, self.step
+        steps_timed, seconds = 0, 0.0
+        for step in range(first + 1, config.optim.steps + 1):
+            if not may_start(step):
+                jax.block_until_ready(self.state)
+                break
+            with held_back():
+                self._profile.before(step)
+                started = time.perf_counter()
+                last = step == config.optim.steps
+                logs = step % config.log_every == 0 or last
+                with jax.profiler.StepTraceAnnotation(STEP, step_num=step):
+                    self.state, metrics = self._train_step(self.state, next(batches))
+                    self._skips.add(step, metrics)
+                    self.step = step
+                    if logs or self._blocks or self._profile.borders(step):
+                        jax.block_until_ready(self.state)
+                        self._settle()
+                steps_timed, seconds = steps_timed + 1, seconds + time.perf_counter() - started
+                self._profile.after(step)
+                records = []
+                if logs:
+                    self._checkpoints.check()
+                    records.append(self._train_record(metrics, seconds / steps_timed))
+                    steps_timed, seconds = 0, 0.0
+                if last or (config.eval_every and step % config.eval_every == 0):
+                    records.append(self.evaluate("valid", config.eval_batches))
+                self._write(records)
+                if last or step % config.checkpoint_every == 0:
+                    self.save()
+            yield from records  # with everything done, so that nothing is lost if nobody comes back
+
+    def evaluate(self, split: str, batches: int | None = None) -> Record:
+        """Loss over the first `batches` batches of a split, None for all of it."""
+        losses = evaluate_split(self._eval_step, self.state.params, self.splits[split], split, batches)
+        return {"step": self.step, "split": split, **losses}
+
+    def training_batch(self, step: int) -> Batch:
+        """The global batch of a step (counted from 0), which depends on the seed and the step alone."""
+        data, train = self.config.data, self.splits["train"]
+        windows = training_windows(len(train.data), data.seq_len)
+        order = {"batch_size": data.batch_size, "seq_len": data.seq_len, "seed": self.config.seed}
+        return train.read(shuffled_starts(step, windows=windows, **order))
+
+    def save(self) -> None:
+        """Starts saving the state as it is now; `close` waits for it.
+
+        Raises:
+          RunError: it cannot be saved, or should not be: the data is not what the run started with.
+        """
+        self._settle()
+        self._source.check()
+        notes = {"skips": [self._skips.total, self._skips.in_a_row], "data": self._data}
+        self._checkpoints.save(self.step, notes, params=self.state.params, opt_state=self.state.opt_state)
+
+    def close(self) -> None:
+        """Waits for what is still being written."""
+        self._checkpoints.close()
+        if self._metrics:
+            self._metrics.close()
+
+    def _fresh(self) -> TrainState:
+        return init_state(self.model, self._optimizer, self.mesh, self.config.seed)
+
+    def _restored(self, folder: Path) -> Restored | None:
+        placed = state_shardings(self.model, self._optimizer, self.mesh)
+        found = restore_newest_sound(
+            folder,
+            params=like(self.model.shapes, placed.params),
+            opt_state=like(jax.eval_shape(self._optimizer.init, self.model.shapes), placed.opt_state),
+        )
+        if found and found.notes["data"] != self._data and not self.changes.keys() & {"data.source", "data.path"}:
+            data, then = self.config.data, found.notes["data"]
+            raise ConfigError(
+                f"data.source={data.source!r}, data.path={data.path!r}: {self._data['bytes']} bytes with fingerprint "
+                f"{self._data['sha256'][:12]}, but the run in {self.workdir} was trained on {then['bytes']} bytes with "
+                f"{then['sha256'][:12]}; put the file back, give new data under a new data.path, or choose another "
+                f"--workdir"
+            )
+        return found
+
+    def _step_number(self) -> jax.Array:
+        placed = state_shardings(self.model, self._optimizer, self.mesh).step
+        return jax.make_array_from_callback((), placed, lambda _: np.array(self.step, np.int32))
+
+    def _settle(self) -> None:
+        """Tells of the steps that were skipped, and ends the run after too many in a row."""
+        for skipped in self._skips.settle():
+            log.warning("%s: update skipped (%d in a row, %d in all)", skipped, skipped.in_a_row, skipped.total)
+            if skipped.in_a_row >= self.config.optim.max_skipped:
+                self._checkpoints.wait()
+                raise RunError(
+                    f"{skipped}: not finite for optim.max_skipped={self.config.optim.max_skipped} steps in a row, none "
+                    f"of which reached the parameters; {self._checkpoints.newest()}; look at the data, or lower "
+                    f"optim.learning_rate"
+                )
+
+    def _write(self, records: list[Record]) -> None:
+        if self._metrics is not None:
+            with self._writing_metrics():
+                for record in records:
+                    self._metrics.write(record)
+
+    @contextmanager
+    def _writing_metrics(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise RunError(
+                f"the metrics cannot be written to {self.workdir} ({error.strerror}); {self._checkpoints.newest()}; "
+                f"make room or make the folder writable, then the same command goes on from there"
+            ) from error
+
+    def _train_record(self, metrics: dict[str, jax.Array], step_seconds: float) -> Record:
+        tokens = self.config.data.batch_size * self.config.data.seq_len
+        return {
+            "step": self.step,
+            "split": "train",
+            "loss": float(metrics["loss"]),
+            "bits_per_byte": bits_per_byte(float(metrics["loss"])),
+            "learning_rate": float(self._schedule(self.step - 1 - self._skips.total)),
+            "grad_norm": float(metrics["grad_norm"]),
+            "tokens_per_second": tokens / step_seconds,
+            "step_seconds": step_seconds,
+            "skipped": self._skips.total,
+        }
