@@ -98,9 +98,9 @@ def write_api() -> None:
     API.mkdir()
     (API / "index.rst").write_text(
         heading("API reference", "=")
-        + "From the docstrings. Start with :doc:`what import lss_jax has <public>`; the rest is for readers of the code "
-        "and for those who :doc:`extend it </extend>`. Capital letters in names are sizes: :doc:`/letters`.\n\n"
-        + table_of([module for module in modules("lss_jax")])
+        + "From the docstrings. Start with :doc:`what import lss_jax has <public>`; the rest is for readers of the "
+        "code and for those who :doc:`extend it </extend>`. Capital letters in names are sizes: :doc:`/letters`.\n\n"
+        + table_of(modules("lss_jax"))
         + toctree(["public", *modules("lss_jax")])
     )
     (API / "public.rst").write_text(
@@ -127,7 +127,7 @@ def toctree(pages: list[str]) -> str:
 
 
 def table_of(names: list[str]) -> str:
-    rows = "".join(f"   * - :doc:`{name.removeprefix('lss_jax.')} <{name}>`\n     - {summary(name)}\n" for name in names)
+    rows = "".join(f"   * - :doc:`{name.rpartition('.')[2]} <{name}>`\n     - {summary(name)}\n" for name in names)
     return f".. list-table::\n   :widths: 1 3\n\n{rows}\n"
 
 
