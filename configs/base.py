@@ -8,6 +8,7 @@ from ml_collections import ConfigDict
 
 def get_config() -> ConfigDict:
     config = ConfigDict()
+    config.task = "language_model"  # what is learned from what; one of lss_jax.tasks.TASKS
     config.seed = 0  # parameters and the order of the data
     config.log_every = 10  # steps between lines of training metrics
     config.eval_every = 100  # steps between evaluations; 0: only at the end
@@ -37,7 +38,7 @@ def get_config() -> ConfigDict:
     attention.regather = False  # move keys and values again on the way back instead of keeping them for every layer
 
     config.model = model = ConfigDict()
-    model.family = "decoder"
+    model.family = "decoder"  # one of lss_jax.models.FAMILIES
     model.vocab = 256  # bytes
     model.layers = 4
     model.width = 128

@@ -38,7 +38,7 @@ class AttentionConfig:
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    family: Literal["decoder"]
+    family: str
     vocab: int
     layers: int
     width: int
@@ -89,6 +89,7 @@ class ProfileConfig:
 @dataclasses.dataclass(frozen=True)
 class Config:
     seed: int
+    task: str
     mesh: MeshConfig
     attention: AttentionConfig
     model: ModelConfig
