@@ -98,6 +98,7 @@ class Config:
     profile: ProfileConfig
     eval_every: int
     eval_batches: int
+    sample_tokens: int
     checkpoint_every: int
     checkpoints_kept: int
     log_every: int
