@@ -8,10 +8,14 @@ from ml_collections import ConfigDict
 
 def get_config() -> ConfigDict:
     config = ConfigDict()
+    config.task = "language_model"  # what is learned from what; one of lss_jax.tasks.TASKS
     config.seed = 0  # parameters and the order of the data
     config.log_every = 10  # steps between lines of training metrics
     config.eval_every = 100  # steps between evaluations; 0: only at the end
     config.eval_batches = 16  # batches of the validation split per evaluation
+    config.sample_tokens = (
+        0  # generated and printed at the end of a run, behind the start of the validation split
+    )
     config.checkpoint_every = 100  # steps between checkpoints; the last step always has one
     config.checkpoints_kept = 2  # older ones are deleted
     config.heartbeat_timeout = 60  # seconds; when one of many processes is silent for so long, the others end
@@ -37,7 +41,7 @@ def get_config() -> ConfigDict:
     attention.regather = False  # move keys and values again on the way back instead of keeping them for every layer
 
     config.model = model = ConfigDict()
-    model.family = "decoder"
+    model.family = "decoder"  # one of lss_jax.models.FAMILIES
     model.vocab = 256  # bytes
     model.layers = 4
     model.width = 128

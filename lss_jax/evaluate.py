@@ -15,13 +15,15 @@ from lss_jax.reports.runs import BY_POSITION
 from lss_jax.runtime import distributed
 from lss_jax.storage.metrics import add_record
 from lss_jax.storage.workdir import saved_config, write_whole
+from lss_jax.tasks import make_task
+from lss_jax.tasks.task import Task
 from lss_jax.training.evaluation import evaluate_run
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(
         prog="python -m lss_jax.evaluate",
-        description="Bits per byte of a run's newest checkpoint on a whole split of its data.",
+        description="The task's metrics (bits per byte) of a run's newest checkpoint on a whole split of its data.",
         epilog=f"{cli.OVERRIDES} The config is the run's own; another mesh gives the same number.",
         allow_abbrev=False,
     )
@@ -36,7 +38,7 @@ def main() -> int:
     parser.add_argument(
         "--by-position",
         action="store_true",
-        help=f"by how much came before a byte: a table here, {BY_POSITION}_SPLIT.json and .png in the workdir",
+        help=f"by how much came before: a table here, {BY_POSITION}_SPLIT.json and .png in the workdir",
     )
     parser.add_argument(
         "--lengths", metavar="L,L", help="with --by-position: windows of these lengths (default: data.seq_len)"
@@ -44,25 +46,26 @@ def main() -> int:
     cli.add_launch(parser)
     arguments, values = cli.parse(parser, lambda arguments: ConfigDict(saved_config(Path(arguments.workdir))))
     config, workdir = from_dict(values), Path(arguments.workdir)
-    check(arguments)
+    task = make_task(config)
+    check(arguments, task)
     with cli.start(arguments, config):
         if arguments.by_position:
             lengths = parse_lengths(arguments.lengths) if arguments.lengths else [config.data.seq_len]
             result = evaluate_by_position(config, workdir, arguments.split, lengths, arguments.batches)
             if distributed.is_first():
-                keep(result, workdir)
-                print(table_of(result))
+                keep(task, result, workdir)
+                print(table_of(task, result))
             return 0
         record = evaluate_run(workdir, arguments.split, arguments.batches, config=config)
         if distributed.is_first():
             if arguments.split == "test" and arguments.batches is None:
                 add_record(workdir, record)
-            shown = f"loss {record['loss']:.4f} nats/byte  {record['bits_per_byte']:.4f} bits/byte"
-            print(f"step {record['step']}  {arguments.split}  {shown}")
+            metrics = "  ".join(f"{record[metric.name]:.4f} {metric.unit}" for metric in task.metrics)
+            print(f"step {record['step']}  {arguments.split}  loss {metrics}")
     return 0
 
 
-def check(arguments: argparse.Namespace) -> None:
+def check(arguments: argparse.Namespace, task: Task) -> None:
     """Refuses options that cannot work, or not together."""
     batches, lengths = arguments.batches, arguments.lengths
     if batches is not None and batches < 1:
@@ -71,14 +74,14 @@ def check(arguments: argparse.Namespace) -> None:
         raise ConfigError(f"--lengths={lengths} has no use without --by-position; add that")
     if lengths is not None and len(parse_lengths(lengths)) > 1 and batches is not None:
         raise ConfigError(
-            f"--batches={batches} with --lengths={lengths} would compare different bytes; leave out --batches"
+            f"--batches={batches} with --lengths={lengths} would compare different {task.items}; leave out --batches"
         )
 
 
-def keep(result: dict[str, Any], workdir: Path) -> None:
+def keep(task: Task, result: dict[str, Any], workdir: Path) -> None:
     """Writes the result and its figure into the workdir."""
     path = workdir / f"{BY_POSITION}_{result['split']}.json"
-    figure = png_of(plot_of({f"windows of {window['length']:,}": window for window in result["windows"]}))
+    figure = png_of(plot_of(task, {f"windows of {window['length']:,}": window for window in result["windows"]}))
     try:
         write_whole(path, json.dumps(result, indent=2) + "\n")
         write_whole(path.with_suffix(".png"), figure)

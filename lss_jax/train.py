@@ -19,6 +19,7 @@ from lss_jax.parallel.layout import layout_on
 from lss_jax.runtime import distributed
 from lss_jax.runtime.peers import Alone, Peers
 from lss_jax.storage.metrics import console_line, read_records
+from lss_jax.tasks.task import shown
 from lss_jax.training.trainer import Trainer
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)  # the last is for Slurm: sbatch --signal=USR1@120
@@ -63,7 +64,7 @@ def train(trainer: Trainer, peers: Alone | Peers) -> str:
         try:
             for record in trainer.fit(peers.may_start):
                 if talks:
-                    print(console_line(record, steps), flush=True)
+                    print(console_line(record, steps, shown(trainer.task, record)), flush=True)
             trainer.save()
         except RunError:
             with suppress(RunError):  # what was being saved before is sound
@@ -121,8 +122,8 @@ def introduce(trainer: Trainer) -> None:
         f"attention {attention.strategy} ({attention.layout}, {trainer.kernel})"
     )
     print(
-        f"data     {config.data.source}, {len(trainer.splits['train'].data):,} bytes to train on; a step is "
-        f"{config.data.batch_size} sequences of {config.data.seq_len:,} tokens, {part:,} per device"
+        f"data     {config.data.source}, {len(trainer.splits['train'].data):,} {trainer.task.items} to train on; "
+        f"a step is {config.data.batch_size} sequences of {config.data.seq_len:,} tokens, {part:,} per device"
     )
     if config.data.separator:
         documents = trainer.splits["train"].documents
@@ -140,10 +141,13 @@ def summarize(trainer: Trainer) -> str:
     again = shlex.join(["python", "-m", "lss_jax.train", *sys.argv[1:]])
     more = f"{again} --config.optim.steps={2 * step}"
     lines = ["", f"done after {step} of {config.optim.steps} steps"]
+    nats, metric = trainer.task.metrics[0], trainer.task.headline
     for split, note in (("train", "last step"), ("valid", batches)):
         if split in last:
             record = last[split]
-            lines.append(f"  {split}  {record['bits_per_byte']:.4f} bits/byte, {record['loss']:.4f} nats  ({note})")
+            lines.append(
+                f"  {split}  {record[metric.name]:.4f} {metric.unit}, {record[nats.name]:.4f} {nats.unit}  ({note})"
+            )
     if "train" in last:
         lines.append(f"  speed  {last['train']['tokens_per_second']:,.0f} tokens/s")
     profile = ", profile/" if (workdir / "profile").is_dir() else ""

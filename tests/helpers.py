@@ -12,6 +12,7 @@ from lss_jax.data.loader import document_edges, read_batch
 from lss_jax.models import Model, build_model
 from lss_jax.parallel.layout import layout_on
 from lss_jax.parallel.mesh import make_mesh
+from lss_jax.training.step import make_means_and_gradient
 
 MESHES = [(1, 1), (8, 1), (1, 8), (2, 4), (4, 2), (2, 3)]  # data x seq
 SMALL = {
@@ -43,6 +44,17 @@ def model_on(data: int, seq: int, model: int = 1, **changes) -> tuple[Model, jax
     config = small_config(mesh__data=data, mesh__seq=seq, mesh__model=model, **changes)
     validate(config, data * seq * model)
     return build_model(config), mesh_of(data, seq, model)
+
+
+def make_loss_and_gradient(model: Model, mesh: jax.sharding.Mesh):
+    """`make_means_and_gradient` of a task with no means but the loss."""
+    means_and_gradient = make_means_and_gradient(model, mesh)
+
+    def loss_and_gradient(params, batch, step):
+        means, gradient = means_and_gradient(params, batch, step)
+        return means["loss"], gradient
+
+    return loss_and_gradient
 
 
 def sampled(values, sample):

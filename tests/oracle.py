@@ -52,15 +52,15 @@ def by_position(params, batch, config):
 def plain_inputs(batch, config):
     """Tokens, targets and what each token sees."""
     batch = jax.tree.map(np.asarray, batch)
-    order = np.argsort(batch.positions_L)[: config.data.seq_len]
-    tokens_BL, targets_BL = batch.tokens_BL[:, order], batch.targets_BL[:, order]
+    order = np.argsort(batch.positions)[: config.data.seq_len]
+    tokens_BL, targets_BL = batch.tokens[:, order], batch.targets[:, order]
     i, j = np.ogrid[: len(order), : len(order)]
     prefix, window = config.attention.prefix, config.attention.window
     seen_BLL = ((j <= i) | (j < prefix))[None]
     if window:
         seen_BLL = seen_BLL & (j > i - window)
-    if batch.documents_2BL is not None:
-        begin_BL = batch.documents_2BL[0][:, order]
+    if batch.documents is not None:
+        begin_BL = batch.documents[0][:, order]
         seen_BLL = seen_BLL & (begin_BL[:, :, None] == begin_BL[:, None, :])
     if prefix:
         targets_BL = np.where(np.arange(len(order)) + 1 < prefix, -1, targets_BL)

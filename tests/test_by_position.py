@@ -16,10 +16,10 @@ from test_training_step import perturbed_params
 from lss_jax.config.schema import ConfigError
 from lss_jax.evaluate import check
 from lss_jax.models import build_model
+from lss_jax.models.losses import LossSum
 from lss_jax.parallel.layout import layout_on
 from lss_jax.reports import by_position
 from lss_jax.reports.by_position import (
-    Sums,
     at_length,
     binned,
     evaluate_by_position,
@@ -27,6 +27,8 @@ from lss_jax.reports.by_position import (
     parse_lengths,
     shortened,
 )
+from lss_jax.tasks import make_task
+from lss_jax.tasks.language_model import LanguageModel
 from lss_jax.training.evaluation import evaluate_run
 from lss_jax.training.step import make_eval_step, make_position_step
 from lss_jax.training.trainer import Trainer
@@ -59,11 +61,11 @@ def test_every_position_equals_the_oracle(case):
     assert sums.nats.addressable_shards[0].data.shape == (part,), "no device has more than its own positions"
     found = in_natural_order(sums, layout, length)
     expected = oracle.by_position(params, batch, model.config)
-    np.testing.assert_array_equal(found.tokens_L, expected[1])
-    assert relative_error(found.nats_L, expected[0]) < 1e-5
+    np.testing.assert_array_equal(found.tokens, expected[1])
+    assert relative_error(found.nats, expected[0]) < 1e-5
     plain = make_eval_step(model, mesh)(params, batch)
-    assert found.tokens_L.sum() == float(plain.tokens) > 0
-    assert found.nats_L.sum() == pytest.approx(float(plain.nats), rel=1e-6)
+    assert found.tokens.sum() == float(plain.tokens) > 0
+    assert found.nats.sum() == pytest.approx(float(plain.nats), rel=1e-6)
 
 
 @pytest.mark.parametrize("sizes", sampled([(2, 4), (2, 2, 2), (1, 3)], {(2, 4)}))
@@ -76,17 +78,18 @@ def test_shorter_windows_take_the_first_rows_of_the_table(sizes):
     found = in_natural_order(make_position_step(short, mesh)(cut, batch), layout_on(short.config, mesh), 20)
     table_LE = params["positions"]["table_LE"]
     expected = oracle.by_position({**params, "positions": {"table_LE": table_LE[:20]}}, batch, short.config)
-    assert relative_error(found.nats_L, expected[0]) < 1e-5
+    assert relative_error(found.nats, expected[0]) < 1e-5
 
 
 def test_bins_are_powers_of_two_and_end_at_the_length():
-    sums = Sums(np.arange(11.0), np.array([0.0] + [2.0] * 10))
-    bins = binned(sums)
+    task = make_task(small_config())
+    sums = LossSum(np.arange(11.0), np.array([0.0] + [2.0] * 10))
+    bins = binned(task, sums)
     assert [of_bin["before"] for of_bin in bins] == [[2, 2], [3, 4], [5, 8], [9, 11]], "where nothing counts, no bin"
     assert [of_bin["bytes"] for of_bin in bins] == [2, 4, 8, 6]
     assert bins[1]["loss"] == (2 + 3) / 4
-    assert sum(of_bin["bytes"] * of_bin["loss"] for of_bin in bins) == pytest.approx(sums.nats_L.sum())
-    assert binned(Sums(np.ones(1), np.ones(1)))[0]["before"] == [1, 1]
+    assert sum(of_bin["bytes"] * of_bin["loss"] for of_bin in bins) == pytest.approx(sums.nats.sum())
+    assert binned(task, LossSum(np.ones(1), np.ones(1)))[0]["before"] == [1, 1]
 
 
 @pytest.fixture(scope="module")
@@ -130,7 +133,7 @@ def test_the_command_prints_and_keeps_what_it_found(kept):
     )
     assert done.returncode == 0, done.stderr
     found = json.loads((workdir / "by_position_valid.json").read_text())
-    assert done.stdout.strip() == by_position.table_of(found)
+    assert done.stdout.strip() == by_position.table_of(make_task(small_config()), found)
     assert done.stdout.splitlines()[1].split() == ["before", "16", "48"]
     assert (workdir / "by_position_valid.png").read_bytes().startswith(b"\x89PNG")
 
@@ -146,7 +149,9 @@ def test_the_command_prints_and_keeps_what_it_found(kept):
 )
 def test_options_that_do_not_go_together(options, message):
     with pytest.raises(ConfigError, match=message):
-        check(argparse.Namespace(**dict(zip(("by_position", "lengths", "batches"), options, strict=True))))
+        check(
+            argparse.Namespace(**dict(zip(("by_position", "lengths", "batches"), options, strict=True))), LanguageModel
+        )
 
 
 def test_lists_of_lengths():

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import optax
 import pytest
-from helpers import small_config
+from helpers import make_loss_and_gradient, small_config
 from jax.sharding import AbstractMesh, AxisType
 
 from configs import base
@@ -20,7 +20,6 @@ from lss_jax.parallel.layout import layout_on
 from lss_jax.parallel.mesh import AXES, make_mesh
 from lss_jax.training.optimizer import decayed, make_optimizer, make_schedule
 from lss_jax.training.state import init_state
-from lss_jax.training.step import make_loss_and_gradient
 
 CONFIGS = sorted(Path(__file__).parents[1].joinpath("configs").glob("*.py"))
 

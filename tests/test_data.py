@@ -42,10 +42,10 @@ def test_a_batch_is_the_windows_and_their_next_bytes(data, seq):
     source, starts_B, L = random_bytes(), np.array([5, 100, 3, 777, 0, 9000, 12, 13]), 48
     batch = read_batch(source, starts_B, L, mesh_of(data, seq))
     for row, start in enumerate(starts_B):
-        np.testing.assert_array_equal(np.asarray(batch.tokens_BL)[row], source[start : start + L])
-        np.testing.assert_array_equal(np.asarray(batch.targets_BL)[row], source[start + 1 : start + L + 1])
-    np.testing.assert_array_equal(batch.positions_L, np.arange(L))
-    for shard in batch.tokens_BL.addressable_shards:
+        np.testing.assert_array_equal(np.asarray(batch.tokens)[row], source[start : start + L])
+        np.testing.assert_array_equal(np.asarray(batch.targets)[row], source[start + 1 : start + L + 1])
+    np.testing.assert_array_equal(batch.positions, np.arange(L))
+    for shard in batch.tokens.addressable_shards:
         assert shard.data.shape == (8 // data, L // seq)
 
 
@@ -62,12 +62,12 @@ def test_a_batch_of_any_length_in_any_layout(data, seq, layout):
     """Put in natural order it is the windows, then padding: token 0, no target, no document."""
     source, starts_B, L = random_bytes(), np.array([5, 100, 3, 19_990]), 45
     batch = read_batch(source, starts_B, L, mesh_of(data, seq), layout)
-    order = np.argsort(batch.positions_L)
-    np.testing.assert_array_equal(np.asarray(batch.positions_L)[order], np.arange(Layout(layout, seq).padded(L)))
-    np.testing.assert_array_equal(batch.positions_L, Layout(layout, seq).positions(len(order)))
-    np.testing.assert_array_equal(batch.row_B, np.arange(4))
+    order = np.argsort(batch.positions)
+    np.testing.assert_array_equal(np.asarray(batch.positions)[order], np.arange(Layout(layout, seq).padded(L)))
+    np.testing.assert_array_equal(batch.positions, Layout(layout, seq).positions(len(order)))
+    np.testing.assert_array_equal(batch.rows, np.arange(4))
     for row, start in enumerate(starts_B):
-        tokens, targets = (np.asarray(array)[row, order] for array in (batch.tokens_BL, batch.targets_BL))
+        tokens, targets = (np.asarray(array)[row, order] for array in (batch.tokens, batch.targets))
         there = min(L, len(source) - start)
         np.testing.assert_array_equal(tokens[:there], source[start : start + there])
         np.testing.assert_array_equal(targets[: min(L, len(source) - start - 1)], source[start + 1 : start + L + 1])
@@ -89,10 +89,10 @@ def test_documents_have_bounds_and_their_first_bytes_are_no_targets(layout):
     documents = document_edges(data, ". ")
     assert [text[i:].split()[0] for i in documents[:-1]] == [b"one.", b"three.", b"four.", b"a", b"last"]
     batch = read_batch(data, starts_B, L, mesh_of(2, 3), layout, documents)
-    order = np.argsort(batch.positions_L)
+    order = np.argsort(batch.positions)
     for row, start in enumerate(starts_B):
-        begin, end = np.asarray(batch.documents_2BL)[:, row, order]
-        targets = np.asarray(batch.targets_BL)[row, order]
+        begin, end = np.asarray(batch.documents)[:, row, order]
+        targets = np.asarray(batch.targets)[row, order]
         for p in range(L):
             mine = max(d for d in documents if d <= start + p)
             following = min([d for d in documents if d > start + p], default=10**6)
@@ -109,16 +109,16 @@ def test_a_separator_that_does_not_occur_is_refused():
 
 def test_without_a_separator_all_is_one_document():
     assert document_edges(random_bytes(), "") is None
-    assert read_batch(random_bytes(), np.array([0]), 48, mesh_of(1, 4)).documents_2BL is None
+    assert read_batch(random_bytes(), np.array([0]), 48, mesh_of(1, 4)).documents is None
 
 
 def test_what_lies_beyond_the_end_is_not_counted():
     source = random_bytes(60)
     batch = read_batch(source, np.array([0, 48, 96, 144]), 48, mesh_of(2, 4))
-    targets = np.asarray(batch.targets_BL).ravel()
+    targets = np.asarray(batch.targets).ravel()
     np.testing.assert_array_equal(targets[:59], source[1:])
     assert np.all(targets[59:] == IGNORED)
-    assert np.asarray(batch.tokens_BL).min() >= 0
+    assert np.asarray(batch.tokens).min() >= 0
 
 
 def test_consecutive_windows_predict_every_byte_but_the_first_once():

@@ -12,6 +12,7 @@ FLOORS = [  # from the top
     "inspection",
     "generation",
     "training",
+    "tasks",
     "models",
     "attention",
     "data",

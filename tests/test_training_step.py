@@ -3,11 +3,22 @@
 from functools import cache, partial
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import oracle
 import pytest
-from helpers import MESHES, assert_close, batch_on, mesh_of, model_on, random_bytes, relative_error, sampled
+from helpers import (
+    MESHES,
+    assert_close,
+    batch_on,
+    make_loss_and_gradient,
+    mesh_of,
+    model_on,
+    random_bytes,
+    relative_error,
+    sampled,
+)
 from jax.sharding import PartitionSpec as P
 
 from lss_jax.data.batch import IGNORED
@@ -16,7 +27,7 @@ from lss_jax.parallel.dropout import AFTER_ATTENTION, AFTER_MLP, ATTENTION, EMBE
 from lss_jax.parallel.mesh import MODEL
 from lss_jax.training.optimizer import decayed, make_optimizer, make_schedule
 from lss_jax.training.state import init_state
-from lss_jax.training.step import make_eval_step, make_loss_and_gradient, make_train_step
+from lss_jax.training.step import make_eval_step, make_train_step
 
 VARIANTS = {
     "learned": {},
@@ -226,10 +237,10 @@ def test_cross_entropy_of_shares_is_cross_entropy():
 
     @partial(jax.shard_map, mesh=mesh, in_specs=(P(None, None, MODEL), P()), out_specs=P())
     def in_shares(logits_BLV, targets_BL):
-        return jax.lax.psum(cross_entropy_of_shares(logits_BLV, targets_BL, MODEL), MODEL)
+        return jax.lax.psum(jax.tree.map(jnp.sum, cross_entropy_of_shares(logits_BLV, targets_BL, MODEL)), MODEL)
 
     def value_and_gradient(function):
-        return jax.value_and_grad(lambda logits: function(logits, targets_BL).nats)(logits_BLV)
+        return jax.value_and_grad(lambda logits: function(logits, targets_BL).nats.sum())(logits_BLV)
 
     assert_close(value_and_gradient(in_shares), value_and_gradient(cross_entropy), 1e-5)
     assert in_shares(logits_BLV, targets_BL).tokens == (targets_BL != IGNORED).sum() < targets_BL.size

@@ -31,7 +31,7 @@ from lss_jax.parallel.mesh import make_mesh
 from lss_jax.runtime import distributed
 from lss_jax.training.optimizer import make_optimizer
 from lss_jax.training.state import init_state, state_shardings
-from lss_jax.training.step import make_loss_and_gradient, make_train_step
+from lss_jax.training.step import make_means_and_gradient, make_train_step
 
 MESHES = [(1, 1), (1, 8), (2, 4)]  # data x seq
 SIZES = {  # tokens per step / parameters grows downwards: from where weights dominate to where the sequence does
@@ -67,7 +67,7 @@ class Programs:
             return optax.apply_updates(params, updates), opt_state
 
         self._step = make_train_step(self.model, optimizer, mesh).lower(self.state, self.batch).compile()
-        gradient = jax.jit(make_loss_and_gradient(self.model, mesh))
+        gradient = jax.jit(make_means_and_gradient(self.model, mesh))
         self._gradient = gradient.lower(self.state.params, self.batch, 0).compile()
         self._last = self._gradient(self.state.params, self.batch, 0)[1]
         self._optimizer = (

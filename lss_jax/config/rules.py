@@ -66,6 +66,7 @@ def _out_of_range(config: Config) -> Iterator[str]:
     at_least_0 = {
         "seed": config.seed,
         "eval_every": config.eval_every,
+        "sample_tokens": config.sample_tokens,
         "profile.steps": config.profile.steps,
         "attention.window": attention.window,
         "attention.prefix": attention.prefix,
@@ -95,8 +96,6 @@ def less_than_1(values: Mapping[str, int]) -> Iterator[str]:
 
 def _cross_field(config: Config) -> Iterator[str]:
     model, data, optim = config.model, config.data, config.optim
-    if model.vocab < 256:
-        yield f"model.vocab={model.vocab} is less than 256, which byte-level data needs; use model.vocab=256"
     if model.heads > 0 and model.width % model.heads:
         yield (
             f"model.width={model.width} is not divisible by model.heads={model.heads}; "

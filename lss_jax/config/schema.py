@@ -38,7 +38,7 @@ class AttentionConfig:
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    family: Literal["decoder"]
+    family: str
     vocab: int
     layers: int
     width: int
@@ -89,6 +89,7 @@ class ProfileConfig:
 @dataclasses.dataclass(frozen=True)
 class Config:
     seed: int
+    task: str
     mesh: MeshConfig
     attention: AttentionConfig
     model: ModelConfig
@@ -97,6 +98,7 @@ class Config:
     profile: ProfileConfig
     eval_every: int
     eval_batches: int
+    sample_tokens: int
     checkpoint_every: int
     checkpoints_kept: int
     log_every: int

@@ -1,4 +1,4 @@
-"""A batch of windows: its arrays, their specs and shapes."""
+"""A batch of windows of tokens: its arrays, their specs and their shapes."""
 
 from typing import Any, NamedTuple
 
@@ -14,22 +14,23 @@ IGNORED = -1  # a target that does not count
 
 
 class Batch(NamedTuple):
-    """Global int32 arrays, or their specs, shardings or shapes; `L` is padded, and in layout order.
+    """Int32 arrays, or their specs, shardings or shapes.
 
-    `targets_BL` holds the next byte of each token, across segment borders too.
+    Shapes are global, `L` padded and in layout order; inside `shard_map` the same names hold this device's rows and
+    its segment, `l`.
     """
 
-    tokens_BL: Any
-    targets_BL: Any
-    positions_L: Any  # natural
-    row_B: Any
-    documents_2BL: Any  # where in the window each token's document starts and ends; None if all are one
+    tokens: Any  # [B, L]
+    targets: Any  # [B, L], the next token of each, across segment borders too; or `IGNORED`
+    positions: Any  # [L], natural
+    rows: Any  # [B], the number of each sequence in the global batch
+    documents: Any  # [2, B, L], where in the window each token's document starts and ends; None if all are one
 
 
 def batch_specs(packed: bool) -> Batch:
-    """How a batch is cut; `packed`: with documents.
+    """How a batch is sharded; `packed`: with documents.
 
-    A model group has its segment whole: masks and a vocabulary in shares need all of it, and tokens are few bytes.
+    A model group has its segment whole: masks and a sharded vocabulary need all of it, and tokens are few bytes.
     """
     whole = P(DATA, SEQ)
     return Batch(whole, whole, P(SEQ), P(DATA), P(None, DATA, SEQ) if packed else None)

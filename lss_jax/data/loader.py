@@ -66,7 +66,7 @@ def read_batch(
     target. With `documents` (from `document_edges`) the first token of a document is no target.
     """
     like = batch_like(len(starts_B), seq_len, mesh, layout, packed=documents is not None)
-    position_L = layout.positions(like.tokens_BL.shape[1])
+    position_L = layout.positions(like.tokens.shape[1])
 
     @functools.cache  # tokens and targets share one read; so do devices that hold the same segment
     def segment(top: int, bottom: int, left: int, right: int) -> np.ndarray:
@@ -75,7 +75,7 @@ def read_batch(
         return np.concatenate(list(map(np.stack, zip(*rows, strict=True))), axis=2)
 
     def tokens_or_targets(which: int, index: Any) -> np.ndarray:
-        (top, bottom, _), (left, right, _) = (p.indices(n) for p, n in zip(index, like.tokens_BL.shape, strict=True))
+        (top, bottom, _), (left, right, _) = (p.indices(n) for p, n in zip(index, like.tokens.shape, strict=True))
         return segment(top, bottom, left, right)[:, which]
 
     def document_bounds(index: Any) -> np.ndarray:
@@ -87,11 +87,11 @@ def read_batch(
         return shape and jax.make_array_from_callback(shape.shape, shape.sharding, callback)
 
     return Batch(
-        tokens_BL=array(like.tokens_BL, functools.partial(tokens_or_targets, 0)),
-        targets_BL=array(like.targets_BL, functools.partial(tokens_or_targets, 1)),
-        positions_L=array(like.positions_L, lambda index: position_L[index]),
-        row_B=array(like.row_B, lambda index: np.arange(len(starts_B), dtype=np.int32)[index]),
-        documents_2BL=array(like.documents_2BL, document_bounds),
+        tokens=array(like.tokens, functools.partial(tokens_or_targets, 0)),
+        targets=array(like.targets, functools.partial(tokens_or_targets, 1)),
+        positions=array(like.positions, lambda index: position_L[index]),
+        rows=array(like.rows, lambda index: np.arange(len(starts_B), dtype=np.int32)[index]),
+        documents=array(like.documents, document_bounds),
     )
 
 

@@ -24,13 +24,14 @@ from lss_jax.attention.strategies import make_attend
 from lss_jax.config.schema import Config, ConfigError
 from lss_jax.generation.cache import CACHE_SPECS, Cache, attend_to_cache, fill, write
 from lss_jax.generation.sampling import Sampling, sample
-from lss_jax.models import Model, Params, build_model
+from lss_jax.models import FAMILIES, Model, Params, build_model
 from lss_jax.models.layers import Segment
-from lss_jax.models.objective import mask_of
 from lss_jax.parallel.layout import layout_on
-from lss_jax.parallel.mesh import DATA, MODEL, SEQ, if_cut, like, named_axes, shardings
+from lss_jax.parallel.mesh import DATA, MODEL, SEQ, if_cut, like, shardings
 from lss_jax.parallel.scopes import ATTENTION
 from lss_jax.parallel.tensor_parallel import own_part
+from lss_jax.tasks import make_task
+from lss_jax.tasks.language_model import LanguageModel
 from lss_jax.training.step import in_layout_order, on_mesh
 
 ROWS = P((DATA, MODEL))  # of a batch, one token each: those of a model group are its segment
@@ -55,19 +56,17 @@ def make_prefill(model: Model, mesh: Mesh, tokens: int) -> Callable[[Params, jax
         params = in_layout_order(params, model, mesh)
         strategy = make_attend(config.attention.strategy, _mask(config, positions_l), setting_on(config, mesh))
 
-        def attend(q_BlHK, k_BlGK, v_BlGK, dropout, cache):
-            cache.set_value(stacked(k_BlGK, v_BlGK))
-            return strategy(q_BlHK, k_BlGK, v_BlGK, dropout)
+        def attend(q_BlHK, k_BlGK, v_BlGK, dropout, past):
+            return strategy(q_BlHK, k_BlGK, v_BlGK, dropout), stacked(k_BlGK, v_BlGK)
 
         segment = Segment(positions_l, own_part(positions_l, axis, 0), attend, None, axis)
-        nothing = jnp.zeros((config.model.layers, 0), config.model.dtype)
-        _, kv_n2BGlK = model.recall(params, nothing, tokens_Bl, segment)  # nobody asks for these logits
+        _, kv_n2BGlK = model.recall(params, tokens_Bl, segment, None)  # nobody asks for these logits
         return fill(kv_n2BGlK, positions_l, length_B - 1, more=-(-tokens // layout.devices))
 
     def prefill(params: Params, tokens_BL: jax.Array, length_B: jax.Array) -> Cache:
         length = tokens_BL.shape[1]
         positions_L = layout.positions(length)
-        rows = _with_tables(params, model, lambda table_LE: _first_rows(table_LE, length))
+        rows = model.with_tables(lambda table_LE: _first_rows(table_LE, length), params)
         return on_segments(rows, tokens_BL[:, positions_L], positions_L, length_B)
 
     return prefill
@@ -84,7 +83,7 @@ def make_step(model: Model, mesh: Mesh, length: int) -> Step:
     """
     config, axis, seq_axis = model.config, if_cut(MODEL, mesh), if_cut(SEQ, mesh)
     layout = layout_on(config, mesh)
-    specs = jax.tree.map(lambda spec: ROWS if SEQ in named_axes(spec) else spec, model.specs)
+    specs = model.with_tables(lambda _: ROWS, model.specs)
     logits_spec = P(DATA, MODEL) if config.model.vocab_parallel else ROWS
 
     @partial(
@@ -99,13 +98,13 @@ def make_step(model: Model, mesh: Mesh, length: int) -> Step:
         mask = _mask(config, position_B)
 
         @jax.named_scope(ATTENTION)
-        def attend(q_1BHK, k_1BGK, v_1BGK, dropout, cached):
-            past_2BGcK, own_2BGK = cached[...], jnp.concatenate((k_1BGK, v_1BGK))
-            cached.set_value(own_2BGK)
-            return attend_to_cache(q_1BHK[0], own_2BGK, past_2BGcK, cache.position_Bc, mask, seq_axis)[None]
+        def attend(q_1BHK, k_1BGK, v_1BGK, dropout, past_2BGcK):
+            own_2BGK = jnp.concatenate((k_1BGK, v_1BGK))
+            o_BHK = attend_to_cache(q_1BHK[0], own_2BGK, past_2BGcK, cache.position_Bc, mask, seq_axis)
+            return o_BHK[None], own_2BGK
 
         segment = Segment(position_B, own_part(position_B, axis, 0), attend, None, axis)
-        logits, kv_n2BGK = model.recall(params, cache.kv_n2BGcK, token_B[None], segment)
+        logits, kv_n2BGK = model.recall(params, token_B[None], segment, cache.kv_n2BGcK)
         slot = length // layout.devices + number // layout.devices
         mine = seq_axis is None or number % layout.devices == jax.lax.axis_index(seq_axis)
         return write(cache, kv_n2BGK, position_B, slot, mine), logits[0]
@@ -113,7 +112,7 @@ def make_step(model: Model, mesh: Mesh, length: int) -> Step:
     def step(
         params: Params, cache: Cache, token_B: jax.Array, position_B: jax.Array, number: jax.Array
     ) -> tuple[Cache, jax.Array]:
-        rows = _with_tables(params, model, lambda table_LE: table_LE[position_B])
+        rows = model.with_tables(lambda table_LE: table_LE[position_B], params)
         cache, logits_BV = on_devices(rows, cache, token_B, position_B, number)
         return cache, jax.lax.with_sharding_constraint(logits_BV, NamedSharding(mesh, P()))
 
@@ -123,12 +122,7 @@ def make_step(model: Model, mesh: Mesh, length: int) -> Step:
 def _mask(config: Config, positions_l: jax.Array) -> Intervals:
     """The config's mask, with no end to the sequence; all is one document."""
     endless = dataclasses.replace(config.data, seq_len=np.iinfo(np.int32).max)
-    return mask_of(dataclasses.replace(config, data=endless), positions_l, None)
-
-
-def _with_tables(params: Params, model: Model, change: Callable[[jax.Array], jax.Array]) -> Params:
-    """The parameters, with tables that are cut like the sequence changed to the rows that are needed."""
-    return jax.tree.map(lambda p, spec: change(p) if SEQ in named_axes(spec) else p, params, model.specs)
+    return task_of(dataclasses.replace(config, data=endless)).mask(positions_l)
 
 
 def _first_rows(table_LE: jax.Array, length: int) -> jax.Array:
@@ -150,13 +144,16 @@ class Generation:
         self, config: Config, mesh: Mesh, params: Params, prompts: Sequence[bytes], tokens: int, sampling: Sampling
     ):
         check_request(config, prompts, tokens, sampling)
+        self._text = text = task_of(config).text
         self._prompts, self._tokens, self._params = list(prompts), tokens, params
         self._separator = config.data.separator.encode()
         surplus = -len(prompts) % (mesh.shape[DATA] * mesh.shape[MODEL])  # rows that are computed, and thrown away
         rows = [*prompts, *[prompts[0]] * surplus]
-        length, kept, whole = _padded(rows, config, mesh), shardings(CACHE_SPECS, mesh), NamedSharding(mesh, P())
-        tokens_BL = np.stack([np.frombuffer(row.ljust(length, b"\0"), np.uint8) for row in rows]).astype(np.int32)
-        length_B = np.array([len(row) for row in rows], np.int32)
+        kept, whole = shardings(CACHE_SPECS, mesh), NamedSharding(mesh, P())
+        tokenized = [text.tokens_of(row) for row in rows]
+        length_B = np.array([len(row) for row in tokenized], np.int32)
+        length = layout_on(config, mesh).padded(int(length_B.max()))
+        tokens_BL = np.stack([np.pad(row, (0, length - len(row))) for row in tokenized])
         last_B = tokens_BL[np.arange(len(rows)), length_B - 1]
         stream_B = np.array([zlib.crc32(row, rows[:number].count(row)) for number, row in enumerate(rows)], np.uint32)
         self._tokens_BL, self._length_B, self._last_B = jax.device_put((tokens_BL, length_B, last_B), whole)
@@ -169,7 +166,7 @@ class Generation:
         ) -> tuple[Cache, jax.Array]:
             position_B = length_B - 1 + number
             cache, logits_BV = step(params, cache, token_B, position_B, number)
-            return cache, sample(logits_BV, sampling, jnp.asarray(stream_B), position_B)
+            return cache, sample(logits_BV, sampling, jnp.asarray(stream_B), position_B, vocab=text.vocab)
 
         prompt = (params, self._tokens_BL, self._length_B)
         self._prefill = jax.jit(prefill, out_shardings=kept).lower(*prompt).compile()
@@ -192,7 +189,7 @@ class Generation:
             step = self._step(self._params, cache, token_B, self._length_B, np.int32(number))
             cache, token_B = jax.block_until_ready(step)  # queued steps of simulated devices would block one another
             found = np.asarray(token_B)
-            new = [b"" if end else bytes([found[row]]) for row, end in enumerate(ended)]
+            new = [b"" if end else self._text.bytes_of(int(found[row])) for row, end in enumerate(ended)]
             yield new
             if self._separator:
                 ends = [(end + byte)[-len(self._separator) :] for end, byte in zip(ends, new, strict=True)]
@@ -201,9 +198,18 @@ class Generation:
                     return
 
 
-def _padded(rows: Sequence[bytes], config: Config, mesh: Mesh) -> int:
-    """The length of the longest, made one that the mesh divides."""
-    return layout_on(config, mesh).padded(max(map(len, rows)))
+def task_of(config: Config) -> LanguageModel:
+    """The config's task, if it and the model's family can generate.
+
+    Raises:
+      ConfigError: one of them cannot.
+    """
+    task, family = make_task(config), config.model.family
+    if not isinstance(task, LanguageModel):
+        raise ConfigError(f"task={config.task!r} has no text to generate; give a run of a language model")
+    if not hasattr(FAMILIES[family], "recall"):
+        raise ConfigError(f"model.family={family!r} has no method recall, so that it cannot generate")
+    return task
 
 
 def _forward_model(config: Config) -> Model:

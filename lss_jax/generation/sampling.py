@@ -10,8 +10,6 @@ from collections.abc import Iterator
 import jax
 import jax.numpy as jnp
 
-BYTES = 256  # of a larger vocabulary the rest stands for no text
-
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
@@ -34,14 +32,16 @@ class Sampling:
             yield f"--seed={self.seed} must be at least 0 and less than 2**32"
 
 
-def sample(logits_BV: jax.Array, sampling: Sampling, stream_B: jax.Array, position_B: jax.Array) -> jax.Array:
-    """A byte for each row, int32 `[B]`; rows of different streams (uint32) draw independently."""
-    logits_BV = logits_BV[:, :BYTES]
+def sample(
+    logits_BV: jax.Array, sampling: Sampling, stream_B: jax.Array, position_B: jax.Array, *, vocab: int
+) -> jax.Array:
+    """A token below `vocab` for each row, int32 `[B]`; rows of different streams (uint32) draw independently."""
+    logits_BV = logits_BV[:, :vocab]
     if sampling.temperature == 0:
         return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
     logits_BV = (logits_BV - logits_BV.max(-1, keepdims=True)) / sampling.temperature
-    if (sampling.top_k or BYTES) < BYTES or sampling.top_p < 1:
-        logits_BV = _likeliest(logits_BV, sampling.top_k or BYTES, sampling.top_p)
+    if (sampling.top_k or vocab) < vocab or sampling.top_p < 1:
+        logits_BV = _likeliest(logits_BV, sampling.top_k or vocab, sampling.top_p)
     return jax.vmap(_drawn, (0, None, 0, 0))(logits_BV, sampling.seed, stream_B, position_B)
 
 

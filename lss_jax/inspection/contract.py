@@ -175,12 +175,15 @@ def _masks(model: Model, mesh: Mesh | AbstractMesh) -> Part:
 
 def _gradients(model: Model, mesh: Mesh | AbstractMesh) -> Part:
     """The gradient law: over each axis one sum, of everything that the axis does not cut; the loss rides along."""
+    padded = layout_on(model.config, mesh).padded
+    padded_shapes = model.with_tables(
+        lambda leaf: jax.ShapeDtypeStruct((padded(leaf.shape[0]), *leaf.shape[1:]), leaf.dtype), model.shapes
+    )
     for axis in cut_axes(mesh):
         elements = 2  # the loss, and how many tokens count
-        for leaf, spec in zip(jax.tree.leaves(model.shapes), jax.tree.leaves(model.specs), strict=True):
+        for leaf, spec in zip(jax.tree.leaves(padded_shapes), jax.tree.leaves(model.specs), strict=True):
             if axis not in named_axes(spec):
-                rows = layout_on(model.config, mesh).padded(leaf.shape[0]) if SEQ in named_axes(spec) else leaf.shape[0]
-                elements += rows * math.prod(leaf.shape[1:]) // _shares(spec, mesh)
+                elements += leaf.size // _shares(spec, mesh)
         yield Line(GRADIENTS, "all-reduce", (axis,)), 1, elements, 4
 
 

@@ -22,9 +22,9 @@ from lss_jax.attention.placement import setting_on
 from lss_jax.attention.setting import Setting
 from lss_jax.attention.traffic import Sizes, sizes_of
 from lss_jax.models import Model
-from lss_jax.models.objective import mask_of
 from lss_jax.parallel.mesh import MODEL
 from lss_jax.parallel.scopes import ATTENTION
+from lss_jax.tasks import make_task
 
 PRODUCTS = {"dense": 2 + 5, "blockwise": 2 + 5, "triton": 2 + 3 + 4, "mosaic": 2 + 3 + 4}  # per score, forward and back
 
@@ -57,9 +57,10 @@ def attention(model: Model, mesh: Mesh) -> int:
         N = setting.layout.devices
         sizes = Sizes(sizes.B, sizes.l * N, sizes.H // N, max(sizes.G // N, 1), sizes.K, sizes.itemsize)
         setting = setting.uncut
+    task = make_task(config)
     of_devices = setting.layout.positions(sizes.l * setting.layout.devices).reshape(-1, sizes.l)
     scores = max(
-        _scores(mask_of(config, jnp.asarray(positions_l), None), sizes, setting, config.attention.strategy == "ring")
+        _scores(task.mask(jnp.asarray(positions_l)), sizes, setting, config.attention.strategy == "ring")
         for positions_l in of_devices
     )
     return config.model.layers * config.optim.accumulate * scores * 2 * sizes.K * PRODUCTS[setting.kernel]

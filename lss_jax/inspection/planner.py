@@ -16,7 +16,7 @@ from lss_jax.inspection.contract import predicted, sent
 from lss_jax.inspection.memory import Memory, memory_of
 from lss_jax.models import Model, build_model
 from lss_jax.parallel.layout import layout_on
-from lss_jax.parallel.mesh import AXES, SEQ, named_axes
+from lss_jax.parallel.mesh import AXES
 
 TILE = 128  # lengths are multiples of so many tokens, and of what the mesh cuts them into
 
@@ -116,11 +116,11 @@ def on_cut(config: Config, sizes: MeshSizes, strategy: str) -> Config:
 def at_length(model: Model, seq_len: int) -> Model:
     """The same model for sequences of another length."""
 
-    def with_rows(leaf: jax.ShapeDtypeStruct, spec: jax.sharding.PartitionSpec) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct((seq_len, *leaf.shape[1:]), leaf.dtype) if SEQ in named_axes(spec) else leaf
+    def with_rows(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((seq_len, *leaf.shape[1:]), leaf.dtype)
 
     config = dataclasses.replace(model.config, data=dataclasses.replace(model.config.data, seq_len=seq_len))
-    return dataclasses.replace(model, config=config, shapes=jax.tree.map(with_rows, model.shapes, model.specs))
+    return dataclasses.replace(model, config=config, shapes=model.with_tables(with_rows, model.shapes))
 
 
 def largest(holds: Callable[[int], bool], limit: int) -> int:

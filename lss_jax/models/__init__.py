@@ -1,15 +1,22 @@
-"""Model families, each as pure functions over one nested dict of parameters."""
+"""Model families, each as pure functions over one nested dict of parameters.
+
+A new family is one file, and one line in `FAMILIES`: an NNX module made of `(config, rngs)` that maps a local batch's
+inputs and a `Segment` to its outputs. Each of its parameters says in its metadata how it is sharded (`spec`), and
+whether it has a row for each position of the sequence (`row_per_position`). A family whose module has a method
+`recall`, as the decoder's, can generate.
+"""
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
 from flax import nnx
 
-from lss_jax.config.schema import Config
+from lss_jax.config.schema import Config, ConfigError
 from lss_jax.models.decoder import Decoder
 
-FAMILIES = {"decoder": Decoder}
+FAMILIES: dict[str, Callable[[Config, nnx.Rngs], nnx.Module]] = {"decoder": Decoder}
 
 Params = dict[str, Any]  # nested, leaves are arrays; names as in the modules
 
@@ -18,41 +25,59 @@ Params = dict[str, Any]  # nested, leaves are arrays; names as in the modules
 class Model:
     """A family's module, taken apart: structure here, parameters in the training state.
 
-    `shapes` and `specs` are nested dicts like the parameters: global `ShapeDtypeStruct`s and `PartitionSpec`s.
+    `shapes`, `specs` and `row_per_position` are nested dicts like the parameters: global `ShapeDtypeStruct`s,
+    `PartitionSpec`s and booleans.
     """
 
     config: Config
     graphdef: nnx.GraphDef
     shapes: Params
     specs: Params
+    row_per_position: Params
 
     def init(self, key: jax.Array) -> Params:
         """Fresh global parameters; the values depend on the key alone, not on any sharding."""
-        module = FAMILIES[self.config.model.family](self.config, nnx.Rngs(key))
-        return nnx.to_pure_dict(nnx.state(module))
+        return nnx.to_pure_dict(nnx.state(module_of(self.config, nnx.Rngs(key))))
 
-    def apply(self, params: Params, *args) -> jax.Array:
+    def apply(self, params: Params, *args) -> Any:
         """Calls the module with these (local) parameters."""
         return nnx.merge(self.graphdef, params)(*args)
 
-    def recall(self, params: Params, past: jax.Array, *args) -> tuple[jax.Array, jax.Array]:
-        """Calls the module with each layer's attention handed its part of `past` (layers first), in a variable.
+    def recall(self, params: Params, *args) -> tuple[Any, Any]:
+        """Calls its method `recall`: the outputs, and what attention is to remember."""
+        return nnx.merge(self.graphdef, params).recall(*args)
 
-        Returns the module's result, and what attention left in the variables. The scan over layers carries them.
-        """
-        module = nnx.merge(self.graphdef, params)
-        attention = module.stack.blocks.attention
-        attention.cache = nnx.Cache(past)
-        result = module(*args)
-        return result, attention.cache[...]
+    def with_tables(self, change: Callable[[Any], Any], params: Params) -> Params:
+        """A tree like the parameters with `change` applied where a parameter has a row for each position."""
+        return jax.tree.map(lambda p, is_table: change(p) if is_table else p, params, self.row_per_position)
+
+
+def module_of(config: Config, rngs: nnx.Rngs) -> nnx.Module:
+    """A fresh module of the config's family.
+
+    Raises:
+      ConfigError: there is none of that name.
+    """
+    family = config.model.family
+    if family not in FAMILIES:
+        raise ConfigError(f"model.family={family!r} is not known; choose one of {', '.join(map(repr, FAMILIES))}")
+    return FAMILIES[family](config, rngs)
 
 
 def build_model(config: Config) -> Model:
-    """The model of a config; allocates nothing."""
-    module = nnx.eval_shape(lambda: FAMILIES[config.model.family](config, nnx.Rngs(0)))
-    graphdef, state = nnx.split(module)
-    specs = jax.tree.map(lambda variable: variable.spec, state, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
-    return Model(config, graphdef, nnx.to_pure_dict(state), nnx.to_pure_dict(specs))
+    """The model of a config; allocates nothing.
+
+    Raises:
+      ConfigError: there is no such family.
+    """
+    graphdef, state = nnx.split(nnx.eval_shape(lambda: module_of(config, nnx.Rngs(0))))
+
+    def metadata(read: Callable[[nnx.Variable], Any]) -> Params:
+        return nnx.to_pure_dict(jax.tree.map(read, state, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable)))
+
+    specs = metadata(lambda variable: variable.spec)
+    tables = metadata(lambda variable: variable.has_metadata("row_per_position"))
+    return Model(config, graphdef, nnx.to_pure_dict(state), specs, tables)
 
 
 def parameter_count(model: Model) -> int:

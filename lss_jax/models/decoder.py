@@ -1,5 +1,7 @@
 """The decoder-only language model: tokens in, next-token logits out, everything on this device's segment."""
 
+from typing import Any
+
 import jax
 from flax import nnx
 
@@ -31,14 +33,18 @@ class Decoder(nnx.Module):
         They are those of this device's tokens, `BpV`; or, with `model.vocab_parallel`, of all of the segment's tokens
         and this device's share of the vocabulary, `BlV`.
         """
+        return self.recall(tokens_Bl, segment, None)[0]
+
+    def recall(self, tokens_Bl: jax.Array, segment: Segment, past: Any) -> tuple[jax.Array, Any]:
+        """The same where attention has the `past` of earlier tokens; also what it is to remember of these."""
         x_BpE = self.tokens(tokens_Bl, segment.model_axis)
         if hasattr(self, "positions"):
             x_BpE = self.positions(x_BpE)
         if self.sinusoidal:
             x_BpE = sinusoidal(x_BpE, segment.positions_p)
-        x_BpE = self.stack(drop(x_BpE, segment.dropout, EMBEDDING), segment)
+        x_BpE, own = self.stack(drop(x_BpE, segment.dropout, EMBEDDING), segment, past)
         x = self.final_norm(x_BpE)
         if self.vocab_parallel:
             with jax.named_scope(REGIONS):
                 x = gather_sequence(x, segment.model_axis)  # a share of the vocabulary is for every token
-        return self.head(x) if hasattr(self, "head") else logits(x, self.tokens.kernel_EV())
+        return (self.head(x) if hasattr(self, "head") else logits(x, self.tokens.kernel_EV())), own

@@ -62,7 +62,7 @@ class LearnedPositions(nnx.Module):
     """
 
     def __init__(self, config: ModelConfig, seq_len: int, rngs: nnx.Rngs):
-        self.table_LE = nnx.Param(_normal(rngs, seq_len, config.width), spec=P((SEQ, MODEL)))
+        self.table_LE = nnx.Param(_normal(rngs, seq_len, config.width), spec=P((SEQ, MODEL)), row_per_position=True)
 
     def __call__(self, x_BpE: jax.Array) -> jax.Array:
         rows_pE = self.table_LE[...]

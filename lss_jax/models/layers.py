@@ -4,7 +4,8 @@ A spec (metadata `spec`) names the mesh axes that cut the parameter: kernels by 
 `H`, `G` and `F` are here what this device has of them. `P()` is replicated.
 """
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,14 +24,29 @@ from lss_jax.parallel.tensor_parallel import SCATTERED, gather_sequence, scatter
 REPLICATED = {"spec": P()}
 
 
+# (q_BlHK, k_BlGK, v_BlGK, dropout, past) -> (o_BlHK, own): `past` is what a layer remembers of earlier tokens, None in
+# training; `own` is what it is to remember of these.
+AttendWithPast = Callable[..., tuple[jax.Array, Any]]
+
+
 class Segment(NamedTuple):
     """What a device must know of the whole to work on its segment, and on its part of that."""
 
     positions_l: jax.Array  # natural, of the segment
     positions_p: jax.Array  # of this device's part
-    attend: Attend
+    attend: AttendWithPast
     dropout: Dropout | None  # of the part's activations
     model_axis: str | None  # of the mesh: cuts the segment, the heads and the columns; None if nothing does
+
+
+def without_past(attend: Attend) -> AttendWithPast:
+    """Attention of a step that has its whole sequence at hand, and remembers nothing."""
+
+    def attend_without_past(q_BlHK, k_BlGK, v_BlGK, dropout, past):
+        assert past is None
+        return attend(q_BlHK, k_BlGK, v_BlGK, dropout), None
+
+    return attend_without_past
 
 
 def layer_norm(config: ModelConfig, rngs: nnx.Rngs) -> nnx.LayerNorm:
@@ -97,15 +113,14 @@ class SelfAttention(nnx.Module):
         self.out = Linear(config, (H, K), (E,), rngs, kernel_spec=rows, bias_spec=P(), stddev=stddev)
 
     @jax.named_scope(REGIONS)
-    def __call__(self, x_BpE: jax.Array, segment: Segment) -> jax.Array:
+    def __call__(self, x_BpE: jax.Array, segment: Segment, past: Any) -> tuple[jax.Array, Any]:
         x_BlE = gather_sequence(x_BpE, segment.model_axis)
         q_BlHK, k_BlGK = self.query(x_BlE), self.key(x_BlE)
         if self.turned:
             q_BlHK, k_BlGK = (self.rope(x_BlHK, segment.positions_l) for x_BlHK in (q_BlHK, k_BlGK))
         dropout = segment.dropout and segment.dropout.at(ATTENTION)._replace(position_l=segment.positions_l)
-        cached = (self.cache,) if hasattr(self, "cache") else ()  # there when a text is generated, see Model.recall
-        o_BlHK = segment.attend(q_BlHK, k_BlGK, self.value(x_BlE), dropout, *cached)
-        return self.out.biased(scatter_sequence(self.out.product(o_BlHK), segment.model_axis))
+        o_BlHK, own = segment.attend(q_BlHK, k_BlGK, self.value(x_BlE), dropout, past)
+        return self.out.biased(scatter_sequence(self.out.product(o_BlHK), segment.model_axis)), own
 
 
 class Mlp(nnx.Module):
@@ -132,10 +147,10 @@ class Block(nnx.Module):
         self.mlp_norm = layer_norm(config, rngs)
         self.mlp = Mlp(config, rngs)
 
-    def __call__(self, x_BpE: jax.Array, segment: Segment) -> jax.Array:
-        attended_BpE = self.attention(self.attention_norm(x_BpE), segment)
+    def __call__(self, x_BpE: jax.Array, segment: Segment, past: Any) -> tuple[jax.Array, Any]:
+        attended_BpE, own = self.attention(self.attention_norm(x_BpE), segment, past)
         x_BpE = x_BpE + drop(attended_BpE, segment.dropout, AFTER_ATTENTION)
-        return x_BpE + drop(self.mlp(self.mlp_norm(x_BpE), segment.model_axis), segment.dropout, AFTER_MLP)
+        return x_BpE + drop(self.mlp(self.mlp_norm(x_BpE), segment.model_axis), segment.dropout, AFTER_MLP), own
 
 
 def drop(x_BpE: jax.Array, dropout: Dropout | None, place: int) -> jax.Array:
@@ -167,16 +182,22 @@ class Stack(nnx.Module):
             if isinstance(parameter, nnx.Param):
                 parameter.set_metadata(spec=P(None, *parameter.spec))
 
-    def __call__(self, x_BpE: jax.Array, segment: Segment) -> jax.Array:
-        def apply(block: Block, x_BpE: jax.Array, layer: jax.Array) -> jax.Array:
-            return block(x_BpE, segment._replace(dropout=segment.dropout and segment.dropout.at(LAYER, layer)))
+    def __call__(self, x_BpE: jax.Array, segment: Segment, past: Any = None) -> tuple[jax.Array, Any]:
+        """The residual stream, and what each layer's attention is to remember of it; `past` is that of earlier tokens.
+
+        Both are arrays with layers first, or None.
+        """
+
+        def apply(block: Block, x_BpE: jax.Array, layer: jax.Array, past: Any) -> tuple[jax.Array, Any]:
+            of_layer = segment._replace(dropout=segment.dropout and segment.dropout.at(LAYER, layer))
+            return block(x_BpE, of_layer, past)
 
         if self.remat:
             kept = jax.checkpoint_policies.save_only_these_names(ATTENDED, COMMUNICATED, SCATTERED)
             apply = nnx.remat(apply, policy=kept)
 
-        @nnx.scan(in_axes=(nnx.Carry, 0, 0), out_axes=nnx.Carry, unroll=self.unroll)
-        def layers(x_BpE: jax.Array, block: Block, layer: jax.Array) -> jax.Array:
-            return apply(block, x_BpE, layer)
+        @nnx.scan(in_axes=(nnx.Carry, 0, 0, 0), out_axes=(nnx.Carry, 0), unroll=self.unroll)
+        def layers(x_BpE: jax.Array, block: Block, layer: jax.Array, past: Any) -> tuple[jax.Array, Any]:
+            return apply(block, x_BpE, layer, past)
 
-        return layers(x_BpE, self.blocks, jnp.arange(self.layers))
+        return layers(x_BpE, self.blocks, jnp.arange(self.layers), past)

@@ -1,4 +1,4 @@
-"""The loss law: sums of token losses here, one division by the global number of counted tokens at the end."""
+"""The loss law: losses of single tokens here, sums over the mesh, one division by the global count at the end."""
 
 from typing import Any, NamedTuple
 
@@ -11,7 +11,7 @@ from lss_jax.parallel.tensor_parallel import own_numbers, own_part
 
 
 class LossSum(NamedTuple):
-    """Sums over some tokens, float32 scalars or one per position: divide only after both are summed over the mesh."""
+    """Per token, or summed over some of them, float32: divide only after both are summed over the mesh."""
 
     nats: Any
     tokens: Any  # those that count
@@ -21,22 +21,17 @@ class LossSum(NamedTuple):
         return self.nats / jnp.maximum(self.tokens, 1.0)
 
 
-def cross_entropy(logits_BlV: jax.Array, targets_Bl: jax.Array, over: int | None = None) -> LossSum:
-    """Cross-entropy in nats, summed over this device's tokens whose target is not `IGNORED`.
-
-    `over` is the dimension of `Bl` that is summed, None: both.
-    """
+def cross_entropy(logits_BlV: jax.Array, targets_Bl: jax.Array) -> LossSum:
+    """Cross-entropy in nats of each of this device's tokens, `[B, l]`; zero where the target is `IGNORED`."""
     counted_Bl = targets_Bl != IGNORED
     target_logit_Bl = jnp.take_along_axis(logits_BlV, jnp.maximum(targets_Bl, 0)[..., None], axis=-1)[..., 0]
     nats_Bl = jax.nn.logsumexp(logits_BlV, axis=-1) - target_logit_Bl
-    return LossSum(jnp.sum(nats_Bl, over, where=counted_Bl), jnp.sum(counted_Bl, over, dtype=jnp.float32))
+    return LossSum(jnp.where(counted_Bl, nats_Bl, 0.0), counted_Bl.astype(jnp.float32))
 
 
 @jax.named_scope(LOSS)
-def cross_entropy_of_shares(
-    logits_BlV: jax.Array, targets_Bl: jax.Array, axis: str, over: int | None = None
-) -> LossSum:
-    """The same where each device of `axis` has all tokens' logits of its share of the vocabulary.
+def cross_entropy_of_shares(logits_BlV: jax.Array, targets_Bl: jax.Array, axis: str) -> LossSum:
+    """The same where each device of `axis` has all tokens' logits of its share of the vocabulary: `[B, p]`.
 
     No device ever has all logits of a token: the largest and the sum of exponentials go over `axis`, a number per
     token, and each device counts its own part of the tokens.
@@ -49,4 +44,4 @@ def cross_entropy_of_shares(
     sum_Bp, target_logit_Bp = jax.lax.psum_scatter(shares_2Bl, axis, scatter_dimension=2, tiled=True)
     counted_Bp = own_part(targets_Bl, axis, 1) != IGNORED
     nats_Bp = jnp.log(sum_Bp) - target_logit_Bp
-    return LossSum(jnp.sum(nats_Bp, over, where=counted_Bp), jnp.sum(counted_Bp, over, dtype=jnp.float32))
+    return LossSum(jnp.where(counted_Bp, nats_Bp, 0.0), counted_Bp.astype(jnp.float32))

@@ -1,4 +1,4 @@
-"""Bits per byte by how much came before: the loss of each position of a window, in bins of powers of two.
+"""A task's headline metric by how much came before: the loss of each position of a window, in bins of powers of two.
 
 The byte after natural position `i` of a window has `i + 1` bytes before it there; with a narrower attention window, or
 packed documents, a model sees fewer of them. Windows follow one another in the split, so that every length predicts the
@@ -6,9 +6,10 @@ same bytes, each once (but those of a prefix), and a longer window differs in wh
 """
 
 import dataclasses
+import functools
 import math
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
@@ -18,24 +19,17 @@ from jax.sharding import Mesh
 from lss_jax.attention.placement import mesh_of
 from lss_jax.config.rules import validate
 from lss_jax.config.schema import Config, ConfigError, gather_problems
-from lss_jax.data.sources import open_splits
+from lss_jax.data.split import WindowSplit
 from lss_jax.models import Model, Params, build_model
-from lss_jax.models.losses import LossSum
 from lss_jax.parallel.layout import Layout, layout_on
 from lss_jax.parallel.mesh import shardings
 from lss_jax.reports.figures import Curve, Plot
-from lss_jax.storage.metrics import bits_per_byte
 from lss_jax.storage.workdir import check_workdir
-from lss_jax.training.evaluation import Split, losses_on, restore_params
+from lss_jax.tasks import Task, make_task
+from lss_jax.tasks.task import means_of, values_of
+from lss_jax.training.evaluation import restore_params, sums_on
 from lss_jax.training.state import kept_specs
 from lss_jax.training.step import make_position_step
-
-
-class Sums(NamedTuple):
-    """Sums of each natural position, float64 `[L]`, of a window of `L` tokens."""
-
-    nats_L: np.ndarray
-    tokens_L: np.ndarray
 
 
 def parse_lengths(written: str) -> list[int]:
@@ -58,14 +52,14 @@ def evaluate_by_position(
     of_length = {length: at_length(config, length) for length in lengths}
     gather_problems(*(lambda c=c: validate(c, len(jax.devices())) for c in of_length.values()))
     mesh = mesh_of(config, jax.devices())
-    data = open_splits(of_length[lengths[-1]].data)[name]
-    splits = {length: Split(data, of_length[length], mesh) for length in lengths}
+    tasks = {length: make_task(c) for length, c in of_length.items()}
+    splits = {length: tasks[length].splits(mesh)[name] for length in reversed(lengths)}  # the longest may be too long
     step, params = restore_params(build_model(config), mesh, workdir)
     rows = []
     for length in lengths:
         model = build_model(of_length[length])
         sums = sums_by_position(model, mesh, shortened(params, model, mesh), splits[length], name, batches)
-        rows.append({"length": length, **totals(sums), "bins": binned(sums)})
+        rows.append({"length": length, **totals(tasks[length], sums), "bins": binned(tasks[length], sums)})
     return {"step": step, "split": name, "windows": rows}
 
 
@@ -92,51 +86,59 @@ def shortened(params: Params, model: Model, mesh: Mesh) -> Params:
     return cut(params)
 
 
-def sums_by_position(model: Model, mesh: Mesh, params: Params, split: Split, name: str, batches: int | None) -> Sums:
-    """Sums over the first `batches` batches of a split, None for all of it."""
+def sums_by_position(
+    model: Model, mesh: Mesh, params: Params, split: WindowSplit, name: str, batches: int | None
+) -> Any:
+    """The task's sums over the first `batches` batches of a split, None for all of it: float64, `[L]` each."""
     length, layout = model.config.data.seq_len, layout_on(model.config, mesh)
-    total = Sums(np.zeros(length), np.zeros(length))
-    for sums in losses_on(make_position_step(model, mesh), params, split, name, batches):
-        total = Sums(*map(np.add, total, in_natural_order(sums, layout, length)))
-    return total
+    found = (
+        in_natural_order(sums, layout, length)
+        for sums in sums_on(make_position_step(model, mesh), params, split, name, batches)
+    )
+    return functools.reduce(lambda total, sums: jax.tree.map(np.add, total, sums), found)
 
 
-def in_natural_order(sums: LossSum, layout: Layout, length: int) -> Sums:
+def in_natural_order(sums: Any, layout: Layout, length: int) -> Any:
     """Global sums in layout order, as the mesh has them, on every host: without padding, one number per position."""
-    whole = [multihost_utils.process_allgather(each, tiled=True) for each in sums]
-    order = np.argsort(layout.positions(len(whole[0])))[:length]
-    return Sums(*(each.astype(np.float64)[order] for each in whole))
+
+    def ordered(each: jax.Array) -> np.ndarray:
+        whole_L = multihost_utils.process_allgather(each, tiled=True).astype(np.float64)
+        return whole_L[np.argsort(layout.positions(len(whole_L)))[:length]]
+
+    return jax.tree.map(ordered, sums)
 
 
-def binned(sums: Sums) -> list[dict[str, Any]]:
-    """By how many bytes came before: 1, 2, 3-4, 5-8 and so on to the length; bins where nothing counts are left out."""
-    length = len(sums.tokens_L)
+def binned(task: Task, sums: Any) -> list[dict[str, Any]]:
+    """By how many items came before: 1, 2, 3-4, 5-8 and so on to the length; bins where nothing counts are left out."""
+    length = len(sums[-1])
     ends = [2**power for power in range(math.ceil(math.log2(length)))] + [length]
     bins = [(first + 1, last) for first, last in zip([0, *ends[:-1]], ends, strict=True)]
-    of_bins = [{"before": [a, b], **totals(Sums(sums.nats_L[a - 1 : b], sums.tokens_L[a - 1 : b]))} for a, b in bins]
-    return [of_bin for of_bin in of_bins if of_bin["bytes"]]
+    of_bins = [
+        {"before": [a, b], **totals(task, jax.tree.map(lambda each_L, a=a, b=b: each_L[a - 1 : b], sums))}
+        for a, b in bins
+    ]
+    return [of_bin for of_bin in of_bins if of_bin[task.items]]
 
 
-def totals(sums: Sums) -> dict[str, Any]:
-    """Loss over all positions, and how many bytes were predicted there."""
-    count = float(sums.tokens_L.sum())
-    loss = float(sums.nats_L.sum()) / max(count, 1.0)
-    return {"loss": loss, "bits_per_byte": bits_per_byte(loss), "bytes": round(count)}
+def totals(task: Task, sums: Any) -> dict[str, Any]:
+    """The task's metrics over all positions, and how many items counted there."""
+    total = jax.tree.map(lambda each_L: float(each_L.sum()), sums)
+    return {**values_of(task, means_of(total)), task.items: round(total[-1])}
 
 
-def table_of(result: dict[str, Any]) -> str:
+def table_of(task: Task, result: dict[str, Any]) -> str:
     """For a terminal: a row per bin, a column per length of window."""
-    windows = result["windows"]
+    windows, metric = result["windows"], task.headline
     lines = [
-        f"step {result['step']}  {result['split']}  bits per byte by bytes before, in windows of",
+        f"step {result['step']}  {result['split']}  {metric.label} by {task.items} before, in windows of",
         f"{'before':>15}" + "".join(f"{window['length']:>12,}" for window in windows),
     ]
-    cells = [{shown_bin(of_bin["before"]): of_bin["bits_per_byte"] for of_bin in window["bins"]} for window in windows]
+    cells = [{shown_bin(of_bin["before"]): of_bin[metric.name] for of_bin in window["bins"]} for window in windows]
     firsts = {shown_bin(of_bin["before"]): tuple(of_bin["before"]) for window in windows for of_bin in window["bins"]}
     for shown in sorted(firsts, key=lambda shown: firsts[shown]):
         lines.append(f"{shown:>15}" + "".join(f"{c[shown]:>12.4f}" if shown in c else f"{'-':>12}" for c in cells))
-    lines.append(f"{'all':>15}" + "".join(f"{window['bits_per_byte']:>12.4f}" for window in windows))
-    lines.append(f"{'bytes':>15}" + "".join(f"{window['bytes']:>12,}" for window in windows))
+    lines.append(f"{'all':>15}" + "".join(f"{window[metric.name]:>12.4f}" for window in windows))
+    lines.append(f"{task.items:>15}" + "".join(f"{window[task.items]:>12,}" for window in windows))
     return "\n".join(lines)
 
 
@@ -146,16 +148,16 @@ def shown_bin(before: list[int]) -> str:
     return f"{first:,}" if first == last else f"{first:,}-{last:,}"
 
 
-def plot_of(windows: dict[str, dict[str, Any]]) -> Plot:
+def plot_of(task: Task, windows: dict[str, dict[str, Any]]) -> Plot:
     """Windows under their labels, each as a curve through its bins, at the bins' last places."""
     curves = [
         Curve(
             label,
             [of_bin["before"][1] for of_bin in window["bins"]],
-            [of_bin["bits_per_byte"] for of_bin in window["bins"]],
+            [of_bin[task.headline.name] for of_bin in window["bins"]],
             style,
             dots=True,
         )
         for style, (label, window) in enumerate(windows.items())
     ]
-    return Plot("bytes before, at most", "bits per byte", curves, log_x=True)
+    return Plot(f"{task.items} before, at most", task.headline.label, curves, log_x=True)

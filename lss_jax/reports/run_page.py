@@ -18,6 +18,7 @@ from lss_jax.reports.figures import Curve, Plot
 from lss_jax.reports.page import figures, page, paragraph, section, table
 from lss_jax.reports.runs import Run, caveats
 from lss_jax.storage.metrics import Record
+from lss_jax.tasks.task import Metric
 
 
 def compiled(config: Config) -> dict[str, Any] | str:
@@ -55,15 +56,16 @@ def final_numbers(run: Run, of_step: dict[str, Any] | str) -> dict[str, str]:
     """Under their names."""
     config, last = run.config, {record["split"]: record for record in run.records}
     done = run.records[-1]["step"]
-    valid = [record for record in run.of("valid") if math.isfinite(record["bits_per_byte"])]
-    best = min(valid, key=lambda record: record["bits_per_byte"], default=None)
+    metric = run.task.headline
+    valid = [record for record in run.of("valid") if math.isfinite(record["loss"])]
+    best = min(valid, key=lambda record: record["loss"], default=None)
     memory = None if isinstance(of_step, str) else of_step["memory"]["compiled"]
     return {
         "steps": f"{done:,} of {config.optim.steps:,}",
-        "train, bits per byte": _shown_bits(last.get("train")),
-        "valid, bits per byte": _shown_bits(last.get("valid")),
-        "lowest valid, bits per byte": _shown_bits(best) + (f" (step {best['step']:,})" if best else ""),
-        "test, bits per byte": _shown_bits(last.get("test")),
+        f"train, {metric.label}": _shown_metric(last.get("train"), metric),
+        f"valid, {metric.label}": _shown_metric(last.get("valid"), metric),
+        f"lowest valid, {metric.label}": _shown_metric(best, metric) + (f" (step {best['step']:,})" if best else ""),
+        f"test, {metric.label}": _shown_metric(last.get("test"), metric),
         "tokens trained on": f"{done * config.data.batch_size * config.data.seq_len:,}",
         "tokens per second, median": _shown(run.tokens_per_second(), ",.0f"),
         "updates skipped": f"{last['train']['skipped']:,}" if "train" in last else "-",
@@ -74,6 +76,7 @@ def final_numbers(run: Run, of_step: dict[str, Any] | str) -> dict[str, str]:
 
 def curves(runs: Sequence[Run]) -> str:
     """Losses, learning rate, gradient norm and throughput over the steps; skipped updates are marked."""
+    metric = runs[0].task.headline
     marks = tuple((float(step), style) for style, run in enumerate(runs) for step, _ in run.skips())
     told = "".join(
         f" Updates skipped{' by ' + run.name if runs[1:] else ''}, up to the dotted lines: "
@@ -84,13 +87,13 @@ def curves(runs: Sequence[Run]) -> str:
     )
     if runs[1:]:
         losses = [
-            (Plot("step", "bits per byte", _curves(runs, "train", "bits_per_byte"), marks), "Training loss." + told),
-            (Plot("step", "bits per byte", _curves(runs, "valid", "bits_per_byte", True)), "Validation loss."),
+            (Plot("step", metric.label, _curves(runs, "train", metric.name), marks), "Training loss." + told),
+            (Plot("step", metric.label, _curves(runs, "valid", metric.name, True)), "Validation loss."),
         ]
     else:
-        (train,), (valid,) = (_curves(runs, split, "bits_per_byte", split == "valid") for split in ("train", "valid"))
+        (train,), (valid,) = (_curves(runs, split, metric.name, split == "valid") for split in ("train", "valid"))
         both = [train._replace(label="train"), valid._replace(label="valid", style=1)]
-        losses = [(Plot("step", "bits per byte", both, marks), "Training and validation loss." + told)]
+        losses = [(Plot("step", metric.label, both, marks), "Training and validation loss." + told)]
     norms = _curves(runs, "train", "grad_norm")
     log_y = any(y > 0 for curve in norms for y in curve.y)
     return figures(
@@ -118,6 +121,7 @@ def _splits(runs: Sequence[Run]) -> list[str]:
 
 def by_position(runs: Sequence[Run], split: str) -> list[str]:
     """The figure over all runs that were evaluated so, and its numbers."""
+    metric, items = runs[0].task.headline, runs[0].task.items
     windows = {
         f"{run.name + ', ' if runs[1:] else ''}windows of {window['length']:,}": (
             run.by_position[split]["step"],
@@ -128,13 +132,13 @@ def by_position(runs: Sequence[Run], split: str) -> list[str]:
         for window in run.by_position[split]["windows"]
     }
     firsts = {tuple(b["before"]) for _, window in windows.values() for b in window["bins"]}
-    cells = [{tuple(b["before"]): b["bits_per_byte"] for b in window["bins"]} for _, window in windows.values()]
+    cells = [{tuple(b["before"]): b[metric.name] for b in window["bins"]} for _, window in windows.values()]
     rows = [[shown_bin([*before]), *(_shown(c.get(before), ".4f") for c in cells)] for before in sorted(firsts)]
-    rows.append(["all", *(_shown(window["bits_per_byte"], ".4f") for _, window in windows.values())])
+    rows.append(["all", *(_shown(window[metric.name], ".4f") for _, window in windows.values())])
     rows.append(["at step", *(f"{step:,}" for step, _ in windows.values())])
-    caption = f"Bits per byte of the {split} split by how many bytes came before in the window"
-    drawn = plot_of({label: window for label, (_, window) in windows.items()})
-    return [figures((drawn, caption + ".")), table(caption, ["bytes before", *windows], rows)]
+    caption = f"{metric.label.capitalize()} of the {split} split by how many {items} came before in the window"
+    drawn = plot_of(runs[0].task, {label: window for label, (_, window) in windows.items()})
+    return [figures((drawn, caption + ".")), table(caption, [f"{items} before", *windows], rows)]
 
 
 def compiled_step(run: Run, of_step: dict[str, Any] | str) -> list[str]:
@@ -187,8 +191,8 @@ def config_table(runs: Sequence[Run]) -> str:
     return table(caption, ["key", *(run.name for run in runs)], rows, words=len(runs))
 
 
-def _shown_bits(record: Record | None) -> str:
-    return _shown(record["bits_per_byte"] if record else None, ".4f")
+def _shown_metric(record: Record | None, metric: Metric) -> str:
+    return _shown(record[metric.name] if record else None, ".4f")
 
 
 def _shown(number: float | None, form: str) -> str:

@@ -12,6 +12,8 @@ from lss_jax.config.schema import Config, ConfigError, from_dict, gather_problem
 from lss_jax.storage.checkpoint import newest_notes
 from lss_jax.storage.metrics import Record, checked_records
 from lss_jax.storage.workdir import saved_config
+from lss_jax.tasks import make_task
+from lss_jax.tasks.task import Task
 
 BY_POSITION = "by_position"  # _SPLIT.json and .png, what `evaluate --by-position` keeps
 
@@ -25,6 +27,7 @@ class Run(NamedTuple):
     records: list[Record]
     data: dict[str, Any] | None  # size and fingerprint, as the newest checkpoint has them; None if there is none
     by_position: dict[str, dict[str, Any]]  # split to result
+    task: Task
 
     def of(self, split: str) -> list[Record]:
         """The records of a split."""
@@ -54,25 +57,28 @@ def read_runs(workdirs: Sequence[Path]) -> list[Run]:
 
 
 def _read(name: str, workdir: Path) -> Run:
-    config, records = from_dict(saved_config(workdir)), checked_records(workdir / "metrics.jsonl")
+    config = from_dict(saved_config(workdir))
+    task = make_task(config)
+    records = checked_records(workdir / "metrics.jsonl", (metric.name for metric in task.metrics))
     notes = newest_notes(workdir / "checkpoints")
-    results = map(_read_by_position, sorted(workdir.glob(f"{BY_POSITION}_*.json")))
-    return Run(name, workdir, config, records, notes and notes["data"], {r["split"]: r for r in results})
+    results = [_read_by_position(path, task) for path in sorted(workdir.glob(f"{BY_POSITION}_*.json"))]
+    return Run(name, workdir, config, records, notes and notes["data"], {r["split"]: r for r in results}, task)
 
 
-def _read_by_position(path: Path) -> dict[str, Any]:
+def _read_by_position(path: Path, task: Task) -> dict[str, Any]:
+    metric, items = task.headline.name, task.items
     try:
         result = json.loads(path.read_bytes())
         for window in result["windows"]:
-            _ = [result["step"] + window["length"] + window["bits_per_byte"] + window["bytes"], result["split"] + ""]
-            _ = [of_bin["before"][0] + of_bin["before"][1] + of_bin["bits_per_byte"] for of_bin in window["bins"]]
+            _ = [result["step"] + window["length"] + window[metric] + window[items], result["split"] + ""]
+            _ = [of_bin["before"][0] + of_bin["before"][1] + of_bin[metric] for of_bin in window["bins"]]
         return result
     except (OSError, ValueError, TypeError, KeyError, IndexError) as error:
         raise ConfigError(f"{path} is damaged; evaluate again with --by-position, or remove it") from error
 
 
 def check_comparable(runs: Sequence[Run]) -> None:
-    """Refuses runs on other data than the first: bits per byte of one text say nothing of another.
+    """Refuses runs on other data than the first: losses on one text say nothing of another.
 
     Raises:
       ConfigError: for each of them.
@@ -90,7 +96,7 @@ def check_comparable(runs: Sequence[Run]) -> None:
 
 def _identity(run: Run, other: Run) -> Any:
     """What must be the same: the fingerprint wherever the file lies, or where it lies if one has no checkpoint yet."""
-    return run.data if run.data and other.data else (run.config.data.source, run.config.data.path)
+    return run.config.task, run.data if run.data and other.data else (run.config.data.source, run.config.data.path)
 
 
 def _shown_data(run: Run) -> str:
@@ -108,8 +114,11 @@ def caveats(runs: Sequence[Run]) -> list[str]:
         counted = [c.eval_batches * c.data.batch_size * c.data.seq_len for c in (first, now)]
         if counted[0] != counted[1]:
             found.append(
-                f"Validation is over the first {counted[1]:,} bytes in {run.name}, {counted[0]:,} in {runs[0].name}."
+                f"Validation is over the first {counted[1]:,} {run.task.items} in {run.name}, {counted[0]:,} in "
+                f"{runs[0].name}."
             )
         if (now.attention.prefix, now.data.separator) != (first.attention.prefix, first.data.separator):
-            found.append(f"By attention.prefix or data.separator {run.name} predicts other bytes than {runs[0].name}.")
+            found.append(
+                f"By attention.prefix or data.separator {run.name} predicts other {run.task.items} than {runs[0].name}."
+            )
     return found

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +16,7 @@ from lss_jax.config.schema import ConfigError
 
 Record = dict[str, Any]
 
-OF_ALL = {"step", "split", "loss", "bits_per_byte"}
 OF_TRAINING = {"learning_rate", "grad_norm", "tokens_per_second", "step_seconds", "skipped"}
-
-
-def bits_per_byte(nats: float) -> float:
-    """Nats per byte to bits per byte."""
-    return nats / math.log(2)
 
 
 class MetricsWriter:
@@ -94,8 +89,8 @@ def read_records(path: Path) -> list[Record]:
     return records
 
 
-def checked_records(path: Path) -> list[Record]:
-    """The same, but every line must be sound, if not the last: a killed run leaves half of it.
+def checked_records(path: Path, metrics: Iterable[str]) -> list[Record]:
+    """The same, but every line must be sound and have these metrics, if not the last: a killed run leaves half of it.
 
     Raises:
       ConfigError: one is not, or there are none.
@@ -105,7 +100,7 @@ def checked_records(path: Path) -> list[Record]:
     except OSError as error:
         raise ConfigError(f"{path} cannot be read ({error.strerror}); give the folder of a training run") from error
     for number, line in enumerate(lines, 1):
-        if not _is_record(line):
+        if not _is_record(line, {"step", "split", *metrics}):
             raise ConfigError(
                 f"{path}: line {number} is damaged; put the file back from a copy, or remove that line, which leaves "
                 f"a gap in the curves"
@@ -115,10 +110,10 @@ def checked_records(path: Path) -> list[Record]:
     return read_records(path)
 
 
-def _is_record(line: bytes) -> bool:
+def _is_record(line: bytes, keys: set[str]) -> bool:
     try:
         record = json.loads(line)
-        keys = OF_ALL | (OF_TRAINING if record["split"] == "train" else set())
+        keys = keys | (OF_TRAINING if record["split"] == "train" else set())
         numbers = [value for key, value in record.items() if key != "split"]
     except (ValueError, TypeError, KeyError, AttributeError):
         return False
@@ -129,14 +124,14 @@ def _is_record(line: bytes) -> bool:
     )
 
 
-def console_line(record: Record, steps: int) -> str:
-    """A record for the eye; `steps` is where the run ends, for the time that is left."""
-    step = f"step {record['step']:>{len(str(steps))}}/{steps}"
+def console_line(record: Record, steps: int, metrics: str) -> str:
+    """A record for the eye; `steps` is where the run ends, for the time that is left, `metrics` how the task's read."""
+    line = f"step {record['step']:>{len(str(steps))}}/{steps}  {record['split']:<5} {metrics}"
     if record["split"] != "train":
-        return f"{step}  {record['split']:<5} loss {record['loss']:.4f}  {record['bits_per_byte']:.4f} bits/byte"
+        return line
     left = (steps - record["step"]) * record["step_seconds"]
     return (
-        f"{step}  train loss {record['loss']:.4f}  {record['bits_per_byte']:.4f} bits/byte  "
+        f"{line}  "
         f"lr {record['learning_rate']:.2e}  |grad| {record['grad_norm']:.2f}  "
         f"{record['tokens_per_second']:,.0f} tokens/s  {duration(left)} left"
     )

@@ -64,7 +64,7 @@ def kept_specs(model: Model, mesh: Mesh | AbstractMesh) -> Any:
     seq_len = model.config.data.seq_len
     if layout_on(model.config, mesh).padded(seq_len) == seq_len:
         return model.specs
-    return jax.tree.map(lambda spec: P() if SEQ in named_axes(spec) else spec, model.specs)
+    return model.with_tables(lambda _: P(), model.specs)
 
 
 def init_state(model: Model, optimizer: optax.GradientTransformation, mesh: Mesh, seed: int) -> TrainState:

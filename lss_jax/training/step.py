@@ -7,31 +7,34 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from lss_jax.data.batch import Batch, batch_like, batch_specs
+from lss_jax.attention.placement import setting_on
+from lss_jax.attention.strategies import make_attend
+from lss_jax.config.schema import Config
 from lss_jax.models import Model, Params
-from lss_jax.models.losses import LossSum
-from lss_jax.models.objective import dropout_of, local_loss
+from lss_jax.models.layers import Segment, without_past
+from lss_jax.parallel.dropout import Dropout
 from lss_jax.parallel.gradients import double_sum, varying
-from lss_jax.parallel.layout import layout_on
-from lss_jax.parallel.mesh import DATA, MODEL, SEQ, cut_axes, like, named_axes, over_cut_axes
-from lss_jax.parallel.scopes import OPTIMIZER, POSITIONS
+from lss_jax.parallel.hashing import hashed
+from lss_jax.parallel.mesh import DATA, MODEL, SEQ, if_cut, like, over_cut_axes
+from lss_jax.parallel.scopes import OPTIMIZER
+from lss_jax.parallel.tensor_parallel import own_part
+from lss_jax.tasks import make_task
+from lss_jax.tasks.task import means_of
 from lss_jax.training.optimizer import make_optimizer
 from lss_jax.training.state import TrainState, init_state, state_shardings
-
-SUM_SPECS = LossSum(P(), P())  # scalars: they ride along with the gradients, through the same two sums
-POSITION_SPECS = LossSum(P((SEQ, MODEL)), P((SEQ, MODEL)))  # one of each position: cut like a position table
+from lss_jax.training.tables import cropped, in_layout_order, in_natural_order, padded
 
 
 def make_train_step(model: Model, optimizer: optax.GradientTransformationExtraArgs, mesh: Mesh) -> jax.stages.Wrapped:
-    """The jitted step: a state (donated) and a global batch to the next state and its `loss` and `grad_norm`.
+    """The jitted step: a state (donated) and a global batch to the next state and its `means` and `grad_norm`.
 
-    If one of these is not finite, parameters and optimizer stay as they are, and `step` goes on to the next batch. Both
-    are known to every device anyway, so that this needs no collective.
+    If the loss or the norm is not finite, parameters and optimizer stay as they are, and `step` goes on to the next
+    batch. Both are known to every device anyway, so that this needs no collective.
     """
-    loss_and_gradient = make_loss_and_gradient(model, mesh)
+    means_and_gradient = make_means_and_gradient(model, mesh)
     placed = state_shardings(model, optimizer, mesh)
 
     def updated(state: TrainState, gradient: Params, norm: jax.Array) -> tuple[Params, Any]:
@@ -41,11 +44,11 @@ def make_train_step(model: Model, optimizer: optax.GradientTransformationExtraAr
     def unchanged(state: TrainState, _gradient: Params, _norm: jax.Array) -> tuple[Params, Any]:
         return state.params, state.opt_state
 
-    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
-        loss, gradient = loss_and_gradient(state.params, batch, state.step)
+    def train_step(state: TrainState, batch: Any) -> tuple[TrainState, dict[str, jax.Array]]:
+        means, gradient = means_and_gradient(state.params, batch, state.step)
         with jax.named_scope(OPTIMIZER):
-            metrics = {"loss": loss, "grad_norm": optax.tree.norm(gradient)}
-            good = jnp.isfinite(loss) & jnp.isfinite(metrics["grad_norm"])
+            metrics = {**means, "grad_norm": optax.tree.norm(gradient)}
+            good = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"])
             # A choice between programs, not between results: then the update happens in place, without a second state.
             kept = jax.lax.cond(good, updated, unchanged, state, gradient, metrics["grad_norm"])
             kept = jax.lax.with_sharding_constraint(kept, (placed.params, placed.opt_state))
@@ -59,112 +62,105 @@ def trace_train_step(model: Model, mesh: Mesh) -> jax.stages.Traced:
     config, optimizer = model.config, make_optimizer(model.config.optim)
     shapes = jax.eval_shape(lambda: init_state(model, optimizer, mesh, config.seed))
     state = like(shapes, state_shardings(model, optimizer, mesh))
-    layout, packed = layout_on(config, mesh), bool(config.data.separator)
-    batch = batch_like(config.data.batch_size, config.data.seq_len, mesh, layout, packed)
-    return make_train_step(model, optimizer, mesh).trace(state, batch)
+    return make_train_step(model, optimizer, mesh).trace(state, make_task(config).batch_like(mesh))
 
 
-LossAndGradient = Callable[[Params, Batch, jax.Array | int], tuple[jax.Array, Params]]
+Means = dict[str, jax.Array]
+MeansAndGradient = Callable[[Params, Any, jax.Array | int], tuple[Means, Params]]
 
 
-def make_loss_and_gradient(model: Model, mesh: Mesh) -> LossAndGradient:
-    """Mean loss (nats per counted token of the global batch) and its gradient.
+def make_means_and_gradient(model: Model, mesh: Mesh) -> MeansAndGradient:
+    """A batch's mean loss per counted item (and the task's other means), and the gradient of the loss.
 
-    From global parameters, a batch, and the number of the step, which with the seed decides what is dropped.
+    From global parameters, a global batch, and the number of the step, which with the seed decides what is dropped.
+    Here the sums over the mesh become means: everything is divided by the global count, once, after both sums.
     """
-    specs, of_batch = on_mesh(model.specs, mesh), batch_specs(bool(model.config.data.separator))
+    task = make_task(model.config)
+    specs, of_batch = on_mesh(model.specs, mesh), task.batch_specs()
 
     @partial(jax.shard_map, mesh=mesh, in_specs=(specs, on_mesh(of_batch, mesh), P()), out_specs=(P(), specs))
-    def on_segments(params: Params, batch: Batch, step: jax.Array) -> tuple[jax.Array, Params]:
+    def on_segments(params: Params, batch: Any, step: jax.Array) -> tuple[Means, Params]:
         params = in_layout_order(varying(params, model.specs, mesh), model, mesh)
 
-        def partial_sums(batch: Batch) -> tuple[LossSum, Params]:
-            def nats(params: Params) -> tuple[jax.Array, LossSum]:
-                sums = local_loss(model, mesh, params, batch, dropout_of(model.config, mesh, batch, step))
-                return sums.nats, sums
+        def partial_sums(batch: Any) -> tuple[Any, Params]:
+            def loss(params: Params) -> tuple[jax.Array, Any]:
+                losses = local_losses(model, mesh, params, batch, dropout_of(model.config, mesh, batch, step))
+                sums = jax.tree.map(jnp.sum, losses)
+                return sums[0], sums
 
-            gradient, sums = jax.grad(nats, has_aux=True)(params)
+            gradient, sums = jax.grad(loss, has_aux=True)(params)
             return sums, gradient
 
         sums, gradient = sum_over_microbatches(partial_sums, batch, of_batch, model.config.optim.accumulate)
-        gradient = in_layout_order(gradient, model, mesh, back=True)
-        sums, gradient = double_sum((sums, gradient), (SUM_SPECS, model.specs), mesh)
-        return sums.mean(), jax.tree.map(lambda leaf: leaf / jnp.maximum(sums.tokens, 1.0), gradient)
+        gradient = in_natural_order(gradient, model, mesh)
+        sums, gradient = double_sum((sums, gradient), (jax.tree.map(lambda _: P(), sums), model.specs), mesh)
+        return means_of(sums), jax.tree.map(lambda leaf: leaf / jnp.maximum(sums[-1], 1.0), gradient)
 
-    def loss_and_gradient(params: Params, batch: Batch, step: jax.Array | int) -> tuple[jax.Array, Params]:
-        loss, gradient = on_segments(padded(params, model, mesh), batch, jnp.asarray(step, jnp.uint32))
-        return loss, cropped(gradient, model, mesh)
+    def means_and_gradient(params: Params, batch: Any, step: jax.Array | int) -> tuple[Means, Params]:
+        means, gradient = on_segments(padded(params, model, mesh), batch, jnp.asarray(step, jnp.uint32))
+        return means, cropped(gradient, model, mesh)
 
-    return loss_and_gradient
+    return means_and_gradient
 
 
 def make_eval_step(model: Model, mesh: Mesh) -> jax.stages.Wrapped:
-    """The jitted evaluation: global parameters and batch to the batch's `LossSum`, to be added up over batches."""
-    return _sums(model, mesh, SUM_SPECS, over=None)
+    """The jitted evaluation: global parameters and batch to the task's sums, to be added up over batches."""
+    return _sums(model, mesh, over=None, spec=P())  # scalars
 
 
 def make_position_step(model: Model, mesh: Mesh) -> jax.stages.Wrapped:
     """The jitted evaluation by position: the same to sums over the sequences alone, `[L]`, padded, in layout order.
 
-    What is cut like the sequence stays so: by the gradient law such sums are taken over `data`.
+    What is sharded like the sequence stays so: by the gradient law such sums are taken over `data`.
     """
-    return _sums(model, mesh, POSITION_SPECS, over=0)
+    return _sums(model, mesh, over=0, spec=P((SEQ, MODEL)))
 
 
-def _sums(model: Model, mesh: Mesh, specs: LossSum, over: int | None) -> jax.stages.Wrapped:
-    """Losses of a batch, summed `over` a dimension or both (`local_loss`), and over the axes not in `specs`."""
-    in_specs = on_mesh((model.specs, batch_specs(bool(model.config.data.separator))), mesh)
+def _sums(model: Model, mesh: Mesh, over: int | None, spec: P) -> jax.stages.Wrapped:
+    """The task's losses of a batch, summed `over` a dimension or all, and over the axes that `spec` does not name."""
+    task = make_task(model.config)
+    in_specs = on_mesh((model.specs, task.batch_specs()), mesh)
 
-    @partial(jax.shard_map, mesh=mesh, in_specs=in_specs, out_specs=on_mesh(specs, mesh))
-    def on_segments(params: Params, batch: Batch) -> LossSum:
-        params = in_layout_order(params, model, mesh)
-        return double_sum(local_loss(model, mesh, params, batch, None, over), specs, mesh)
+    @partial(jax.shard_map, mesh=mesh, in_specs=in_specs, out_specs=over_cut_axes(spec, mesh))
+    def on_segments(params: Params, batch: Any) -> Any:
+        losses = local_losses(model, mesh, in_layout_order(params, model, mesh), batch, None)
+        sums = jax.tree.map(lambda losses_Bp: jnp.sum(losses_Bp, over), losses)
+        return double_sum(sums, jax.tree.map(lambda _: spec, sums), mesh)
 
     return jax.jit(lambda params, batch: on_segments(padded(params, model, mesh), batch))
 
 
-@jax.named_scope(POSITIONS)
-def in_layout_order(params: Params, model: Model, mesh: Mesh, back: bool = False) -> Params:
-    """Local parameters (or gradients) with the rows of cut tables where their tokens are, or `back` where they lie."""
-    layout, axes = layout_on(model.config, mesh), tuple(axis for axis in cut_axes(mesh) if axis != DATA)
-    move = layout.to_natural if back else layout.from_natural
-    return jax.tree.map(lambda p, spec: move(p, axes) if SEQ in named_axes(spec) else p, params, model.specs)
+def local_losses(model: Model, mesh: Mesh, params: Params, batch: Any, dropout: Dropout | None) -> Any:
+    """The task's losses of this device's own part of the segment, of its own sequences, `[B, p]` each."""
+    config, axis, task = model.config, if_cut(MODEL, mesh), make_task(model.config)
+    positions_l, positions_p = batch.positions, own_part(batch.positions, axis, 0)
+    attend = make_attend(config.attention.strategy, task.mask(batch.positions, batch), setting_on(config, mesh))
+    segment = Segment(
+        positions_l=positions_l,
+        positions_p=positions_p,
+        attend=without_past(attend),
+        dropout=dropout and dropout._replace(position_l=positions_p),
+        model_axis=axis,
+    )
+    return task.losses(model.apply(params, task.inputs(batch), segment), batch, axis)
 
 
-def padded(params: Params, model: Model, mesh: Mesh) -> Params:
-    """Global parameters with rows of zeros added where a table is cut like a padded sequence."""
-    missing = _missing_rows(model, mesh)
-
-    def with_rows(param: jax.Array, spec: P) -> jax.Array:
-        return jnp.pad(param, ((0, missing), (0, 0))) if SEQ in named_axes(spec) else param
-
-    return jax.tree.map(with_rows, params, model.specs) if missing else params
-
-
-@jax.named_scope(POSITIONS)
-def cropped(gradient: Params, model: Model, mesh: Mesh) -> Params:
-    """The inverse of `padded`. What the mesh does not divide is whole on every device, so it is first gathered."""
-    missing = _missing_rows(model, mesh)
-
-    def without_rows(leaf: jax.Array, spec: P) -> jax.Array:
-        if SEQ not in named_axes(spec):
-            return leaf
-        return jax.lax.with_sharding_constraint(leaf, NamedSharding(mesh, P()))[:-missing]
-
-    return jax.tree.map(without_rows, gradient, model.specs) if missing else gradient
+def dropout_of(config: Config, mesh: Mesh, batch: Any, step: jax.Array) -> Dropout | None:
+    """Dropout of a step for the rows and positions of a (local) batch, None if nothing is dropped."""
+    if not config.model.dropout:
+        return None
+    axis = if_cut(MODEL, mesh)
+    first_head = jax.lax.axis_index(axis) * (config.model.heads // mesh.shape[MODEL]) if axis else 0
+    key = hashed(jnp.uint32(config.seed), step)
+    return Dropout(config.model.dropout, key, batch.rows, batch.positions, first_head)
 
 
-def _missing_rows(model: Model, mesh: Mesh) -> int:
-    seq_len = model.config.data.seq_len
-    return layout_on(model.config, mesh).padded(seq_len) - seq_len
-
-
-def sum_over_microbatches(function: Callable[[Batch], Any], batch: Batch, specs: Batch, count: int) -> Any:
+def sum_over_microbatches(function: Callable[[Any], Any], batch: Any, specs: Any, count: int) -> Any:
     """`function` of the local batch, as the sum of `function` over `count` equal parts of its rows."""
     if count == 1:
         return function(batch)
 
-    def micro(index: jax.Array | int) -> Batch:
+    def micro(index: jax.Array | int) -> Any:
         def rows(array: jax.Array, spec: P) -> jax.Array:
             if DATA not in spec:
                 return array
@@ -181,5 +177,5 @@ def sum_over_microbatches(function: Callable[[Batch], Any], batch: Batch, specs:
 
 
 def on_mesh(specs: Any, mesh: Mesh) -> Any:
-    """The specs, for `shard_map` on this mesh: without the axes that cut nothing."""
+    """The specs, for `shard_map` on this mesh: without the axes over which nothing is sharded."""
     return jax.tree.map(lambda spec: over_cut_axes(spec, mesh), specs)

@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -12,21 +13,18 @@ import numpy as np
 from lss_jax.attention.placement import kernel_on, mesh_of
 from lss_jax.config.rules import validate
 from lss_jax.config.schema import Config, ConfigError, RunError, gather_problems
-from lss_jax.data.batch import Batch
-from lss_jax.data.loader import (
-    prefetched,
-    shuffled_starts,
-    training_windows,
-)
-from lss_jax.data.sources import check_file, fingerprint, open_splits
+from lss_jax.data.loader import prefetched
+from lss_jax.data.sources import check_file, fingerprint
 from lss_jax.models import build_model
 from lss_jax.parallel.mesh import like
 from lss_jax.runtime.distributed import after_first, is_first
 from lss_jax.runtime.interrupt import held_back
 from lss_jax.storage.checkpoint import CheckpointWriter, Restored, newest_step, restore_newest_sound
-from lss_jax.storage.metrics import MetricsWriter, Record, bits_per_byte
+from lss_jax.storage.metrics import MetricsWriter, Record
 from lss_jax.storage.workdir import check_workdir, check_writable, keep_config
-from lss_jax.training.evaluation import Split, evaluate_split
+from lss_jax.tasks import make_task
+from lss_jax.tasks.task import values_of
+from lss_jax.training.evaluation import evaluate_split
 from lss_jax.training.optimizer import make_optimizer, make_schedule
 from lss_jax.training.profile import STEP, Profile
 from lss_jax.training.skips import Skips
@@ -62,7 +60,7 @@ class Trainer:
         )
         self.mesh = mesh_of(config, devices)
         self.kernel = kernel_on(config.attention, self.mesh)
-        self.model = build_model(config)
+        self.model, self.task = build_model(config), make_task(config)
         self._blocks = self.mesh.devices.flat[0].platform == "cpu"
         self._optimizer = make_optimizer(config.optim)
         self._schedule = make_schedule(config.optim)
@@ -70,7 +68,7 @@ class Trainer:
         self._eval_step = make_eval_step(self.model, self.mesh)
         folder = workdir / "checkpoints"
         self.changes = {} if newest_step(folder) is None else check_workdir(config, workdir)
-        self.splits = {name: Split(data, config, self.mesh) for name, data in open_splits(config.data).items()}
+        self.splits = self.task.splits(self.mesh)
         self._source = self.splits["train"].data.source
         self._data = fingerprint(self._source)
         found = self._restored(folder)
@@ -109,7 +107,7 @@ class Trainer:
         finally:
             self._profile.stop()  # if the run ends within it, for whatever reason
 
-    def _fit(self, batches: Iterator[Batch], may_start: Callable[[int], bool]) -> Iterator[Record]:
+    def _fit(self, batches: Iterator[Any], may_start: Callable[[int], bool]) -> Iterator[Record]:
         assert self._train_step is not None
         config, first = self.config, self.step
         steps_timed, seconds = 0, 0.0
@@ -145,15 +143,12 @@ class Trainer:
 
     def evaluate(self, split: str, batches: int | None = None) -> Record:
         """Loss over the first `batches` batches of a split, None for all of it."""
-        losses = evaluate_split(self._eval_step, self.state.params, self.splits[split], split, batches)
-        return {"step": self.step, "split": split, **losses}
+        step = {"step": self.step, "split": split}
+        return step | evaluate_split(self.task, self._eval_step, self.state.params, self.splits[split], split, batches)
 
-    def training_batch(self, step: int) -> Batch:
+    def training_batch(self, step: int) -> Any:
         """The global batch of a step (counted from 0), which depends on the seed and the step alone."""
-        data, train = self.config.data, self.splits["train"]
-        windows = training_windows(len(train.data), data.seq_len)
-        order = {"batch_size": data.batch_size, "seq_len": data.seq_len, "seed": self.config.seed}
-        return train.read(shuffled_starts(step, windows=windows, **order))
+        return self.splits["train"].training_batch(step)
 
     def save(self) -> None:
         """Starts saving the state as it is now; `close` waits for it.
@@ -229,8 +224,7 @@ class Trainer:
         return {
             "step": self.step,
             "split": "train",
-            "loss": float(metrics["loss"]),
-            "bits_per_byte": bits_per_byte(float(metrics["loss"])),
+            **values_of(self.task, metrics),
             "learning_rate": float(self._schedule(self.step - 1 - self._skips.total)),
             "grad_norm": float(metrics["grad_norm"]),
             "tokens_per_second": tokens / step_seconds,

@@ -1,0 +1,92 @@
+"""Language modelling over bytes: the next byte of each, from those that the mask shows (causal, windowed, packed)."""
+
+import math
+from collections.abc import Iterator
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from lss_jax.attention.mask import Intervals, bidirectional, documents, prefix_causal, window
+from lss_jax.config.schema import ConfigError
+from lss_jax.data.batch import IGNORED, Batch, batch_like, batch_specs
+from lss_jax.data.loader import document_edges, read_batch
+from lss_jax.data.sources import Part, open_splits
+from lss_jax.data.split import WindowSplit
+from lss_jax.data.text import ByteText
+from lss_jax.models.losses import LossSum, cross_entropy, cross_entropy_of_shares
+from lss_jax.parallel.layout import layout_on
+from lss_jax.parallel.tensor_parallel import own_part
+from lss_jax.tasks.task import Metric, Task
+
+NATS = Metric("loss", "nats/byte", "nats per byte", lambda means: means["loss"])
+BITS = Metric("bits_per_byte", "bits/byte", "bits per byte", lambda means: means["loss"] / math.log(2))
+
+
+class LanguageModel(Task):
+    """Predicts each token's next one. The model's outputs are logits: `BpV`, or `BlV` of a share of the vocabulary."""
+
+    items: ClassVar[str] = "bytes"
+    metrics: ClassVar[tuple[Metric, ...]] = (NATS, BITS)
+    headline: ClassVar[Metric] = BITS
+    text: ClassVar[type[ByteText]] = ByteText  # what the tokens stand for, for generation
+
+    @property
+    def packed(self) -> bool:
+        """Whether windows hold several documents, each of which sees itself alone."""
+        return bool(self.config.data.separator)
+
+    def problems(self) -> Iterator[str]:
+        vocab, needed = self.config.model.vocab, self.text.vocab
+        if vocab < needed:
+            yield f"model.vocab={vocab} is less than {needed}, which byte-level data needs; use model.vocab={needed}"
+
+    def batch_specs(self) -> Batch:
+        return batch_specs(self.packed)
+
+    def batch_like(self, mesh: Mesh) -> Batch:
+        data = self.config.data
+        return batch_like(data.batch_size, data.seq_len, mesh, layout_on(self.config, mesh), self.packed)
+
+    def splits(self, mesh: Mesh) -> dict[str, WindowSplit]:
+        return {name: self.split(part, mesh) for name, part in open_splits(self.config.data).items()}
+
+    def split(self, data: Part, mesh: Mesh) -> WindowSplit:
+        """One split; finds the documents in it if they count.
+
+        Raises:
+          ConfigError: it has no document, or nothing to predict.
+        """
+        config, edges = self.config, document_edges(data.mapped(), self.config.data.separator)
+        if len(data) <= config.attention.prefix:
+            raise ConfigError(
+                f"attention.prefix={config.attention.prefix} leaves nothing to predict in a split of {len(data)} "
+                f"bytes; use a shorter prefix or a longer file"
+            )
+
+        def read(starts_B: np.ndarray) -> Batch:
+            return read_batch(data, starts_B, config.data.seq_len, mesh, layout_on(config, mesh), edges)
+
+        return WindowSplit(data, config, read, 1 if edges is None else len(edges) - 1)
+
+    def inputs(self, batch: Batch) -> jax.Array:
+        return batch.tokens
+
+    def mask(self, positions_l: jax.Array, batch: Batch | None = None) -> Intervals:
+        """Causal, narrowed or widened as the config says; of packed documents each token sees its own alone."""
+        attention, seq_len = self.config.attention, self.config.data.seq_len
+        mask = prefix_causal(positions_l, attention.prefix) & bidirectional(positions_l, seq_len)
+        if attention.window:
+            mask &= window(positions_l, attention.window)
+        if batch is not None and batch.documents is not None:
+            mask &= documents(batch.documents)
+        return mask
+
+    def losses(self, outputs: jax.Array, batch: Batch, axis: str | None) -> LossSum:
+        in_prefix_l = batch.positions < self.config.attention.prefix - 1  # their next token is in plain sight
+        targets_Bl = jnp.where(in_prefix_l, IGNORED, batch.targets)
+        if axis and self.config.model.vocab_parallel:
+            return cross_entropy_of_shares(outputs, targets_Bl, axis)
+        return cross_entropy(outputs, own_part(targets_Bl, axis, 1))

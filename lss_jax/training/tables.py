@@ -1,0 +1,55 @@
+"""Parameters with a row for each position: sharded like the sequence, whatever its layout and its padding.
+
+In the training state they are in natural order and without padding; inside `shard_map` each device has the rows of its
+own tokens.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from lss_jax.models import Model, Params
+from lss_jax.parallel.layout import layout_on
+from lss_jax.parallel.mesh import DATA, cut_axes
+from lss_jax.parallel.scopes import POSITIONS
+
+
+@jax.named_scope(POSITIONS)
+def in_layout_order(params: Params, model: Model, mesh: Mesh) -> Params:
+    """Local parameters with the rows of each table where their tokens are."""
+    layout, axes = layout_on(model.config, mesh), _sequence_axes(mesh)
+    return model.with_tables(lambda table_pE: layout.from_natural(table_pE, axes), params)
+
+
+@jax.named_scope(POSITIONS)
+def in_natural_order(gradient: Params, model: Model, mesh: Mesh) -> Params:
+    """The inverse, for the gradient: rows where the training state has them."""
+    layout, axes = layout_on(model.config, mesh), _sequence_axes(mesh)
+    return model.with_tables(lambda table_pE: layout.to_natural(table_pE, axes), gradient)
+
+
+def padded(params: Params, model: Model, mesh: Mesh) -> Params:
+    """Global parameters with rows of zeros added to each table that is sharded like a padded sequence."""
+    missing = _missing_rows(model, mesh)
+    return model.with_tables(lambda table: jnp.pad(table, ((0, missing), (0, 0))), params) if missing else params
+
+
+@jax.named_scope(POSITIONS)
+def cropped(gradient: Params, model: Model, mesh: Mesh) -> Params:
+    """The inverse of `padded`. What the mesh does not divide is whole on every device, so it is first gathered."""
+    missing = _missing_rows(model, mesh)
+
+    def without_padding(table: jax.Array) -> jax.Array:
+        return jax.lax.with_sharding_constraint(table, NamedSharding(mesh, P()))[:-missing]
+
+    return model.with_tables(without_padding, gradient) if missing else gradient
+
+
+def _sequence_axes(mesh: Mesh) -> tuple[str, ...]:
+    return tuple(axis for axis in cut_axes(mesh) if axis != DATA)
+
+
+def _missing_rows(model: Model, mesh: Mesh) -> int:
+    seq_len = model.config.data.seq_len
+    return layout_on(model.config, mesh).padded(seq_len) - seq_len

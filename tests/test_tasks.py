@@ -1,0 +1,128 @@
+"""The seams of tasks and families: a toy of each, a few lines here and nowhere else, trains on any mesh."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from helpers import small_config
+from jax.sharding import PartitionSpec as P
+
+from lss_jax.attention.mask import causal
+from lss_jax.config.schema import ConfigError
+from lss_jax.data.loader import read_batch
+from lss_jax.data.sources import open_splits
+from lss_jax.data.split import WindowSplit
+from lss_jax.models import FAMILIES, build_model
+from lss_jax.parallel.layout import layout_on
+from lss_jax.parallel.tensor_parallel import own_part
+from lss_jax.tasks import TASKS, make_task
+from lss_jax.tasks.language_model import LanguageModel
+from lss_jax.tasks.task import Metric, Task
+from lss_jax.training.evaluation import evaluate_run
+from lss_jax.training.trainer import Trainer
+
+COUNTED = ord("a")
+
+
+class CountSums(NamedTuple):
+    """Of squared errors, and of guesses that are right when rounded."""
+
+    squared: Any
+    right: Any
+    tokens: Any
+
+
+class CountAToken(Task):
+    """How many of the last tokens in sight are an `a`: a number for each position, from attention alone."""
+
+    items = "positions"
+    metrics = (
+        Metric("loss", "squared", "squared error", lambda means: means["loss"]),
+        Metric("accuracy", "right", "share of positions that are right", lambda means: means["right"]),
+    )
+    headline = metrics[1]
+    batch_specs, batch_like = LanguageModel.batch_specs, LanguageModel.batch_like
+    packed = False
+
+    def splits(self, mesh):
+        def split(part):
+            def read(starts_B):
+                batch = read_batch(part, starts_B, self.config.data.seq_len, mesh, layout_on(self.config, mesh))
+                return batch._replace(targets=(batch.tokens == COUNTED).astype(jnp.int32))
+
+            return WindowSplit(part, self.config, read)
+
+        return {name: split(part) for name, part in open_splits(self.config.data).items()}
+
+    def inputs(self, batch):
+        return batch.tokens
+
+    def mask(self, positions_l, batch=None):
+        return causal(positions_l)
+
+    def losses(self, outputs, batch, axis):
+        targets_Bp = own_part(batch.targets, axis, 1)
+        right_Bp = jnp.round(outputs) == targets_Bp
+        return CountSums((outputs - targets_Bp) ** 2, right_Bp.astype(jnp.float32), jnp.ones_like(outputs))
+
+
+class OneAttention(nnx.Module):
+    """One head of attention over embedded tokens, and a number at the end."""
+
+    def __init__(self, config, rngs):
+        table_VE = jax.random.normal(rngs.params(), (config.model.vocab, config.model.width)) * 0.1
+        self.table_VE = nnx.Param(table_VE, spec=P())
+        self.out_E = nnx.Param(jnp.ones(config.model.width), spec=P())
+        self.rows_LE = nnx.Param(
+            jnp.zeros((config.data.seq_len, config.model.width)), spec=P(("seq", "model")), row_per_position=True
+        )
+
+    def __call__(self, tokens_Bl, segment):
+        x_Bl1E = self.table_VE[...][tokens_Bl][:, :, None]
+        o_Bl1E, _ = segment.attend(x_Bl1E, x_Bl1E, x_Bl1E, None, None)
+        o_BpE = own_part((o_Bl1E + x_Bl1E)[:, :, 0], segment.model_axis, 1) + self.rows_LE[...]
+        return o_BpE @ self.out_E[...]
+
+
+@pytest.fixture
+def toys(monkeypatch, tmp_path):
+    monkeypatch.setitem(TASKS, "count", CountAToken)
+    monkeypatch.setitem(FAMILIES, "one_attention", OneAttention)
+    (tmp_path / "text").write_bytes(np.random.default_rng(0).choice([97, 98, 99], 6000).astype(np.uint8).tobytes())
+    return {
+        "task": "count",
+        "model__family": "one_attention",
+        "data__source": "text",
+        "data__path": str(tmp_path / "text"),
+        "log_every": 5,
+        "eval_every": 10,
+        "optim__learning_rate": 3e-2,
+    }
+
+
+def test_a_toy_task_and_a_toy_family_train_on_three_meshes_with_equal_curves(toys, tmp_path):
+    curves = {}
+    for sizes in [(1, 1, 1), (2, 4, 1), (1, 3, 2)]:
+        workdir, devices = tmp_path / f"{sizes}", jax.devices()[: np.prod(sizes)]
+        names = dict(zip(("mesh__data", "mesh__seq", "mesh__model"), sizes, strict=True))
+        trainer = Trainer(small_config(**toys, **names, attention__layout="zigzag"), workdir, devices)
+        records = list(trainer.fit())
+        trainer.close()
+        assert {"loss", "accuracy"} <= records[0].keys() and "bits_per_byte" not in records[0]
+        curves[sizes] = [(r["loss"], r["accuracy"]) for r in records]
+        whole = evaluate_run(workdir, "test", devices=devices)
+        curves[sizes].append((whole["loss"], whole["accuracy"]))
+    one, *others = curves.values()
+    assert one[-1][0] < 0.5 * one[0][0], "it learns"
+    for other in others:
+        np.testing.assert_allclose(other, one, rtol=1e-5)
+
+
+def test_unknown_names_are_refused_with_the_known_ones():
+    with pytest.raises(ConfigError, match=r"task='x' is not known; choose one of 'language_model'"):
+        make_task(small_config(task="x"))
+    with pytest.raises(ConfigError, match=r"model.family='x' is not known; choose one of 'decoder'"):
+        build_model(small_config(model__family="x"))
