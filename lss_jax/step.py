@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from lss_jax.attention import make_attend
@@ -21,10 +21,10 @@ from lss_jax.gradients import double_sum, varying
 from lss_jax.hlo import OPTIMIZER, POSITIONS
 from lss_jax.layers import Segment
 from lss_jax.losses import LossSum, cross_entropy, cross_entropy_of_shares
-from lss_jax.mesh import DATA, MODEL, SEQ, cut_axes, if_cut, named_axes, over_cut_axes
+from lss_jax.mesh import DATA, MODEL, SEQ, axes_of, cut_axes, if_cut, named_axes, over_cut_axes
 from lss_jax.models import Model, Params
 from lss_jax.optimizer import make_optimizer
-from lss_jax.state import TrainState, init_state, state_shardings
+from lss_jax.state import TrainState, init_state, kept_specs, state_shardings
 from lss_jax.tensor_parallel import own_part
 
 SUM_SPECS = LossSum(P(), P())  # scalars: they ride along with the gradients, through the same two sums
@@ -78,9 +78,10 @@ def make_loss_and_gradient(model: Model, mesh: Mesh) -> LossAndGradient:
 
     From global parameters, a batch, and the number of the step, which with the seed decides what is dropped.
     """
-    specs, of_batch = on_mesh(model.specs, mesh), batch_specs(bool(model.config.data.separator))
+    specs, kept = on_mesh(model.specs, mesh), on_mesh(kept_specs(model, mesh), mesh)
+    of_batch = batch_specs(bool(model.config.data.separator))
 
-    @partial(jax.shard_map, mesh=mesh, in_specs=(specs, on_mesh(of_batch, mesh), P()), out_specs=(P(), specs))
+    @partial(jax.shard_map, mesh=mesh, in_specs=(specs, on_mesh(of_batch, mesh), P()), out_specs=(P(), kept))
     def on_segments(params: Params, batch: Batch, step: jax.Array) -> tuple[jax.Array, Params]:
         params = in_layout_order(varying(params, model.specs, mesh), model, mesh)
 
@@ -95,11 +96,11 @@ def make_loss_and_gradient(model: Model, mesh: Mesh) -> LossAndGradient:
         sums, gradient = sum_over_microbatches(partial_sums, batch, of_batch, model.config.optim.accumulate)
         gradient = in_layout_order(gradient, model, mesh, back=True)
         sums, gradient = double_sum((sums, gradient), (SUM_SPECS, model.specs), mesh)
-        return sums.mean(), jax.tree.map(lambda leaf: leaf / jnp.maximum(sums.tokens, 1.0), gradient)
+        gradient = jax.tree.map(lambda leaf: leaf / jnp.maximum(sums.tokens, 1.0), gradient)
+        return sums.mean(), cropped(gradient, model, mesh)
 
     def loss_and_gradient(params: Params, batch: Batch, step: jax.Array | int) -> tuple[jax.Array, Params]:
-        loss, gradient = on_segments(padded(params, model, mesh), batch, jnp.asarray(step, jnp.uint32))
-        return loss, cropped(gradient, model, mesh)
+        return on_segments(padded(params, model, mesh), batch, jnp.asarray(step, jnp.uint32))
 
     return loss_and_gradient
 
@@ -149,13 +150,18 @@ def padded(params: Params, model: Model, mesh: Mesh) -> Params:
 
 @jax.named_scope(POSITIONS)
 def cropped(gradient: Params, model: Model, mesh: Mesh) -> Params:
-    """The inverse of `padded`. What the mesh does not divide is whole on every device, so it is first gathered."""
+    """The inverse of `padded`, for local gradients: a table that the mesh does not divide is whole on every device.
+
+    The gather is explicit: one that XLA inserts where `shard_map` ends has no name of its own from jax 0.12 on.
+    """
     missing = _missing_rows(model, mesh)
 
-    def without_rows(leaf: jax.Array, spec: P) -> jax.Array:
+    def without_rows(rows: jax.Array, spec: P) -> jax.Array:
         if SEQ not in named_axes(spec):
-            return leaf
-        return jax.lax.with_sharding_constraint(leaf, NamedSharding(mesh, P()))[:-missing]
+            return rows
+        axes = axes_of(over_cut_axes(spec, mesh)[0])
+        whole = jax.lax.all_gather(rows, axes, tiled=True, to="invarying") if axes else rows
+        return whole[:-missing]
 
     return jax.tree.map(without_rows, gradient, model.specs) if missing else gradient
 
