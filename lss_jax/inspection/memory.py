@@ -1,17 +1,20 @@
 """What a training step needs on each device, in bytes: state and batch by their specs, temporaries by counting arrays.
 
 Temporaries are what the compiled program has beside its arguments: what layers keep for the way back, and what is in
-work at the moment that needs most. How many arrays that is was read off the buffers that XLA assigns on CPU, where it
-computes bfloat16 in float32, and so keeps it: every number below has four bytes. The sums are upper bounds: with them
-nothing "fits" that the compiler says does not. How far they are from it `python -m experiments.planner.run` measures,
-for a few configs on TPUs as well, whose compiler assigns buffers of its own.
+work at the moment that needs most. How many arrays that is was read off the buffers that XLA assigns on CPU. They are
+counted in numbers of four bytes: one in bfloat16 is half of one, or a whole one up to jaxlib 0.11.1, which multiplies
+bfloat16 in float32 on CPU, and so keeps it. The sums are upper bounds: with them nothing "fits" that the compiler says
+does not. How far they are from it `python -m experiments.planner.run` measures, also for a few configs on TPUs, whose
+compiler assigns buffers of its own.
 """
 
 import math
 import re
+from functools import cache
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from lss_jax.attention.kernels.blockwise import scattered
@@ -26,6 +29,7 @@ NUMBER = 4  # bytes
 GAPS = 1.07  # temporaries over the largest sum of buffers that live at once: they do not lie side by side
 IN_WORK = {"lss": (12, 3), "regather": (13, 4), "ring": (14, 4), "ulysses": (13, 3)}  # parts and regions, with remat
 COUNTERS = 3  # of steps, in the state
+BFLOAT16 = 0.5 if jax.__version_info__ >= (0, 11, 2) else 1.0  # of a number: XLA on CPU now has products of bfloat16
 
 
 class Memory(NamedTuple):
@@ -78,21 +82,21 @@ def memory_of(model: Model, mesh: Mesh | AbstractMesh) -> Memory:
 def peaks(model: Model, mesh: Mesh | AbstractMesh) -> dict[str, float]:
     """Numbers that live at once, at each moment of the step that may need most."""
     config, arrays = model.config, arrays_of(model.config, mesh)
-    parameters = _numbers(model, kept_specs(model, mesh), mesh)
+    parameters, narrow = _numbers(model, kept_specs(model, mesh), mesh), _narrow(config)
     layers = config.model.layers * _kept(config, arrays, mesh) + parameters  # and the gradients so far
     if config.optim.accumulate > 1:  # the sum over microbatches; and XLA has a second set of what is kept
         layers *= 2
     if config.model.remat == "none" and config.model.dtype == "bfloat16":  # the weights as they were rounded, turned
-        layers += parameters
+        layers += narrow * parameters
     of_layer = parameters / config.model.layers
     # a layer's weights as they were rounded; XLA holds them through the whole block where no keys are put in order
-    rounded = of_layer if config.model.remat == "block" and config.model.dtype == "bfloat16" else 0
+    rounded = narrow * of_layer if config.model.remat == "block" and config.model.dtype == "bfloat16" else 0
     contiguous = config.attention.layout == "contiguous" and config.attention.regather
     return {
         "back through a block": layers + _block(config, arrays) + of_layer + (rounded if contiguous else 0),
         "back through attention": layers
         + _attention(config, arrays, mesh)
-        + (parameters if arrays.scores else rounded),
+        + (narrow * parameters if arrays.scores else rounded),
         "loss": layers + 2 * arrays.logits + 5 * arrays.part,
         "update": 2.21 * parameters,  # the gradient as one vector, and its leaves; they leave the largest gaps
     }
@@ -118,14 +122,28 @@ def arrays_of(config: Config, mesh: Mesh | AbstractMesh) -> Arrays:
     )
 
 
-def _kept(config: Config, arrays: Arrays, mesh: Mesh | AbstractMesh) -> int:
-    """What a layer leaves for the way back (`layers.Stack`)."""
+def _narrow(config: Config) -> float:
+    """The size of a number in the compute dtype, relative to one in float32."""
+    return BFLOAT16 if config.model.dtype == "bfloat16" else 1.0
+
+
+@cache
+def _gelu_residuals() -> int:
+    """Arrays that JAX saves to differentiate a GELU: 5 where it saves `tanh` and `1 - tanh` (up to 0.11.1), else 4."""
+    saved = jax.eval_shape(lambda x: jax.vjp(jax.nn.gelu, x)[1], jax.ShapeDtypeStruct((2,), jnp.float32))
+    return sum(leaf.shape == (2,) for leaf in jax.tree.leaves(saved))
+
+
+def _kept(config: Config, arrays: Arrays, mesh: Mesh | AbstractMesh) -> float:
+    """What a layer saves for the backward pass (`layers.Stack`): for norms, and of a softmax, in float32."""
+    narrow = _narrow(config)
     part, region, heads, rows, hidden = arrays.part, arrays.region, arrays.heads, arrays.rows, arrays.hidden
     exchanged = heads if config.attention.strategy == "ulysses" else 0  # rows, or queries, as they travelled
     if config.model.remat == "none":
-        return 6 * hidden + 6 * part + 2 * region + 2 * heads + exchanged + rows + _read(config, arrays)
+        in_dtype = (_gelu_residuals() + 1) * hidden + 2 * region + 2 * heads + exchanged + _read(config, arrays)
+        return narrow * in_dtype + 6 * part + rows
     summed = part if MODEL in cut_axes(mesh) else 0
-    return part + summed + heads + exchanged + rows + _communicated(config, arrays, mesh)
+    return narrow * (part + summed + heads + exchanged + _communicated(config, arrays, mesh)) + rows
 
 
 def _communicated(config: Config, arrays: Arrays, mesh: Mesh | AbstractMesh) -> int:
@@ -141,22 +159,30 @@ def _read(config: Config, arrays: Arrays) -> int:
     return arrays.pair if config.attention.regather else arrays.pairs
 
 
-def _block(config: Config, arrays: Arrays) -> int:
+def _block(config: Config, arrays: Arrays) -> float:
     """What is in work before attention's turn: with remat the block anew; pairs have zeros for a gradient."""
-    pairs = arrays.pairs + _read(config, arrays)
+    narrow, of_gelu = _narrow(config), _gelu_residuals()
+    pairs = arrays.pairs + narrow * _read(config, arrays)
     if config.model.remat == "none":
-        return pairs + 3 * arrays.hidden + 6 * arrays.part + 4 * arrays.region
+        return pairs + narrow * ((of_gelu - 2) * arrays.hidden + 4 * arrays.region) + 6 * arrays.part
     parts, regions = IN_WORK["regather" if config.attention.regather else config.attention.strategy]
-    return pairs + 4 * arrays.hidden + parts * arrays.part + regions * arrays.region
+    hidden = (narrow * (of_gelu - 2) + 1) * arrays.hidden  # one of them in float32
+    return pairs + hidden + parts * arrays.part + narrow * regions * arrays.region
 
 
 def _attention(config: Config, arrays: Arrays, mesh: Mesh | AbstractMesh) -> float:
-    """What is in work in attention's turn: pairs, their gradients, and once more where they are put in order."""
-    if arrays.scores:
-        return (3.1 if config.model.dtype == "bfloat16" else 2.1) * arrays.scores + 10 * arrays.part
+    """What is in work in attention's turn: pairs, their gradients, and once more where they are put in order.
+
+    Collectives carry float32 (on CPU), so narrow pairs exist twice: as they arrived, and rounded.
+    """
+    narrow = _narrow(config)
+    if arrays.scores:  # of bfloat16 three times in float32, and from jaxlib 0.11.2 on the mask beside them, a byte each
+        times = 2.1 if config.model.dtype != "bfloat16" else 3.1 if narrow == 1 else 3.25
+        return times * arrays.scores + 10 * arrays.part
     setting, sizes = setting_on(config, mesh), sizes_of(config, mesh)
     in_order = scattered(sizes.l, setting)
-    return (3 if in_order and config.attention.strategy == "lss" else 2) * arrays.pairs + arrays.pair + 8 * arrays.heads
+    pairs = 3 if in_order and config.attention.strategy == "lss" else 2 if narrow == 1 else 2 + narrow
+    return pairs * arrays.pairs + arrays.pair + 8 * arrays.heads
 
 
 def _batch(config: Config, mesh: Mesh | AbstractMesh) -> int:

@@ -24,7 +24,7 @@ from lss_jax.parallel.tensor_parallel import own_part
 from lss_jax.tasks import make_task
 from lss_jax.tasks.task import means_of
 from lss_jax.training.optimizer import make_optimizer
-from lss_jax.training.state import TrainState, init_state, state_shardings
+from lss_jax.training.state import TrainState, init_state, kept_specs, state_shardings
 from lss_jax.training.tables import cropped, in_layout_order, in_natural_order, padded
 
 
@@ -76,9 +76,9 @@ def make_means_and_gradient(model: Model, mesh: Mesh) -> MeansAndGradient:
     Here the sums over the mesh become means: everything is divided by the global count, once, after both sums.
     """
     task = make_task(model.config)
-    specs, of_batch = on_mesh(model.specs, mesh), task.batch_specs()
+    specs, kept, of_batch = on_mesh(model.specs, mesh), on_mesh(kept_specs(model, mesh), mesh), task.batch_specs()
 
-    @partial(jax.shard_map, mesh=mesh, in_specs=(specs, on_mesh(of_batch, mesh), P()), out_specs=(P(), specs))
+    @partial(jax.shard_map, mesh=mesh, in_specs=(specs, on_mesh(of_batch, mesh), P()), out_specs=(P(), kept))
     def on_segments(params: Params, batch: Any, step: jax.Array) -> tuple[Means, Params]:
         params = in_layout_order(varying(params, model.specs, mesh), model, mesh)
 
@@ -94,11 +94,11 @@ def make_means_and_gradient(model: Model, mesh: Mesh) -> MeansAndGradient:
         sums, gradient = sum_over_microbatches(partial_sums, batch, of_batch, model.config.optim.accumulate)
         gradient = in_natural_order(gradient, model, mesh)
         sums, gradient = double_sum((sums, gradient), (jax.tree.map(lambda _: P(), sums), model.specs), mesh)
-        return means_of(sums), jax.tree.map(lambda leaf: leaf / jnp.maximum(sums[-1], 1.0), gradient)
+        gradient = jax.tree.map(lambda leaf: leaf / jnp.maximum(sums[-1], 1.0), gradient)
+        return means_of(sums), cropped(gradient, model, mesh)
 
     def means_and_gradient(params: Params, batch: Any, step: jax.Array | int) -> tuple[Means, Params]:
-        means, gradient = on_segments(padded(params, model, mesh), batch, jnp.asarray(step, jnp.uint32))
-        return means, cropped(gradient, model, mesh)
+        return on_segments(padded(params, model, mesh), batch, jnp.asarray(step, jnp.uint32))
 
     return means_and_gradient
 

@@ -6,8 +6,7 @@ own tokens.
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
+from jax.sharding import Mesh
 
 from lss_jax.models import Model, Params
 from lss_jax.parallel.layout import layout_on
@@ -37,11 +36,15 @@ def padded(params: Params, model: Model, mesh: Mesh) -> Params:
 
 @jax.named_scope(POSITIONS)
 def cropped(gradient: Params, model: Model, mesh: Mesh) -> Params:
-    """The inverse of `padded`. What the mesh does not divide is whole on every device, so it is first gathered."""
-    missing = _missing_rows(model, mesh)
+    """The inverse of `padded`, for local gradients: a table that the mesh does not divide is whole on every device.
 
-    def without_padding(table: jax.Array) -> jax.Array:
-        return jax.lax.with_sharding_constraint(table, NamedSharding(mesh, P()))[:-missing]
+    The gather is explicit: one that XLA inserts where `shard_map` ends has no name of its own from jax 0.12 on.
+    """
+    missing, axes = _missing_rows(model, mesh), _sequence_axes(mesh)
+
+    def without_padding(table_pE: jax.Array) -> jax.Array:
+        table_LE = jax.lax.all_gather(table_pE, axes, tiled=True, to="invarying") if axes else table_pE
+        return table_LE[:-missing]
 
     return model.with_tables(without_padding, gradient) if missing else gradient
 
