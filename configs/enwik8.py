@@ -2,11 +2,11 @@
 
     python -m lss_jax.train --config configs/enwik8.py --config.mesh.seq=8
 
-Reproduces: the setting of the paper's experiments (arXiv 2311.02382, Results), at a sequence that one node holds.
-Cost: made for accelerators. A step is 32,768 tokens, by arithmetic about 4.1e12 operations for the weights (a third
-more, since blocks are computed twice) and 2.9e12 for causal attention, whose rows are kept. Nobody has timed the whole
-run yet.
-Expected: unknown for the whole run. Scaled down to two CPU cores, see experiments/same_curve.
+Reproduces: the setting of the paper's experiments (arXiv 2311.02382, Results), at a sequence length for one node.
+Cost: meant for accelerators. A step is 32,768 tokens: by count 4.6e12 operations in projections, MLPs and head (with
+the recomputation of blocks) and 3.1e12 in causal attention (whose output is saved, not recomputed). The whole run has
+not been timed.
+Expected: unknown for the whole run; experiments/same_curve has it scaled down to two CPU cores.
 """
 
 from ml_collections import ConfigDict

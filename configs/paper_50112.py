@@ -1,10 +1,11 @@
-"""The paper's longest sequence: 50,112 tokens on 3,456 devices, 144 to a sequence and 24 data groups.
+"""The paper's longest sequence: 50,112 tokens on 3,456 devices, 24 data groups of 144 devices per sequence.
 
     python -m lss_jax.train --config configs/paper_50112.py
 
 Reproduces: the setting of the paper's weak scaling at its largest (348 tokens per device).
-Cost: 3,456 devices; with any other number the command says what is missing and stops.
-Expected: nobody has run it. A test traces its step on the mesh of 24 x 144, so that shapes and the gradient law hold.
+Cost: 3,456 devices; on any other number the command raises an error that names the mesh and the devices.
+Expected: unknown; it has not been run. Its step compiles for 3,456 TPU v5p chips (experiments/paper/weak_scaling.md),
+and a test traces it on a mesh of 24 x 144 to check shapes and the sums of its gradients.
 """
 
 from ml_collections import ConfigDict

@@ -7,6 +7,7 @@ import pytest
 from helpers import mesh_of, model_on
 from jax.sharding import AbstractMesh
 
+from experiments.planner import cases
 from experiments.planner import run as planner
 from lss_jax.inspection.memory import memory_of
 from lss_jax.parallel.mesh import AXES
@@ -24,10 +25,10 @@ def compiled_and_predicted(config):
 @pytest.mark.parametrize(
     "case",
     [
-        planner.case((1, 8, 1), "enwik8", "regather", model__remat="block", model__dtype="bfloat16"),
-        planner.case((2, 2, 2), "gqa", "lss", model__remat="block"),
-        pytest.param(planner.case((2, 4, 1), "wide", "ring", model__remat="block"), marks=pytest.mark.grid),
-        pytest.param(planner.case((1, 4, 2), "deep", "ulysses", model__remat="none"), marks=pytest.mark.grid),
+        cases.case((1, 8, 1), "enwik8", "regather", model__remat="block", model__dtype="bfloat16"),
+        cases.case((2, 2, 2), "gqa", "lss", model__remat="block"),
+        pytest.param(cases.case((2, 4, 1), "wide", "ring", model__remat="block"), marks=pytest.mark.grid),
+        pytest.param(cases.case((1, 4, 2), "deep", "ulysses", model__remat="none"), marks=pytest.mark.grid),
     ],
     ids=["regather", "hybrid", "ring", "ulysses"],
 )
@@ -36,13 +37,13 @@ def test_prediction_is_a_close_upper_bound(case):
 
 
 @pytest.mark.grid
-@pytest.mark.parametrize("number", range(0, len(planner.GRID), 4))
+@pytest.mark.parametrize("number", range(0, len(cases.GRID), 4))
 def test_prediction_over_the_grid(number):
-    check(planner.GRID[number])
+    check(cases.GRID[number])
 
 
 def check(case):
-    compiled, predicted = compiled_and_predicted(planner.config_of(case))
+    compiled, predicted = compiled_and_predicted(cases.config_of(case))
     assert predicted["state and batch"] == compiled["state and batch"]
     total = sum(compiled.values())
     assert total <= sum(predicted.values()) <= (1 + CLOSE) * total

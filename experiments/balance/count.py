@@ -1,4 +1,4 @@
-"""Counts the blocks that the blockwise kernel computes, with the functions that cut and pick them in the kernel."""
+"""Counts the blocks that the blockwise kernel computes, with the functions by which the kernel itself finds them."""
 
 from collections.abc import Callable
 from functools import partial
@@ -15,19 +15,19 @@ from lss_jax.parallel.layout import Layout
 def computed_blocks(
     mask: Callable[[jax.Array], Intervals], layout: Layout, length: int, block_queries: int, block_keys: int
 ) -> np.ndarray:
-    """Blocks that the kernel computes on each device, int `[N]`; `mask` takes natural positions."""
+    """The number of blocks that the kernel computes on each device, `[N]`; `mask` takes natural positions."""
     l = length // layout.devices
-    assert not too_short(l // layout.chunks_per_device, block_keys), "the kernel would put such short runs together"
+    assert not too_short(l // layout.chunks_per_device, block_keys), "the kernel merges such short runs"
     keys = key_blocks(chunks_of_all(layout, l), block_keys)
     counts = []
     for position_l in jnp.asarray(layout.positions(length)).reshape(layout.devices, l):
         intervals = mask(position_l)
         rows = intervals.start.shape[0] if intervals.start.ndim == 2 else 1
-        cut = cut_queries((rows, l, 1, 1), 1, layout, block_queries, block_keys, keys.size)
-        counts.append(visits(keys, cut, intervals.start, intervals.end))
+        queries = cut_queries((rows, l, 1, 1), 1, layout, block_queries, block_keys, keys.size)
+        counts.append(visits(keys, queries, intervals.start, intervals.end))
     return np.array(counts)
 
 
 def all_blocks(layout: Layout, length: int, block_queries: int, block_keys: int) -> int:
-    """The same for a mask that shows everything, summed over devices."""
+    """The number of blocks without a mask, summed over devices."""
     return int(computed_blocks(partial(bidirectional, length=length), layout, length, block_queries, block_keys).sum())

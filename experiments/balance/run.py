@@ -1,15 +1,15 @@
-"""How evenly the attention of a masked sequence falls on the devices, for both layouts.
+"""Load balance of masked attention over the devices, for both layouts.
 
     python -m experiments.balance.run
 
-Counts the blocks that the blockwise kernel computes, pairs of a query block and a key block of which it sees anything,
-on each of N devices: the same functions that cut and pick the blocks in the kernel do it here, on the host, so no
-devices are needed. A figure is the busiest device's count over the mean; 1 is even, and the time of a step grows with
-it. The sequence grows with N: 1,024 tokens per device, in blocks of 128 queries and 128 keys, so `L = 1024 N`.
+Counts, on each of N devices, the blocks that the blockwise kernel computes: pairs of a query block and a key block that
+the mask does not mask out entirely. The kernel's own functions find them here, on the host, so no devices are needed. A
+figure is the busiest device's count over the mean; 1 is even, and the time of a step grows with it. The sequence grows
+with N: 1,024 tokens per device, in blocks of 128 queries and 128 keys, so `L = 1024 N`.
 
-The masks: causal; and causal within packed documents, for 4 rows with documents of their own, whose lengths are drawn
-from an exponential distribution with a mean of L/8 (few and long) or of 1,024 tokens (many and short). For documents
-the figures are the mean and the worst of 10 seeds.
+The masks: causal; and causal within packed documents, for a batch of 4 sequences with documents of their own, whose
+lengths are drawn from an exponential distribution with a mean of L/8 (few and long) or of 1,024 tokens (many and
+short). For documents the figures are the mean and the worst of 10 seeds.
 
 Goal: zigzag at most 1.05 for a causal mask. Takes half a minute. Writes `results.json`, `results.md` and
 `balance.png` beside this file.
@@ -33,7 +33,7 @@ from lss_jax.runtime import distributed
 DEVICES = (2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
 TOKENS = 1024  # per device
 BLOCK = 128  # queries, and keys
-ROWS = 4  # of the batch, each with its own documents
+ROWS = 4  # sequences in the batch, each with its own documents
 SEEDS = 10
 SHORT = 1024  # mean length of short documents
 LAYOUTS = ("contiguous", "zigzag")
@@ -42,14 +42,14 @@ HERE = Path(__file__).parent
 
 
 def packed(length: int, mean: int, seed: int) -> Callable[[jax.Array], Intervals]:
-    """Causal attention within documents of random lengths, `[B, l]`."""
+    """Causal attention within documents of random lengths: intervals `[B, l]` for the positions `[l]`."""
     random = np.random.default_rng(seed)
     bounds_2BL = np.stack([document_bounds(length, mean, random) for _ in range(ROWS)], axis=1)
     return lambda position_l: documents(jnp.asarray(bounds_2BL[:, :, position_l])) & causal(jnp.asarray(position_l))
 
 
 def document_bounds(length: int, mean: int, random: np.random.Generator) -> np.ndarray:
-    """Where each token's document starts and where it ends, `[2, L]`."""
+    """The start and the end of each token's document, `[2, L]`."""
     lengths = 1 + random.exponential(mean, size=20 * length // mean).astype(np.int32)
     ends = np.minimum(np.cumsum(lengths), length)
     assert ends[-1] == length

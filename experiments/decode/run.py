@@ -1,15 +1,15 @@
-"""What a generated token costs with a cache that is cut over N devices, against computing its whole prefix again.
+"""The cost of a generated token with a cache sharded over N devices, against recomputing its whole prefix.
 
     python -m experiments.decode.run
 
-For texts of several lengths and for N devices: tokens per second from the cache, the cache's bytes on one device (read
+For prompts of several lengths and for N devices: tokens per second from the cache, the cache's bytes per device (read
 off the compiled program), tokens per second by recomputing (each is a prefill and one step), and the ratio of the two.
 All programs of one length take turns in one process; a figure is the median over the rounds. Simulated devices share
-the cores, and each repeats what belongs to replicated weights: compare lengths, and the two ways on one mesh.
+the cores, and each repeats the work on replicated weights: compare lengths, and the two ways on one mesh.
 
-The claim: as texts get longer, the time of a token does not grow faster than the cache. The last column is the growth
-of the one over the growth of the other, since the shortest length: at most 1. Takes two to three minutes on two cores
-(`--tiny`: seconds, for a try, and writes nothing). Writes `results.json` and `results.md` beside this file.
+The claim: as prompts get longer, the time of a token does not grow faster than the cache. The last column is the growth
+of the time over the growth of the cache, since the shortest length: at most 1. Takes two to three minutes on two cores
+(`--tiny`: seconds, as a trial, and writes nothing). Writes `results.json` and `results.md` beside this file.
 """
 
 import argparse
@@ -39,7 +39,7 @@ HERE = Path(__file__).parent
 
 
 def generation(devices: int, length: int, tokens: int) -> Generation:
-    """Random parameters, for what a text costs does not depend on what it says."""
+    """Generation with random parameters, since its cost does not depend on them."""
     values = base.get_config()
     values.update_from_flattened_dict({**MODEL, "mesh.seq": devices})
     config = from_dict(values)
@@ -51,7 +51,7 @@ def generation(devices: int, length: int, tokens: int) -> Generation:
 
 
 def seconds_per_token(text: Generation) -> tuple[float, float]:
-    """With the whole prefix computed for it, as the first token's is, and from the cache, the median of the others."""
+    """Seconds by recomputing the prefix, as for the first token, and from the cache, the median of the other tokens."""
     times, last = [], time.perf_counter()
     for _ in text:
         now = time.perf_counter()
@@ -74,14 +74,14 @@ def measure(length: int, devices: tuple[int, ...], tokens: int, rounds: int) -> 
             "cache_bytes_per_device": text.cache_bytes,
             "seconds_cached": statistics.median(cached for _, cached in times[count]),
             "seconds_recomputed": statistics.median(recomputed for recomputed, _ in times[count]),
-            "recomputed_over_cached": statistics.median(again / cached for again, cached in times[count]),
+            "recomputed_over_cached": statistics.median(recomputed / cached for recomputed, cached in times[count]),
         }
         for count, text in texts.items()
     ]
 
 
 def add_growth(results: list[dict]) -> None:
-    """How much faster the time of a token has grown than the cache, since the shortest length on the same devices."""
+    """Adds the growth of a token's time over that of the cache, since the shortest length on the same devices."""
     for result in results:
         first = next(one for one in results if one["devices"] == result["devices"])
         time_growth, cache_growth = (
@@ -93,7 +93,7 @@ def add_growth(results: list[dict]) -> None:
 def table(results: list[dict]) -> str:
     lines = [
         "| prompt | devices | cache per device | tokens/s, cached | tokens/s, recomputed | cached / recomputed "
-        "| growth of time / of cache |",
+        "| growth of time / growth of cache |",
         "| --- | --- | --- | --- | --- | --- | --- |",
     ]
     for result in results:
@@ -107,8 +107,8 @@ def table(results: list[dict]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=3, help="timed texts on each mesh (default: 3)")
-    parser.add_argument("--tiny", action="store_true", help="two meshes and two short lengths, to see it run")
+    parser.add_argument("--rounds", type=int, default=3, help="timed generations on each mesh (default: 3)")
+    parser.add_argument("--tiny", action="store_true", help="two meshes and two short lengths, as a trial")
     arguments = parser.parse_args()
     distributed.start()
     lengths, devices, tokens = ((64, 128), (1, 2), 4) if arguments.tiny else (LENGTHS, DEVICES, TOKENS)

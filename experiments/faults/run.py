@@ -1,18 +1,19 @@
-"""What faults cost: steps lost and seconds to recover per kind of fault, and what checkpointing costs a run.
+"""The cost of faults (steps lost and seconds to recover, per kind of fault) and the cost of checkpointing.
 
     head -c 4000000 enwik8 > enwik8-first-4MB
     python -m experiments.faults.run --data enwik8-first-4MB
 
 Claims: no committed step is lost; a save every 100 steps of the enwik8 config costs less than 2% of a run.
 
-Faults: a small model on two simulated devices, saved every 10 steps. Each fault strikes a run that has gone on for a
-while, and the same command is started again. *Lost* are the steps that were done, and had to be done again; seconds are
-from the new start to the first new step, start-up and compilation included.
+Faults: a small model on two simulated devices, with a checkpoint every 10 steps. Each fault strikes a run after some
+time, and the same command is started again. *Lost* are the steps that were done and had to be repeated; seconds are
+from the restart to the first new step, start-up and compilation included.
 
-Checkpointing: the model of `configs/enwik8.py` (20M parameters) in its own precision, at a sequence that two cores
-bear, on a mesh of 2 x 4. Steps with and without a save beside them alternate in one process; the cost of a save is what
-its steps take longer, until it is on disk. That, per 100 steps of the measured length, is the share of a run; the
-longer the sequence, the smaller. Writes `results.json` and `results.md` beside this file.
+Checkpointing: the model of `configs/enwik8.py` (20M parameters) in its own precision, at a sequence length that two
+cores can train, on a mesh of 2 x 4. Steps with and without a save during them alternate in one process; the cost of a
+save is the time that its step takes longer, until the checkpoint is on disk. That cost over 100 steps of the measured
+length is the share of a run; the longer the sequence, the smaller. Writes `results.json` and `results.md` beside this
+file.
 """
 
 import argparse
@@ -41,7 +42,7 @@ SMALL = {
     "optim.steps": 100_000,
 }
 DEVICES = 2
-AFTER = 35  # steps, then the fault strikes: there are two checkpoints by then
+AFTER = 35  # steps before the fault strikes; by then there are two checkpoints
 
 
 def command(data: str, workdir: Path) -> list[str]:
@@ -65,7 +66,7 @@ def started(arguments: list[str]) -> subprocess.Popen:
 
 
 def steps(process: subprocess.Popen) -> Iterator[int]:
-    """The steps that a process tells of, as it does."""
+    """The steps that a process logs, as it logs them."""
     assert process.stdout is not None
     for line in process.stdout:
         if line.startswith("step ") and "train" in line:
@@ -109,13 +110,13 @@ FAULTS = {
 
 
 def recovery(data: str, workdir: Path, name: str) -> dict:
-    """One fault: steps lost, and the seconds that the next start takes to its first step."""
+    """One fault: the steps lost, and the seconds from the restart to the first new step."""
     first = started(command(data, workdir))
-    told = steps(first)
-    while next(told) < AFTER:
+    logged = steps(first)
+    while next(logged) < AFTER:
         pass
     FAULTS[name](first, workdir)
-    done = max([AFTER, *told])
+    done = max([AFTER, *logged])
     first.wait()
     begun = time.perf_counter()
     second = started(command(data, workdir))
@@ -127,7 +128,7 @@ def recovery(data: str, workdir: Path, name: str) -> dict:
 
 
 def cost_of_saving(data: str, workdir: Path, rounds: int, length: int) -> dict:
-    """Seconds of a step with and without a save beside it, in turns."""
+    """Seconds of a step with and without a save during it, alternating."""
     os.environ["JAX_PLATFORMS"] = "cpu"
     from configs import enwik8
     from lss_jax.config.schema import from_dict
@@ -148,7 +149,7 @@ def cost_of_saving(data: str, workdir: Path, rounds: int, length: int) -> dict:
             if kind == "with":
                 trainer.save()
             next(records)
-            trainer._checkpoints.wait()  # the next step is to be without
+            trainer._checkpoints.wait()  # so that the next step runs without a save
             seconds.append(time.perf_counter() - begun)
     trainer.close()
     without, beside = (statistics.median(seconds) for seconds in times.values())
@@ -163,14 +164,14 @@ def cost_of_saving(data: str, workdir: Path, rounds: int, length: int) -> dict:
 
 
 def table(faults: list[dict], cost: dict) -> str:
-    lines = ["| fault | steps done | went on after | steps done again | seconds to the first new step |"]
+    lines = ["| fault | steps done | resumed after | steps lost | seconds to the first new step |"]
     lines += ["| --- | --- | --- | --- | --- |"]
     lines += [
         f"| {f['fault']} | {f['done']} | {f['went_on_after']} | {f['lost']} | {f['seconds']:.1f} |" for f in faults
     ]
     lines += [
         "",
-        "| sequence | step, s | a save adds, s | MB | share of a run, a save every 100 steps |",
+        "| sequence | step, s | a save adds, s | MB | share of a run with a save every 100 steps |",
         "| --- " * 5 + "|",
     ]
     lines += [

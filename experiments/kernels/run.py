@@ -1,12 +1,12 @@
-"""Fused attention kernels: whether they compile, and on devices that have one what they compute, and how fast.
+"""Fused attention kernels: that they compile, and on devices that have one, their errors and their time.
 
-    python -m experiments.kernels.run --topology gpu:h100:8 --topology tpu:v5p:2x2x2    # compiled; needs no such device
+    python -m experiments.kernels.run --topology gpu:h100:8 --topology tpu:v5p:2x2x2    # compiled; without such devices
     python -m experiments.kernels.run                                                   # on the devices at hand
 
 Claim: forward and backward compile for NVIDIA GPUs and TPUs inside `shard_map` with `check_vma=True`, for either dtype
 and for narrow and wide heads; on such a device outputs and gradients equal those of dense attention, in less time than
-"blockwise" takes. Committed: what was compiled. Nobody has run them on a GPU or a TPU yet.
-Cost: two minutes. Compiling for what is not there takes pip install "jax[cuda13]" or "jax[tpu]".
+"blockwise" takes. Committed: the compiled results. The kernels have not run on a GPU or a TPU yet.
+Cost: two minutes. Compiling for absent devices takes pip install "jax[cuda13]" or "jax[tpu]".
 """
 
 import argparse
@@ -38,14 +38,14 @@ ROUNDS = 5
 
 
 class Case(NamedTuple):
-    """One layer of attention: tokens in a segment, heads and their width, dtype."""
+    """One layer of attention: tokens per segment, heads, head width, dtype, dropout."""
 
     l: int
     heads: int
     kv_heads: int
     K: int
     dtype: str
-    rate: float  # of dropout
+    rate: float  # dropout
 
 
 CASES = [
@@ -60,7 +60,9 @@ CASES = [
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m experiments.kernels.run", description=__doc__.splitlines()[0])
-    parser.add_argument("--topology", action="append", metavar="T", help="compile for it, as in gpu:h100:8; repeatable")
+    parser.add_argument(
+        "--topology", action="append", metavar="T", help="compile for T, such as gpu:h100:8; repeatable"
+    )
     arguments = parser.parse_args()
     if arguments.topology:
         rows = [row for topology in arguments.topology for row in compiled_rows(topology)]
@@ -83,11 +85,11 @@ def compiled_rows(topology: str):
 
 
 def measured_rows():
-    """Against the dense kernel in float32, on what is here: relative errors, and time over that of "blockwise"."""
+    """Relative errors against dense attention in float32, and time over that of "blockwise", on the devices at hand."""
     mesh = make_mesh((1, len(jax.devices()), 1))
     kernel = fused_on(mesh)
     if kernel is None:
-        print("no fused kernel is for these devices; comparing the blockwise one")
+        print("these devices have no fused kernel; comparing the blockwise one")
     for case in CASES:
         arrays = random_arrays(case, mesh)
         with jax.default_matmul_precision("highest"):
@@ -110,7 +112,7 @@ def measured_rows():
 
 
 def program(case: Case, mesh: Mesh, kernel: str | None):
-    """Forward and backward of LSS attention, causal, zigzag: global `q, k, v, do` and positions to `o, dq, dk, dv`."""
+    """LSS attention, causal, zigzag, forward and backward: global `q, k, v, do` and positions to `o, dq, dk, dv`."""
     assert kernel
     layout = Layout("zigzag", mesh.shape[SEQ])
     axis = SEQ if SEQ in cut_axes(mesh) else None
@@ -129,7 +131,7 @@ def program(case: Case, mesh: Mesh, kernel: str | None):
 
 
 def arguments_of(case: Case, mesh: Mesh) -> list[jax.ShapeDtypeStruct]:
-    """Shapes and shardings of one sequence."""
+    """Shapes and shardings of `q, k, v, do` and positions for one sequence."""
     L = case.l * mesh.shape[SEQ]
     heads = (case.heads, case.kv_heads, case.kv_heads, case.heads)
     x_sharding, sequence = (NamedSharding(mesh, over_cut_axes(spec, mesh)) for spec in (P(None, SEQ), P(SEQ)))
@@ -146,7 +148,7 @@ def random_arrays(case: Case, mesh: Mesh) -> list[jax.Array]:
 
 
 def fastest(run: Any, arrays: list[jax.Array]) -> float:
-    """Seconds."""
+    """Seconds of the fastest of some runs, after a warm-up run."""
     jax.block_until_ready(run(*arrays))
     seconds = []
     for _ in range(ROUNDS):
@@ -161,19 +163,19 @@ def described(case: Case, where: str, kernel: str | None) -> dict[str, Any]:
 
 
 def report(rows, kind: str) -> None:
-    """Prints rows as they come, then keeps them as `KIND.json` and `KIND.md`."""
-    kept = []
+    """Prints rows as they come, then writes all of them to `KIND.json` and `KIND.md`."""
+    done = []
     for row in rows:
         print(row, flush=True)
-        kept.append(row)
-    (HERE / f"{kind}.json").write_text(json.dumps(kept, indent=2) + "\n")
-    lines = ["| " + " | ".join(kept[0]) + " |", "| " + " | ".join("---" for _ in kept[0]) + " |"]
-    for row in kept:
+        done.append(row)
+    (HERE / f"{kind}.json").write_text(json.dumps(done, indent=2) + "\n")
+    lines = ["| " + " | ".join(done[0]) + " |", "| " + " | ".join("---" for _ in done[0]) + " |"]
+    for row in done:
         cells = (f"{value:.3g}" if isinstance(value, float) else str(value) for value in row.values())
         lines.append("| " + " | ".join(cells) + " |")
     command = "python -m experiments.kernels.run"
     (HERE / f"{kind}.md").write_text(
-        f"{kind.capitalize()}, by `{command}` (see there), jax {jax.__version__}:\n\n" + "\n".join(lines) + "\n"
+        f"{kind.capitalize()} by `{command}`, jax {jax.__version__}:\n\n" + "\n".join(lines) + "\n"
     )
 
 

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
 # Several processes on this machine, as a rehearsal for many machines: the same program, the same files, gloo between
-# them. PROCESSES processes of DEVICES simulated devices each; what follows goes to lss_jax.train.
+# them. Starts PROCESSES processes of DEVICES simulated devices each; the arguments go to lss_jax.train.
 #
 #     PROCESSES=2 DEVICES=4 experiments/launch/several_processes.sh --config configs/default.py --workdir runs/two
 #
-# Ctrl-C stops all of them after one and the same step; the same command goes on. Ends with the worst exit code.
+# Ctrl-C stops all of them after the same step; the same command resumes. Exits with the worst of their codes.
 set -uo pipefail
 processes=${PROCESSES:-2}
 export JAX_PLATFORMS=cpu JAX_NUM_CPU_DEVICES=${DEVICES:-4}

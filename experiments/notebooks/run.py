@@ -1,10 +1,10 @@
 """Executes the notebooks, each from a clean kernel and in a copy of the checkout.
 
     python -m experiments.notebooks.run           # fails at the first error
-    python -m experiments.notebooks.run --write   # and keeps the outputs here
+    python -m experiments.notebooks.run --write   # also writes the outputs here
 
-Takes three to four minutes on two cores. The copy has what is under version control alone, so that a notebook finds no
-earlier run, and leaves none behind.
+Takes three to four minutes on two cores. The copy has only the files under version control, so that a notebook finds no
+earlier run and leaves none behind.
 """
 
 import argparse
@@ -21,8 +21,8 @@ from nbclient import NotebookClient
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 NOTEBOOKS = ("tour.ipynb", "your_text.ipynb")
-LIMIT = 1_000_000  # bytes of a notebook with its outputs
-SETTINGS = ("JAX_", "XLA_", "TF_")  # of the environment: those that a reader's kernel would not have
+LIMIT = 1_000_000  # bytes per notebook with its outputs
+SETTINGS = ("JAX_", "XLA_", "TF_")  # environment variables that a reader's kernel would not have
 
 
 def executed(name: str) -> nbformat.NotebookNode:
@@ -38,7 +38,7 @@ def executed(name: str) -> nbformat.NotebookNode:
         clean = {key: value for key, value in os.environ.items() if not key.startswith(SETTINGS)}
         client = NotebookClient(notebook, timeout=600, kernel_name="python3", resources=place, record_timing=False)
         client.execute(env=clean)
-    notebook.metadata.pop("kernelspec", None)  # whichever there is
+    notebook.metadata.pop("kernelspec", None)  # its name differs between machines
     notebook.metadata.language_info = {"name": "python"}
     return notebook
 
@@ -54,13 +54,13 @@ def checkout(folder: Path) -> Path:
 
 
 def faults(notebook: nbformat.NotebookNode) -> list[str]:
-    """What a notebook that is shown to others must not have."""
+    """The faults for which a notebook is not to be published."""
     text, cells = nbformat.writes(notebook), [cell for cell in notebook.cells if cell.cell_type == "code"]
     outputs = [output for cell in cells for output in cell.outputs]
     counts = [cell.execution_count for cell in cells]
     places = (sys.prefix, str(ROOT), str(Path.home()), tempfile.gettempdir())
     found = [f"a path of this machine: {place}" for place in places if f"{place}/" in text]
-    found += [f"said on stderr: {output.text}" for output in outputs if output.get("name") == "stderr"]
+    found += [f"text on stderr: {output.text}" for output in outputs if output.get("name") == "stderr"]
     found += [f"an error: {output.evalue}" for output in outputs if output.output_type == "error"]
     if counts != list(range(1, len(cells) + 1)):
         found.append(f"not executed from a clean kernel, in order: {counts}")
@@ -71,7 +71,7 @@ def faults(notebook: nbformat.NotebookNode) -> list[str]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="Execute the notebooks from a clean kernel.", allow_abbrev=False)
-    parser.add_argument("--write", action="store_true", help="keep the outputs")
+    parser.add_argument("--write", action="store_true", help="write the notebooks with their outputs")
     arguments = parser.parse_args()
     for name in NOTEBOOKS:
         notebook = executed(name)

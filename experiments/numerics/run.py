@@ -1,18 +1,17 @@
-"""Rounding: how far attention is from float64, on 1 to 64 devices, for every strategy, in bfloat16 and float32.
+"""Rounding errors of attention against float64, on 1 to 64 devices, for every strategy, in bfloat16 and float32.
 
     python -m experiments.numerics.run
 
-One layer of causal attention, forward and backward, L=2048, 64 heads of 16 (Ulysses needs a head for each of 64
+One layer of causal attention, forward and backward pass, L=2048, 64 heads of 16 (Ulysses needs a head for each of 64
 devices), zigzag, on 1 to 64 simulated devices. The reference is written by hand in NumPy, in float64, from the same
 inputs, rounded to the dtype first. An error is the root mean square of the difference over that of the reference; the
-largest difference, over the same, stands beside it in `results.json`. Blocks are of 16 queries and 16 keys for every N,
-as short as a chunk on 64 devices: the kernel then does the same sums for every N, and what differs comes from the
-strategy alone.
+largest difference, over the same, is beside it in `results.json`. Blocks are of 16 queries and 16 keys for every N, the
+length of a chunk on 64 devices: the kernel then computes the same sums for every N, and only the strategy differs.
 
-The claim to test: LSS, which takes the softmax in one pass over the gathered keys, has an error that does not depend on
-N, and ring attention, which takes it in N turns, has one that grows with N. The tables say what is true here: the
-largest error over all N over the smallest, and the sizes N for which every bit is that of one device. Takes about six
-minutes on two cores. Writes `results.json`, `results.md` and `errors.png` beside this file.
+The claim to test: LSS, which computes the softmax in one pass over the gathered keys, has an error that does not depend
+on N, and ring attention, which computes it in N steps, has one that grows with N. The tables report what holds here:
+the largest error over all N over the smallest, and the N whose results equal those of one device bit for bit. Takes
+about six minutes on two cores. Writes `results.json`, `results.md` and `errors.png` beside this file.
 """
 
 import argparse
@@ -37,20 +36,20 @@ from lss_jax.runtime import distributed
 
 DEVICES = (1, 2, 4, 8, 16, 32, 64)
 LENGTH, HEADS, WIDTH = 2048, 64, 16
-BLOCK = 16  # of queries, and of keys: a chunk of zigzag on 64 devices
+BLOCK = 16  # queries, and keys: a chunk of zigzag on 64 devices
 DTYPES = ("bfloat16", "float32")
 ARRAYS = ("o", "dq", "dk", "dv")
 HERE = Path(__file__).parent
 
 
 def inputs(dtype: str, length: int) -> list[np.ndarray]:
-    """`q, k, v, do` in natural order, `[1, L, H, K]`, rounded to `dtype`."""
+    """Random `q, k, v, do` in natural order, `[1, L, H, K]`, rounded to `dtype`."""
     random = np.random.default_rng(0)
     return [random.standard_normal((1, length, HEADS, WIDTH)).astype(jnp.dtype(dtype)) for _ in range(4)]
 
 
 def exact(arrays_1LHK: list[np.ndarray]) -> list[np.ndarray]:
-    """`o, dq, dk, dv` in float64."""
+    """The reference: `o, dq, dk, dv`, `[L, H, K]`, in float64."""
     q_LHK, k_LHK, v_LHK, do_LHK = (x[0].astype(np.float64) for x in arrays_1LHK)
     results = [np.empty_like(q_LHK) for _ in ARRAYS]
     future_LL = np.triu(np.ones((len(q_LHK), len(q_LHK)), bool), 1)
@@ -69,7 +68,7 @@ def exact(arrays_1LHK: list[np.ndarray]) -> list[np.ndarray]:
 
 
 def computed(strategy: str, devices: int, arrays_1LHK: list[np.ndarray]) -> list[np.ndarray]:
-    """`o, dq, dk, dv` of one strategy in float64, as it rounded them."""
+    """A strategy's `o, dq, dk, dv` in natural order, `[L, H, K]`, with its rounding, as float64."""
     layout = Layout("zigzag", devices)
     mesh = make_mesh((1, devices, 1), jax.devices()[:devices])
     spec, spec_l = over_cut_axes(P(None, SEQ), mesh), over_cut_axes(P(SEQ), mesh)
@@ -86,13 +85,13 @@ def computed(strategy: str, devices: int, arrays_1LHK: list[np.ndarray]) -> list
         o_1LHK, vjp = jax.vjp(lambda q, k, v: attention(q, k, v, position_L), q_1LHK, k_1LHK, v_1LHK)
         return o_1LHK, *vjp(do_1LHK)
 
-    cut = [jax.device_put(x[:, position_L], NamedSharding(mesh, spec)) for x in arrays_1LHK]
+    sharded = [jax.device_put(x[:, position_L], NamedSharding(mesh, spec)) for x in arrays_1LHK]
     natural_L = np.argsort(position_L)
-    return [np.asarray(x).astype(np.float64)[0, natural_L] for x in forward_and_backward(*cut)]
+    return [np.asarray(x).astype(np.float64)[0, natural_L] for x in forward_and_backward(*sharded)]
 
 
 def measure(strategy: str, sizes: list[int], arrays_1LHK: list[np.ndarray], references_LHK: list[np.ndarray]) -> dict:
-    """The errors of one strategy and dtype for every N, and where its bits are those of the first N."""
+    """The errors of one strategy and dtype for every N, and whether its bits equal those of the first N."""
     dtype = str(arrays_1LHK[0].dtype)
     result: dict = {"strategy": strategy, "dtype": dtype, "devices": sizes, "rms": {}, "largest": {}, "same_bits": {}}
     runs = [computed(strategy, devices, arrays_1LHK) for devices in sizes]
@@ -116,7 +115,7 @@ def spread(errors: list[float]) -> float:
 def table(results: list[dict]) -> str:
     sizes = results[0]["devices"]
     lines = [
-        f"| dtype | array | strategy | {' | '.join(f'N={size}' for size in sizes)} | max / min | bits as for N=1 |",
+        f"| dtype | array | strategy | {' | '.join(f'N={size}' for size in sizes)} | max / min | bits equal to N=1 |",
         "| --- " * (len(sizes) + 5) + "|",
     ]
     for dtype in DTYPES:
@@ -131,7 +130,7 @@ def table(results: list[dict]) -> str:
 
 
 def verdict(result: dict) -> str:
-    """What is true of the claim for one strategy and dtype: the spread over N, and the error on most devices."""
+    """The claim against the figures of one strategy and dtype: the spread over N, and the error on the largest N."""
     devices, errors_of = result["devices"], result["rms"]
     worst = max(map(spread, errors_of.values()))
     growth = ", ".join(f"{array} {errors[-1] / errors[0]:.3f}" for array, errors in errors_of.items())
@@ -168,7 +167,7 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=LENGTH, help=f"tokens L (default: {LENGTH})")
     arguments = parser.parse_args()
     os.environ.setdefault("JAX_NUM_CPU_DEVICES", str(max(arguments.devices)))
-    jax.config.update("jax_num_cpu_devices", int(os.environ["JAX_NUM_CPU_DEVICES"]))  # JAX read the variable before
+    jax.config.update("jax_num_cpu_devices", int(os.environ["JAX_NUM_CPU_DEVICES"]))  # JAX has read it by now
     distributed.start()
     results = []
     for dtype in DTYPES:

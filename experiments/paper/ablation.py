@@ -2,15 +2,15 @@
 
     python -m experiments.paper.ablation
 
-Each row leaves one idea out of the LSS training step, by swapping one function: keys and values in one gather and
-their gradients in one scatter (against one each); the gradients reduced and scattered (against summed on every device,
-which then keeps its own segment); gradients averaged over `seq`, then `data` (against one reduction over all devices);
+Each row leaves one idea out of the LSS training step, by replacing one function: keys and values in one all-gather and
+their gradients in one reduce-scatter (against one each); that reduce-scatter (against an all-reduce, of which each
+device uses its own segment); gradients averaged over `seq`, then `data` (against one all-reduce over all devices);
 zigzag segments (against contiguous ones).
 
 *Compiled*, on 2 x 4 simulated devices: collectives per step, bytes sent per device (by ring algorithms), temporaries.
 *Measured* there: the time over that of the whole algorithm, the median over rounds in which all take turns. Simulated
-devices share the cores and send through memory: time follows the work of all devices, so that balance, which zigzag is
-for, hardly shows; the busiest device's share of the attention does (counted). Every variant's loss is the same.
+devices share the cores and communicate through memory: time follows the work of all devices, so that balance, the
+purpose of zigzag, hardly shows; the busiest device's attention (counted) shows it. Every variant's loss is the same.
 """
 
 import argparse
@@ -52,24 +52,24 @@ SMALL: Row = {
 
 
 def gathered_apart(kv_2BGlK: jax.Array, setting: Setting) -> jax.Array:
-    """A gather for the keys and one for the values: `kv_N2BGlK`."""
+    """One all-gather for the keys and one for the values: `kv_N2BGlK`."""
     return checkpoint_name(
         jnp.stack([jax.lax.all_gather(x_BGlK, setting.axis) for x_BGlK in kv_2BGlK], axis=1), COMMUNICATED
     )
 
 
 def scattered_apart(dkv_N2BGKl: jax.Array, setting: Setting) -> jax.Array:
-    """A scatter for each."""
+    """One reduce-scatter for the gradient of the keys and one for that of the values."""
     return jnp.stack([jax.lax.psum_scatter(x_NBGKl, setting.axis) for x_NBGKl in jnp.moveaxis(dkv_N2BGKl, 1, 0)])
 
 
 def summed_everywhere(dkv_N2BGKl: jax.Array, setting: Setting) -> jax.Array:
-    """Every device has the whole sum, and keeps its own segment of it."""
+    """An all-reduce, of which each device uses its own segment."""
     return jax.lax.psum(dkv_N2BGKl, setting.axis)[jax.lax.axis_index(setting.axis)]
 
 
 def in_one_sum(partial: Any, specs: Any, mesh: Mesh) -> Any:
-    """Gradients over all devices that share a parameter at once, instead of first `seq`, then `data`."""
+    """Gradients summed over all devices that replicate a parameter at once, instead of over `seq`, then `data`."""
     leaves, treedef = jax.tree.flatten(partial)
     missing = [
         tuple(axis for axis in cut_axes(mesh) if axis not in named_axes(spec)) for spec in jax.tree.leaves(specs)
@@ -94,7 +94,7 @@ VARIANTS: dict[str, tuple[Row, dict[tuple[Any, str], Callable]]] = {
 
 
 def variant(name: str, devices: Sequence[jax.Device]) -> Step:
-    """The step with something left out."""
+    """The compiled step of a variant."""
     changes, swapped = VARIANTS[name]
     with contextlib.ExitStack() as stack:
         for (module, function), other in swapped.items():
@@ -103,7 +103,7 @@ def variant(name: str, devices: Sequence[jax.Device]) -> Step:
 
 
 def figures(variant: Step) -> Row:
-    """Off the compiled program, per device: collectives by place, bytes, memory; and the busiest device's attention."""
+    """Figures per device, read off the program: collectives, bytes, memory; and the busiest device's attention."""
     found = contract.found(hlo.collectives(variant.program.as_text()), variant.mesh)
     lines = [
         {"place": line.place, "kind": line.kind, "axes": list(line.axes), "times": total.times, "bytes": total.bytes}
@@ -119,7 +119,7 @@ def figures(variant: Step) -> Row:
 
 
 def timed(variants: dict[str, Step], rounds: int) -> dict[str, Row]:
-    """Seconds in turns, and the losses of the first steps."""
+    """Seconds of each variant, taking turns, and the losses of all steps."""
     seconds: dict[str, list[float]] = {name: [] for name in variants}
     losses: dict[str, list[float]] = {name: [] for name in variants}
     for turn in range(rounds + 1):
@@ -153,7 +153,7 @@ def render(rows: list[Row]) -> str:
                 f"{row['ratio']:.2f}",
             )
         )
-    head = "variant | collectives | which | sent, MB | temporaries | busiest device's attention | time / whole"
+    head = "variant | collectives | kinds | sent, MB | temporaries | busiest device's attention | time / whole"
     return "\n".join(
         [
             "# What each idea is worth",
@@ -161,7 +161,7 @@ def render(rows: list[Row]) -> str:
             "Command: `python -m experiments.paper.ablation`",
             "",
             f"A step of 4 layers of width 256, float32, {SEQUENCES} sequences of {LENGTH:,} tokens, on 2 x 4 simulated "
-            "devices (data x seq). Compiled, but for the last two columns: counted, and measured.",
+            "devices (data x seq). Compiled, except for the last two columns, which are counted and measured.",
             "",
             table(head, body),
         ]
@@ -173,7 +173,7 @@ def _in_words(line: Row) -> str:
 
 
 def plot(rows: list[Row]) -> Figure:
-    """Each figure over that of the whole algorithm."""
+    """Bars for each variant: its figures over those of the whole algorithm."""
     figure = Figure(figsize=(8, 3.5))
     axes = figure.subplots()
     keys = {

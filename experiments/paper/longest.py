@@ -3,13 +3,13 @@
     python -m experiments.paper.longest
 
 The paper (arXiv 2311.02382, Results): 50,112 tokens on 144 GPUs of 16 GB to a sequence, where its baseline stops far
-below. Here one sequence over all devices, of 16 GiB each, the paper's model (6 layers, width 512, 8 heads, bfloat16,
-blocks computed again on the way back).
+below. Here one sequence is sharded over all devices, of 16 GiB each, in the paper's model (6 layers, width 512, 8
+heads, bfloat16, blocks recomputed in the backward pass).
 
 *Modelled*: the longest length by the planner's memory model, an upper bound (`lss_jax/inspection/memory.py`).
-*Compiled*, for simulated CPU devices: the program at that length, for 8 devices, so that the bound can be judged; CPUs
-keep bfloat16 as float32, so that real machines hold more. The baseline cuts heads: beyond 8 devices it gains nothing,
-and the others train on other sequences. Hybrids cut the sequence over N/2 or N/8 devices and the heads over 2 or 8.
+*Compiled*, for 8 simulated CPU devices: the program at that length, so that the bound can be judged. CPUs compute
+bfloat16 in float32, so real machines hold more. The baseline shards heads: beyond 8 devices it gains nothing, and the
+other devices train on other sequences. Hybrids shard the sequence over N/2 or N/8 devices and the heads over 2 or 8.
 """
 
 import argparse
@@ -33,8 +33,8 @@ DEVICES = (1, 2, 4, 8, 16, 36, 64, 144, 256)
 COMPILED = 8
 
 
-def cuts(devices: int) -> dict[str, tuple[Mesh, str, Row]]:
-    """Who takes part, with its mesh and strategy; a mesh of fewer devices has the rest train on other sequences."""
+def methods(devices: int) -> dict[str, tuple[Mesh, str, Row]]:
+    """The methods by name: mesh, strategy and config changes; devices beyond a sequence group form data groups."""
     heads = max(size for size in (1, 2, 4, 8) if devices % size == 0)
     own: dict[str, tuple[Mesh, str, Row]] = {
         "LSS, dense (the paper's)": ((1, devices, 1), "lss", DENSE),
@@ -51,9 +51,9 @@ def cuts(devices: int) -> dict[str, tuple[Mesh, str, Row]]:
 
 
 def longest(devices: int) -> list[Row]:
-    """What each can hold on so many devices."""
+    """The longest sequence of each method on this many devices."""
     rows = []
-    for name, (sizes, strategy, changes) in cuts(devices).items():
+    for name, (sizes, strategy, changes) in methods(devices).items():
         model = build_model(config_of(sizes, 1152, changes))
         try:
             cost = evaluate(model, sizes, strategy, MEMORY).longest
@@ -76,7 +76,7 @@ def longest(devices: int) -> list[Row]:
 
 
 def compiled(sizes: Mesh, strategy: str, seq_len: int, changes: Row) -> int | None:
-    """Bytes per device that the compiler asks for; None if it refuses."""
+    """Bytes per device that the compiled program needs; None if it does not fit."""
     own = {**changes, "attention.strategy": strategy, "attention.regather": strategy == "lss"}
     model = build_model(config_of(sizes, seq_len, own))
     mesh = make_mesh(sizes, jax.devices()[: sizes[0] * sizes[1] * sizes[2]])
@@ -90,7 +90,7 @@ def compiled(sizes: Mesh, strategy: str, seq_len: int, changes: Row) -> int | No
 
 
 def render(rows: list[Row]) -> str:
-    """Lengths by who and number of devices; and what the compiler says of those on eight."""
+    """Lengths by method and number of devices, and the compiled memory on eight."""
     names = list(dict.fromkeys(row["name"] for row in rows))
     of = {(row["name"], row["devices"]): row for row in rows}
     lengths = [
@@ -104,14 +104,15 @@ def render(rows: list[Row]) -> str:
             "",
             "Command: `python -m experiments.paper.longest`",
             "",
-            "Tokens that fit in 16 GiB per device, modelled (an upper bound of memory, so a lower one of length):",
+            "Tokens that fit in 16 GiB per device on N devices, modelled (an upper bound of memory, so a lower "
+            "bound of length):",
             "",
-            table(f"who | {' | '.join(f'{count} devices' for count in DEVICES)}", lengths),
+            table(f"method | {' | '.join(f'N = {count}' for count in DEVICES)}", lengths),
             "",
             f"On {COMPILED} simulated devices, compiled at that length:",
             "",
             table(
-                "who | tokens | compiled, GiB | predicted over compiled | sent per step, GiB (modelled)",
+                "method | tokens | compiled, GiB | predicted over compiled | sent per step, GiB (modelled)",
                 [
                     (
                         row["name"],
@@ -128,7 +129,7 @@ def render(rows: list[Row]) -> str:
 
 
 def plot(rows: list[Row]) -> Figure:
-    """Length over devices."""
+    """Length over the number of devices, a line per method."""
     figure = Figure(figsize=(7, 4.5))
     axes = figure.subplots()
     for name in dict.fromkeys(row["name"] for row in rows):

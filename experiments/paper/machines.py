@@ -1,10 +1,10 @@
-"""How long a step would take on a machine that is not there: its public figures, and one formula in the open.
+"""The modelled time of a step on a machine that is not at hand, from its public figures and one formula.
 
     step = max(operations / peak, bytes of memory moved / memory rate) + communication
 
-Nothing of the communication hides behind work, and work runs at its peak: so the share of communication is an upper
-bound, and the step a lower one. A collective of `n` devices takes ring steps: `n - 1` to gather or to scatter, twice
-that to sum, one to pass on. Each costs the link's latency and its share of the bytes over the link's rate.
+No communication overlaps with compute, and compute runs at its peak, so that the modelled share of communication is an
+upper bound. A collective of `n` devices takes ring steps: `n - 1` to gather or to scatter, twice that to
+all-reduce, one to permute. Each costs the link's latency and its share of the bytes over the link's rate.
 """
 
 import math
@@ -20,13 +20,13 @@ from lss_jax.parallel.mesh import SEQ
 
 
 class Machine(NamedTuple):
-    """Of one device: operations per second in bfloat16, bytes per second of its memory and of one ring of links."""
+    """Figures per device: bfloat16 operations per second, bytes per second of its memory and of one ring of links."""
 
     name: str
     peak: float
     memory_rate: float
     link_rate: float
-    latency: float  # seconds per ring step
+    latency: float  # in seconds per ring step
 
 
 # Google Cloud's page on TPU v5p: 459 TFLOPS, 2,765 GB/s, 4,800 Gbit/s over 6 links, of which a ring uses two. The
@@ -41,12 +41,12 @@ HOPS = {
     "scalars": lambda n: 2 * (n - 1),
     "collective-permute": lambda n: 1,
 }
-PRODUCTS = 7  # of matrices in attention: two forward, five on the way back
-SCORES = 10  # times that dense scores are written or read, float32: forward 4, on the way back 6
+PRODUCTS = 7  # matrix products in attention: 2 forward, 5 backward
+SCORES = 10  # times that dense scores are written or read, in float32: 4 forward, 6 backward
 
 
 class StepTime(NamedTuple):
-    """Seconds of a step, modelled."""
+    """The modelled seconds of a step."""
 
     compute: float
     memory: float
@@ -54,12 +54,12 @@ class StepTime(NamedTuple):
 
     @property
     def total(self) -> float:
-        """Work at its peak, then communication."""
+        """Compute or memory, whichever takes longer, then communication."""
         return max(self.compute, self.memory) + self.communication
 
 
 def step_time(machine: Machine, model: Model, mesh, operations: int, collectives: Contract) -> StepTime:
-    """Of `operations` and `collectives` per device, as compiled or as predicted."""
+    """The time of a step with these operations and collectives per device, compiled or predicted."""
     return StepTime(
         compute=operations / machine.peak,
         memory=bytes_moved(model, mesh) / machine.memory_rate,
@@ -68,7 +68,7 @@ def step_time(machine: Machine, model: Model, mesh, operations: int, collectives
 
 
 def communication(machine: Machine, collectives: Contract, mesh) -> float:
-    """Seconds in collectives, one after the other."""
+    """Seconds in collectives that run one after the other."""
     seconds = 0.0
     for line, total in collectives.items():
         n = math.prod(mesh.shape[axis] for axis in line.axes)
@@ -78,10 +78,11 @@ def communication(machine: Machine, collectives: Contract, mesh) -> float:
 
 
 def bytes_moved(model: Model, mesh) -> float:
-    """In and out of a device's memory, counted: weights and moments, activations, and dense scores or keys.
+    """Bytes read and written in a device's memory, counted: parameters and moments, activations, dense scores or keys.
 
-    Weights are read three times and their gradients, moments and new values written and read once. Of activations each
-    layer writes and reads what `memory.arrays_of` names ten (parts) and four (hidden) times, forward and twice back.
+    Parameters are read three times; their gradients, moments and new values are written and read once. A layer reads
+    and writes ten arrays of the size `part` and four of the size `hidden` (`memory.arrays_of`), once forward and twice
+    backward.
     """
     config, arrays, memory = model.config, arrays_of(model.config, mesh), memory_of(model, mesh)
     sizes, setting = sizes_of(config, mesh), setting_on(config, mesh)
@@ -96,9 +97,9 @@ def bytes_moved(model: Model, mesh) -> float:
 
 
 def algorithmic_operations(model: Model, mesh, scores: float) -> int:
-    """Of a step on each device, whatever a kernel computes in vain; `scores` is the share of scores that count.
+    """Operations per device and step that the algorithm needs, without what a kernel computes in vain.
 
-    All of them in the paper, 1; half of them, 0.5, in causal attention that is balanced.
+    `scores` is the share of scores that count: all (1) in the paper, half (0.5) in balanced causal attention.
     """
     config, sizes = model.config, sizes_of(model.config, mesh)
     counted = scores * sizes.B * sizes.H * sizes.l * sizes.l * mesh.shape[SEQ]
@@ -107,5 +108,5 @@ def algorithmic_operations(model: Model, mesh, scores: float) -> int:
 
 
 def groups(mesh) -> str:
-    """A mesh in words: data x seq x model."""
+    """The mesh as text: data x seq x model."""
     return " x ".join(str(size) for size in mesh.shape.values())

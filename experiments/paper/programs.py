@@ -1,4 +1,4 @@
-"""What the tables have in common: a training step for a mesh of devices that are not there, compiled and read off."""
+"""What the tables share: training steps on devices that do not exist, compiled and read off; and results on disk."""
 
 import json
 from collections.abc import Callable, Sequence
@@ -36,9 +36,9 @@ BLOCKWISE: Row = {"attention.kernel": "blockwise", "attention.regather": True}
 
 
 def config_of(mesh: Mesh, seq_len: int, changes: Row | None = None) -> Config:
-    """The paper's model (6 layers, width 512, 8 heads, bfloat16, blocks computed again), contiguous segments.
+    """The paper's model (6 layers, width 512, 8 heads, bfloat16, blocks recomputed), contiguous segments.
 
-    A sequence for each data group, unless the changes say otherwise.
+    One sequence per data group, unless the changes say otherwise.
     """
     values = paper_50112.get_config()
     of_mesh = {f"mesh.{axis}": size for axis, size in zip(AXES, mesh, strict=True)}
@@ -49,9 +49,10 @@ def config_of(mesh: Mesh, seq_len: int, changes: Row | None = None) -> Config:
 
 
 def chips(count: int) -> Sequence[jax.Device]:
-    """Absent TPU v5p chips in a torus; six lie as no one could rent them, on a host of their own.
+    """TPU v5p chips in a torus, for ahead-of-time compilation; six are a 2 x 3 host, which nobody can rent.
 
-    128 and 144 lie in a plane: over 6 x 6 x 4 libtpu gathers by sums of zeros with a segment, and the audit says so.
+    128 and 144 form a plane: on 6 x 6 x 4 libtpu gathers by an all-reduce of zero-padded segments, which the audit
+    reports.
     """
     if count == 6:
         devices_of("tpu:v5p:2x2x1")  # the settings that libtpu needs
@@ -61,7 +62,7 @@ def chips(count: int) -> Sequence[jax.Device]:
 
 
 def compiled(config: Config, devices: Sequence[jax.Device]) -> Row:
-    """The figures of a step, per device: memory, bytes sent and operations off the program, and its modelled time."""
+    """A step's figures per device: memory, bytes sent and operations, read off the program, and its modelled time."""
     size = config.mesh.data * config.mesh.seq * config.mesh.model
     mesh = mesh_of(config, devices[:size])
     model = build_model(config)
@@ -97,7 +98,7 @@ def compiled(config: Config, devices: Sequence[jax.Device]) -> Row:
 
 
 class Step:
-    """A compiled step with a state and random bytes; each call is one step, waited for, and gives its loss."""
+    """A compiled step with its state and a batch of random bytes; a call runs one step and gives its loss."""
 
     def __init__(self, config: Config, devices: Sequence[jax.Device]):
         self.mesh, self.model = mesh_of(config, devices), build_model(config)
@@ -109,7 +110,7 @@ class Step:
 
     @property
     def temporaries(self) -> int:
-        """Bytes on one device."""
+        """Bytes per device."""
         analysis = self.program.memory_analysis()
         assert analysis is not None, "every backend has one"
         return analysis.temp_size_in_bytes
@@ -121,24 +122,24 @@ class Step:
 
 
 def megabytes(size: float | None) -> str:
-    """For a table."""
+    """A size for a table."""
     return "does not fit" if size is None else f"{size / 1e6:,.1f} MB"
 
 
 def table(head: str, rows: Sequence[Sequence[Any]]) -> str:
-    """In Markdown; the names of the columns have ` | ` between them."""
+    """A Markdown table; ` | ` separates the column names in `head`."""
     lines = [f"| {head} |", "| --- " * len(head.split(" | ")) + "|"]
     return "\n".join(lines + [f"| {' | '.join(map(str, row))} |" for row in rows])
 
 
 def read(name: str) -> dict[str, Any]:
-    """What an earlier run wrote, so that a part can be done again."""
+    """The results of an earlier run, of which a part may be run again."""
     path = HERE / f"{name}.json"
     return json.loads(path.read_text()) if path.exists() else {}
 
 
 def write(name: str, results: Any, render: Callable[[Any], str], plot: Callable[[Any], Figure]) -> None:
-    """The figures as JSON, the table as Markdown, the plot, beside this file."""
+    """Writes the figures as JSON, the table as Markdown and the plot beside this file."""
     (HERE / f"{name}.json").write_text(json.dumps(results, indent=1) + "\n")
     results = json.loads((HERE / f"{name}.json").read_text())
     (HERE / f"{name}.md").write_text(render(results) + "\n")

@@ -1,15 +1,15 @@
-"""Table 5: sequence x data x model: which split of 64, 256 and 3,456 devices is best.
+"""Table 5: the best mesh, data x sequence x model, for 64, 256 and 3,456 devices.
 
     python -m experiments.paper.splits
 
-For a model of 20M and one of 1.5B parameters, at 8k, 50k and 1M tokens. A step has at most four million tokens, for a
+For a model of 20M and one of 1.5B parameters, at 8k, 50k and 1M tokens. A step has at most four million tokens, since a
 larger batch trains no better (GPT-3 had 3.2 million, Brown et al. 2020, arXiv 2005.14165, Table 2.1): where these are
-fewer sequences than devices, cutting the sequence or the heads is what lets more devices help. A data group takes its
-sequences in as many microbatches as it needs to fit.
+fewer sequences than devices, only sharding the sequence or the heads lets more devices help. A data group takes its
+sequences in as few microbatches as fit in memory.
 
-*Modelled*, all of it: what fits by the planner's memory model, an upper bound, in the 95 GiB of a TPU v5p; seconds by
-`machines.py` from the predicted collectives (which `lss_jax.audit` compares with compiled programs) and operations. The
-best split has the fewest device seconds per token; the table also has the best of each pure kind.
+All of it is *modelled*: memory by the planner's model, an upper bound, against the 95 GiB of a TPU v5p; seconds by
+`machines.py` from the predicted operations and collectives (which `lss_jax.audit` compares with compiled programs). The
+best split has the fewest device seconds per token; the table also has the best split of each kind.
 """
 
 import argparse
@@ -44,11 +44,11 @@ COMMON: Row = {"attention.regather": True, "attention.layout": "zigzag", "optim.
 
 
 def splits(model: Model, devices: int) -> Iterator[Row]:
-    """Each way to cut the devices that the rules and the memory allow, with its modelled seconds."""
+    """Each mesh that the rules and the memory allow, with its modelled seconds."""
     for sizes in meshes(devices):
         for microbatches in (1, 2, 4, 8, 16, 32, 64, 128, 256, 512):
             row = tried(model, sizes, microbatches)
-            if row is None:  # against a rule, or nothing is left to divide
+            if row is None:  # breaks a rule, or has more microbatches than sequences
                 break
             if row["memory"] <= MEMORY:
                 yield row
@@ -56,9 +56,9 @@ def splits(model: Model, devices: int) -> Iterator[Row]:
 
 
 def tried(model: Model, sizes: Mesh, microbatches: int) -> Row | None:
-    """A split with so many microbatches; None where that cannot be."""
+    """A split with this many microbatches; None where that breaks a rule."""
     length = model.config.data.seq_len
-    each = BATCH // length // sizes[0]  # sequences of a data group
+    each = BATCH // length // sizes[0]  # sequences per data group
     if each < microbatches:
         return None
     batch = each // microbatches * microbatches * sizes[0]
@@ -72,25 +72,25 @@ def tried(model: Model, sizes: Mesh, microbatches: int) -> Row | None:
         validate(config, sizes[0] * sizes[1] * sizes[2])
     except ConfigError:
         return None
-    cut, mesh = dataclasses.replace(model, config=config), AbstractMesh(sizes, AXES)
-    collectives = predicted(cut, mesh)
-    work = algorithmic_operations(cut, mesh, scores=0.5)
-    time = step_time(V5P, cut, mesh, work, collectives)
+    model, mesh = dataclasses.replace(model, config=config), AbstractMesh(sizes, AXES)
+    collectives = predicted(model, mesh)
+    work = algorithmic_operations(model, mesh, scores=0.5)
+    time = step_time(V5P, model, mesh, work, collectives)
     return {
         "mesh": sizes,
         "sequences": batch,
         "microbatches": microbatches,
-        "memory": memory_of(cut, mesh).total,
+        "memory": memory_of(model, mesh).total,
         "sent": sent(collectives, mesh),
         "operations": work,
         "seconds": time.total,
         "communication": time.communication / time.total,
-        "microseconds_per_token": time.total * mesh.size / (batch * length) * 1e6,  # of a device
+        "microseconds_per_token": time.total * mesh.size / (batch * length) * 1e6,  # of one device
     }
 
 
 def measure(name: str, devices: int, length: int, model: Model) -> Row:
-    """The best split, and the best of each pure kind."""
+    """The best split, and the best of each kind."""
     rows = sorted(splits(at_length(model, length), devices), key=lambda row: row["microseconds_per_token"])
 
     def best(kind: Any) -> Row | None:
@@ -115,8 +115,8 @@ KINDS = ("data alone", "data and sequence", "data and model")
 def render(results: list[Row]) -> str:
     """The table."""
     head = (
-        "model | devices | tokens | best, data x seq x model | sequences, in microbatches | GiB | step, s "
-        f"| in communication | device us per token | {' | '.join(f'{kind}, over best' for kind in KINDS)}"
+        "model | devices | tokens | best, data x seq x model | sequences in microbatches | GiB | step, s "
+        f"| communication | device us per token | {' | '.join(f'{kind}, over best' for kind in KINDS)}"
     )
     body = []
     for row in results:
@@ -144,7 +144,7 @@ def render(results: list[Row]) -> str:
             "",
             "Command: `python -m experiments.paper.splits`",
             "",
-            "Modelled for TPU v5p (95 GiB each), steps of at most 4,194,304 tokens:",
+            "Modelled for TPU v5p (95 GiB each), at most 4,194,304 tokens per step:",
             "",
             table(head, body),
         ]
@@ -162,7 +162,7 @@ def _over(row: Row | None, best: Row) -> str:
 
 
 def plot(results: list[Row]) -> Figure:
-    """Seconds per token over how many devices share a sequence, for each model and length on 256 devices."""
+    """Seconds per token over the size of a sequence group, for each model and length on 256 devices."""
     figure = Figure(figsize=(9, 3.8))
     for axes, name in zip(figure.subplots(1, 2), MODELS, strict=True):
         for row in results:

@@ -4,15 +4,15 @@
 
 The paper (arXiv 2311.02382, Results): sequence groups of 6, 36 and 144 GPUs, and 144 x 24 data groups, at a
 weak-scaling efficiency of 161%: operations per second and device over those of the smallest group. It can exceed 100%
-because the work for a token grows with the sequence, for attention is quadratic, while a small group's step is mostly
+because the work per token grows with the sequence (attention is quadratic), while a small group's step is mostly
 overhead.
 
-*Compiled*, for real tori of TPU v5p (the six chips lie as no one could rent them): operations, bytes sent and memory
-per device are read off the program. *Modelled* by `machines.py`: the seconds, and so the efficiency and the share of
-the step in communication, all of it exposed: the compiler starts no gather and no sum of these programs ahead. The last
-column is the efficiency if all of it were hidden. A step takes the operations that its program computes; efficiency
-counts those of the algorithm, as the paper does: all scores, masked ones too, but no padding of 348 queries to a
-kernel's block, so that what is computed in vain is not called efficient.
+*Compiled*, for real tori of TPU v5p (except the six chips, a 2 x 3 host that nobody can rent): operations, bytes sent
+and memory per device are read off the program. *Modelled* by `machines.py`: the seconds, and so the efficiency and the
+share of the step in communication, all of it exposed: the compiler makes none of these collectives asynchronous. The
+last column is the efficiency if all of it were hidden. A step's time counts the operations that its program computes;
+efficiency counts those of the algorithm, as the paper does: all scores, masked ones too, but no padding of 348 queries
+to a kernel's block, so that what is computed in vain does not count as efficient.
 """
 
 import argparse
@@ -29,7 +29,7 @@ KERNELS: dict[str, Row] = {"dense": DENSE, "blockwise": BLOCKWISE, "fused": {"at
 
 
 def programs() -> list[Row]:
-    """Each way to compute rows, on each group."""
+    """Each kernel on each mesh."""
     rows = []
     for name, changes in KERNELS.items():
         for mesh in MESHES:
@@ -54,9 +54,9 @@ def _rate(row: Row, hidden: bool) -> float:
 def render(rows: list[Row]) -> str:
     """The table."""
     head = (
-        "rows | data x seq x model | devices | tokens | GFLOP | of these attention | the algorithm's | sent, MB "
-        "| parameters, MB | optimizer, MB | temporaries, MB | compiled in, s | as predicted | step, ms "
-        "| in communication | weak-scaling efficiency | with communication hidden"
+        "kernel | data x seq x model | devices | tokens | GFLOP | attention's share | the algorithm's share | sent, MB "
+        "| parameters, MB | optimizer, MB | temporaries, MB | compile time, s | as predicted | step, ms "
+        "| communication | weak-scaling efficiency | with communication hidden"
     )
     body = []
     for row in rows:
@@ -85,8 +85,9 @@ def render(rows: list[Row]) -> str:
             "",
             "Command: `python -m experiments.paper.weak_scaling`",
             "",
-            f"Per device, {TOKENS} tokens of the paper's model each; the paper's efficiency at 3,456 devices: {PAPER}.",
-            "Compiled for TPU v5p up to the column `as predicted`; what follows is modelled.",
+            f"The paper's model with {TOKENS} tokens per device; all figures are per device. The paper's efficiency at "
+            f"3,456 devices: {PAPER}.",
+            "Compiled for TPU v5p up to the column `as predicted`; the columns after it are modelled.",
             "",
             table(head, body),
         ]
@@ -94,7 +95,7 @@ def render(rows: list[Row]) -> str:
 
 
 def plot(rows: list[Row]) -> Figure:
-    """Efficiency, and the share of communication."""
+    """Efficiency and the share of communication over the number of devices."""
     figure = Figure(figsize=(9, 3.5))
     left, right = figure.subplots(1, 2)
     for name in KERNELS:

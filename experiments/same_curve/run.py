@@ -4,7 +4,7 @@
     python -m experiments.same_curve.run --data enwik8-first-4MB
 
 Trains twice from the same seed, with data=2, seq=4 and with data=1, seq=1, evaluates both on the whole validation
-split, and compares every logged loss. Takes about ten minutes on two cores. Writes `results.json` and `results.md`
+split, and compares all logged losses. Takes about ten minutes on two cores. Writes `results.json` and `results.md`
 beside this file.
 """
 
@@ -48,9 +48,9 @@ def run(data: str, workdir: Path, groups: int, seq: int) -> tuple[str, list[dict
     train = [sys.executable, "-m", "lss_jax.train", *arguments, "--workdir", str(workdir)]
     subprocess.run(train, env=environment, check=True)
     evaluate = [sys.executable, "-m", "lss_jax.evaluate", "--workdir", str(workdir)]
-    told = subprocess.run(evaluate, env=environment, check=True, stdout=subprocess.PIPE, text=True).stdout
+    printed = subprocess.run(evaluate, env=environment, check=True, stdout=subprocess.PIPE, text=True).stdout
     command = f"JAX_PLATFORMS=cpu JAX_NUM_CPU_DEVICES={devices} python -m lss_jax.train {' '.join(arguments)}"
-    return command, read_records(workdir / "metrics.jsonl"), float(told.split()[-2])
+    return command, read_records(workdir / "metrics.jsonl"), float(printed.split()[-2])
 
 
 def main() -> None:

@@ -1,13 +1,13 @@
-"""What cutting the work costs: a training step on 8 simulated devices over the same step on 1, on the same cores.
+"""The overhead of sharding: a training step on 8 simulated devices over the same step on 1, on the same cores.
 
     python -m experiments.spmd_overhead.run
 
-Both do the same global work (the same model, batch and sequence), so a ratio of 1 means that the cut is free. The
+Both do the same global work (the same model, batch and sequence), so a ratio of 1 means that sharding is free. The
 meshes take turns in one process; a figure is the median over the rounds of the ratio to the whole step on one device
-in the same round. Beside the whole step stand its parts, each timed as a program of its own: the loss and gradient,
-and the optimizer, which every device repeats for the whole model because weights are replicated; and the CPU time of
-the whole step, outside and inside the kernel. Takes about six minutes on two cores. Writes `results.json` and
-`results.md` beside this file.
+within a round. Beside the whole step are its parts, each timed as a program of its own: the loss and gradient, and the
+optimizer, which every device runs for the whole model because weights are replicated; and the CPU time of the whole
+step, in user and in kernel mode. Takes about six minutes on two cores. Writes `results.json` and `results.md` beside
+this file.
 """
 
 import argparse
@@ -34,7 +34,7 @@ from lss_jax.training.state import init_state, state_shardings
 from lss_jax.training.step import make_means_and_gradient, make_train_step
 
 MESHES = [(1, 1), (1, 8), (2, 4)]  # data x seq
-SIZES = {  # tokens per step / parameters grows downwards: from where weights dominate to where the sequence does
+SIZES = {  # with more and more tokens per parameter: at first weights dominate the work, at last the sequence does
     "short": {"data.seq_len": 256, "data.batch_size": 8},
     "medium": {"data.seq_len": 1024, "data.batch_size": 8},
     "long": {"data.seq_len": 4096, "data.batch_size": 2, "model.layers": 2},
@@ -50,7 +50,7 @@ def config_of(size: str, data: int, seq: int) -> Config:
 
 
 class Programs:
-    """The compiled step and its parts on one mesh, with what they need."""
+    """The compiled step and its parts on one mesh, with their arguments."""
 
     def __init__(self, size: str, data: int, seq: int):
         config = config_of(size, data, seq)
@@ -60,7 +60,7 @@ class Programs:
         starts_B = np.arange(config.data.batch_size) * config.data.seq_len
         self.batch = read_batch(source, starts_B, config.data.seq_len, mesh, layout_on(config, mesh))
         self.state = init_state(self.model, optimizer, mesh, seed=0)
-        kept = state_shardings(self.model, optimizer, mesh)
+        placed = state_shardings(self.model, optimizer, mesh)
 
         def update(gradient, opt_state, params):
             updates, opt_state = optimizer.update(gradient, opt_state, params)
@@ -71,7 +71,7 @@ class Programs:
         self._gradient = gradient.lower(self.state.params, self.batch, 0).compile()
         self._last = self._gradient(self.state.params, self.batch, 0)[1]
         self._optimizer = (
-            jax.jit(update, out_shardings=(kept.params, kept.opt_state))
+            jax.jit(update, out_shardings=(placed.params, placed.opt_state))
             .lower(self._last, self.state.opt_state, self.state.params)
             .compile()
         )
