@@ -1,4 +1,4 @@
-"""The longest sequence of each mesh and strategy, and what it sends."""
+"""Plans a run: for each mesh and strategy the longest sequence that fits, and the bytes sent."""
 
 import dataclasses
 import math
@@ -18,17 +18,13 @@ from lss_jax.models import Model, build_model
 from lss_jax.parallel.layout import layout_on
 from lss_jax.parallel.mesh import AXES
 
-TILE = 128  # lengths are multiples of so many tokens, and of what the mesh cuts them into
-
-
+TILE = 128  # planned lengths are multiples of so many tokens, and of what their sharding needs
 LONGEST = 2**31 - 1  # positions are int32
-
-
-CLOSE = 0.05  # lengths that differ by less are as good as one another, and traffic decides
+CLOSE = 0.05  # lengths within this of the longest count as equally good, and traffic decides
 
 
 class Cost(NamedTuple):
-    """Of a training step at one length, on one device, in bytes."""
+    """The bytes per device that a training step at one length needs and sends."""
 
     seq_len: int
     memory: Memory
@@ -36,7 +32,7 @@ class Cost(NamedTuple):
 
 
 class Cut(NamedTuple):
-    """A mesh with a strategy, and what it can do."""
+    """A mesh with a strategy that is possible, and its costs."""
 
     sizes: MeshSizes
     strategy: str
@@ -53,7 +49,9 @@ class Impossible(NamedTuple):
 
 
 def plan(config: Config, devices: int, memory: int) -> tuple[list[Cut], list[Impossible]]:
-    """All cuts, the best first, and what is impossible.
+    """Evaluates every mesh of so many devices with every strategy: the possible ones, best first, and the others.
+
+    `memory` is that of a device, in bytes.
 
     Raises:
       ConfigError: the config is wrong on any mesh.
@@ -62,7 +60,7 @@ def plan(config: Config, devices: int, memory: int) -> tuple[list[Cut], list[Imp
     model = build_model(config)
     cuts, impossible = [], []
     for sizes in meshes(devices):
-        for strategy in STRATEGIES if sizes[1] > 1 else [config.attention.strategy]:  # uncut they are the same
+        for strategy in STRATEGIES if sizes[1] > 1 else [config.attention.strategy]:  # unsharded they are the same
             try:
                 cuts.append(evaluate(model, sizes, strategy, memory))
             except ConfigError as error:
@@ -71,14 +69,14 @@ def plan(config: Config, devices: int, memory: int) -> tuple[list[Cut], list[Imp
 
 
 def meshes(devices: int) -> Iterator[MeshSizes]:
-    """All sizes (data, seq, model) with this product."""
+    """Yields all sizes (data, seq, model) whose product is `devices`."""
     divisors = [size for size in range(1, devices + 1) if devices % size == 0]
     for data in divisors:
         yield from ((data, seq, devices // data // seq) for seq in divisors if devices // data % seq == 0)
 
 
 def evaluate(model: Model, sizes: MeshSizes, strategy: str, memory: int) -> Cut:
-    """What a cut costs, at the config's length and at the longest that fits.
+    """The costs of a mesh with a strategy, at the model's own length and at the longest that fits `memory` bytes.
 
     Raises:
       ConfigError: it breaks a rule of the config, or not even the shortest sequence fits.
@@ -106,7 +104,7 @@ def evaluate(model: Model, sizes: MeshSizes, strategy: str, memory: int) -> Cut:
 
 
 def on_cut(config: Config, sizes: MeshSizes, strategy: str) -> Config:
-    """The config on a mesh with a strategy; without what is for another one."""
+    """The config on a mesh with a strategy, without the options of other strategies."""
     attention = dataclasses.replace(config.attention, strategy=cast(Any, strategy))
     if strategy != "lss":
         attention = dataclasses.replace(attention, gather_groups=1, regather=False)
@@ -114,7 +112,7 @@ def on_cut(config: Config, sizes: MeshSizes, strategy: str) -> Config:
 
 
 def at_length(model: Model, seq_len: int) -> Model:
-    """The same model for sequences of another length."""
+    """The model with another sequence length."""
 
     def with_rows(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct((seq_len, *leaf.shape[1:]), leaf.dtype)
@@ -124,7 +122,7 @@ def at_length(model: Model, seq_len: int) -> Model:
 
 
 def largest(holds: Callable[[int], bool], limit: int) -> int:
-    """The largest number up to `limit` for which `holds` is true, if it is so for all smaller ones; 0 if for none."""
+    """The largest number up to `limit` for which `holds`, which must be monotone, is true; 0 if for none."""
     high = 1
     while high <= limit and holds(high):
         high *= 2
@@ -136,7 +134,7 @@ def largest(holds: Callable[[int], bool], limit: int) -> int:
 
 
 def ranked(cuts: list[Cut]) -> list[Cut]:
-    """Of those that come close to the longest sequence the one that sends least per token first; the rest by length."""
+    """Sorts: those within `CLOSE` of the longest sequence first, by bytes sent per token; the rest by length."""
     longest = max((cut.longest.seq_len for cut in cuts), default=0)
 
     def order(cut: Cut) -> tuple[bool, float]:
@@ -148,6 +146,6 @@ def ranked(cuts: list[Cut]) -> list[Cut]:
 
 
 def chosen(config: Config, cut: Cut) -> Config:
-    """The config of a cut at its longest."""
+    """The config on a candidate's mesh, at its longest length."""
     config = on_cut(config, cut.sizes, cut.strategy)
     return dataclasses.replace(config, data=dataclasses.replace(config.data, seq_len=cut.longest.seq_len))

@@ -31,10 +31,10 @@ def cross_entropy(logits_BlV: jax.Array, targets_Bl: jax.Array) -> LossSum:
 
 @jax.named_scope(LOSS)
 def cross_entropy_of_shares(logits_BlV: jax.Array, targets_Bl: jax.Array, axis: str) -> LossSum:
-    """Cross-entropy with the vocabulary sharded over `axis`, in nats, `[B, p]`: each device counts its part of the tokens.
+    """Cross-entropy with the vocabulary sharded over `axis`, in nats: `[B, p]`, for this device's part of the tokens.
 
-    `logits_BlV` are those of the whole segment and of this device's vocabulary shard. No device ever holds all logits of
-    a token: the maximum, the sum of exponentials and the target's logit are reduced over `axis`.
+    `logits_BlV` are those of the whole segment for this device's vocabulary shard. No device ever holds all logits of a
+    token: the maximum, the sum of exponentials and the target's logit are reduced over `axis`.
     """
     largest_Bl = jax.lax.pmax(jax.lax.stop_gradient(jnp.max(logits_BlV, axis=-1)), axis)
     logits_BlV = logits_BlV - largest_Bl[..., None]

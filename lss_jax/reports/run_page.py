@@ -1,4 +1,4 @@
-"""The page about one run, or several side by side."""
+"""The HTML page about one run, or about several side by side."""
 
 import dataclasses
 import math
@@ -22,7 +22,7 @@ from lss_jax.tasks.task import Metric
 
 
 def compiled(config: Config) -> dict[str, Any] | str:
-    """What the audit has to say of the config's step on the devices at hand, or why it cannot be compiled for them."""
+    """The audit of the config's step on the local devices, as for JSON; or why it cannot be compiled for them."""
     devices, sizes = jax.devices(), dataclasses.astuple(config.mesh)
     if -1 not in sizes:
         devices = devices[: math.prod(sizes)]
@@ -34,7 +34,7 @@ def compiled(config: Config) -> dict[str, Any] | str:
 
 
 def report(runs: Sequence[Run], audits: Sequence[dict[str, Any] | str]) -> str:
-    """The page."""
+    """The page about these runs, as HTML; `audits` are those of `compiled`, one per run."""
     parts = [section("Results", results(runs, audits), *map(paragraph, caveats(runs)))]
     parts.append(section("Curves", curves(runs)))
     parts += [section(f"By position, {split} split", *by_position(runs, split)) for split in _splits(runs)]
@@ -53,7 +53,7 @@ def results(runs: Sequence[Run], audits: Sequence[dict[str, Any] | str]) -> str:
 
 
 def final_numbers(run: Run, of_step: dict[str, Any] | str) -> dict[str, str]:
-    """Under their names."""
+    """The last numbers of a run, as text, by name."""
     config, last = run.config, {record["split"]: record for record in run.records}
     done = run.records[-1]["step"]
     metric = run.task.headline
@@ -120,7 +120,7 @@ def _splits(runs: Sequence[Run]) -> list[str]:
 
 
 def by_position(runs: Sequence[Run], split: str) -> list[str]:
-    """The figure over all runs that were evaluated so, and its numbers."""
+    """The figure over all runs that were evaluated by position on this split, and the table of its numbers."""
     metric, items = runs[0].task.headline, runs[0].task.items
     windows = {
         f"{run.name + ', ' if runs[1:] else ''}windows of {window['length']:,}": (
@@ -142,7 +142,7 @@ def by_position(runs: Sequence[Run], split: str) -> list[str]:
 
 
 def compiled_step(run: Run, of_step: dict[str, Any] | str) -> list[str]:
-    """Where it was compiled, its memory and its collectives, beside what was predicted."""
+    """The section on the compiled step: its devices, and its memory and collectives beside the predictions."""
     if isinstance(of_step, str):
         return [paragraph(f"Not compiled, since it cannot be on the devices at hand: {of_step}")]
     sizes = " x ".join(f"{axis}={size}" for axis, size in of_step["mesh"].items())
@@ -165,7 +165,7 @@ def compiled_step(run: Run, of_step: dict[str, Any] | str) -> list[str]:
 
 
 def collectives(found: dict[str, Any]) -> str:
-    """Of one step, compiled and predicted; MB are of their results on one device."""
+    """The table of one step's collectives, compiled and predicted; MB are of their results, per device."""
     lines = [
         {(r["place"], r["kind"], ", ".join(r["axes"])): r for r in found[k] or []} for k in ("compiled", "predicted")
     ]
@@ -181,7 +181,7 @@ def collectives(found: dict[str, Any]) -> str:
 
 
 def config_table(runs: Sequence[Run]) -> str:
-    """All keys of one run; of several those that differ."""
+    """The table of all config keys of one run, or of those in which several differ."""
     flats = [flat(dataclasses.asdict(run.config)) for run in runs]
     keys = [key for key in flats[0] if not runs[1:] or any(values[key] != flats[0][key] for values in flats)]
     caption = "Config keys that differ" if runs[1:] else "All config keys"
@@ -196,7 +196,7 @@ def _shown_metric(record: Record | None, metric: Metric) -> str:
 
 
 def _shown(number: float | None, form: str) -> str:
-    """`-` for what is not there."""
+    """A number as text, `-` for None."""
     if number is None:
         return "-"
     return format(number, form) if math.isfinite(number) else "not finite"

@@ -1,4 +1,4 @@
-"""Parameters with a row for each position: sharded like the sequence, whatever its layout and its padding.
+"""Parameters with a row per position: sharded like the sequence, in its layout and with its padding.
 
 In the training state they are in natural order and without padding; inside `shard_map` each device has the rows of its
 own tokens.
@@ -17,14 +17,14 @@ from lss_jax.parallel.scopes import POSITIONS
 
 @jax.named_scope(POSITIONS)
 def in_layout_order(params: Params, model: Model, mesh: Mesh) -> Params:
-    """Local parameters with the rows of each table where their tokens are."""
+    """Local parameters with the rows of each table moved to the devices of their tokens."""
     layout, axes = layout_on(model.config, mesh), _sequence_axes(mesh)
     return model.with_tables(lambda table_pE: layout.from_natural(table_pE, axes), params)
 
 
 @jax.named_scope(POSITIONS)
 def in_natural_order(gradient: Params, model: Model, mesh: Mesh) -> Params:
-    """The inverse, for the gradient: rows where the training state has them."""
+    """A local gradient with the rows of each table back in natural order: the inverse of `in_layout_order`."""
     layout, axes = layout_on(model.config, mesh), _sequence_axes(mesh)
     return model.with_tables(lambda table_pE: layout.to_natural(table_pE, axes), gradient)
 
@@ -37,7 +37,10 @@ def padded(params: Params, model: Model, mesh: Mesh) -> Params:
 
 @jax.named_scope(POSITIONS)
 def cropped(gradient: Params, model: Model, mesh: Mesh) -> Params:
-    """The inverse of `padded`. What the mesh does not divide is whole on every device, so it is first gathered."""
+    """A global gradient without the rows that `padded` adds to the parameters.
+
+    A table that the mesh does not divide is replicated in the state, so its gradient is first gathered.
+    """
     missing = _missing_rows(model, mesh)
 
     def without_padding(table: jax.Array) -> jax.Array:
