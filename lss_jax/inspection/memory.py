@@ -1,10 +1,10 @@
 """The memory of a training step, in bytes per device: state and batch by their specs, temporaries by counting arrays.
 
 Temporaries are what the compiled program allocates beside its arguments: the residuals that layers save for the
-backward pass, and the arrays that are live at the moment that needs most. How many those are was read off the buffers that XLA
-assigns on CPU, where bfloat16 is computed and stored as float32: every number below has four bytes. The sums bound the
-compiler's from above, so that nothing "fits" that the compiler says does not. `python -m experiments.planner.run`
-measures how close they are, for a few configs also on TPUs, whose compiler assigns buffers differently.
+backward pass, and the arrays that are live at the moment that needs most. How many those are was read off the buffers
+that XLA assigns on CPU, where bfloat16 is computed and stored as float32: every number below has four bytes. The sums
+bound the compiler's from above, so that nothing "fits" that the compiler says does not. How close they are is measured
+by `python -m experiments.planner.run`, for a few configs also on TPUs, whose compiler assigns buffers differently.
 """
 
 import math
