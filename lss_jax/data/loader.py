@@ -32,8 +32,8 @@ class Bytes(Protocol):
 
 def shuffled_starts(step: int, *, windows: int, batch_size: int, seq_len: int, seed: int) -> np.ndarray:
     """The starts of the windows of training step `step`, `[B]`: each epoch is a fresh permutation of all windows."""
-    epochs, places = np.divmod(np.arange(step * batch_size, (step + 1) * batch_size), windows)
-    return np.array([_permutation(seed, int(e), windows)[i] for e, i in zip(epochs, places, strict=True)]) * seq_len
+    epochs, indices = np.divmod(np.arange(step * batch_size, (step + 1) * batch_size), windows)
+    return np.array([_permutation(seed, int(e), windows)[i] for e, i in zip(epochs, indices, strict=True)]) * seq_len
 
 
 @functools.lru_cache(maxsize=2)
@@ -80,8 +80,8 @@ def read_batch(
 
     def document_bounds(index: Any) -> np.ndarray:
         assert documents is not None
-        _, rows, places = index
-        return _bounds(documents, starts_B[rows], position_L[places], seq_len)[index[0]]
+        _, rows, columns = index
+        return _bounds(documents, starts_B[rows], position_L[columns], seq_len)[index[0]]
 
     def array(shape: Any, callback: Callable[[Any], np.ndarray]) -> jax.Array | None:
         return shape and jax.make_array_from_callback(shape.shape, shape.sharding, callback)
@@ -136,8 +136,8 @@ def _read(data: Bytes, start: int, run: range, seq_len: int, documents: np.ndarr
 
 def _bounds(edges: np.ndarray, starts_B: np.ndarray, position_l: np.ndarray, seq_len: int) -> np.ndarray:
     """Start and end in the window, `[2, B, l]`, of each position's document; (0, 0), which is empty, for padding."""
-    place_Bl = starts_B[:, None].astype(np.int64) + position_l
-    number_Bl = np.searchsorted(edges, place_Bl, side="right")
+    offset_Bl = starts_B[:, None].astype(np.int64) + position_l
+    number_Bl = np.searchsorted(edges, offset_Bl, side="right")
     bounds_2Bl = np.stack((edges[number_Bl - 1], edges[number_Bl])) - starts_B[:, None]
     bounds_2Bl = np.where(position_l < seq_len, np.clip(bounds_2Bl, 0, seq_len), 0)
     return bounds_2Bl.astype(np.int32)

@@ -161,12 +161,12 @@ def stdlib(path: str) -> MemorySource:
       ConfigError: this Python has no source files.
     """
     root = Path(sysconfig.get_path("stdlib"))
-    names = [name.relative_to(root) for name in root.rglob("*.py")]
-    kept = [name for name in names if not STDLIB_LEFT_OUT & set(name.parts) and (root / name).is_file()]
-    kept.sort(key=lambda name: hashlib.sha256(name.as_posix().encode()).digest())
-    if not kept:
+    relative = [name.relative_to(root) for name in root.rglob("*.py")]
+    names = [name for name in relative if not STDLIB_LEFT_OUT & set(name.parts) and (root / name).is_file()]
+    names.sort(key=lambda name: hashlib.sha256(name.as_posix().encode()).digest())
+    if not names:
         raise ConfigError(f'data.source="stdlib": no .py files under {root}; use data.source="text" and data.path')
-    return MemorySource(np.frombuffer(b"".join((root / name).read_bytes() for name in kept), dtype=np.uint8))
+    return MemorySource(np.frombuffer(b"".join((root / name).read_bytes() for name in names), dtype=np.uint8))
 
 
 def text(path: str) -> FileSource:

@@ -100,8 +100,8 @@ class Rope(NamedTuple):
         angle_lk = _angles(positions_l, K // 2, base) / slowed
         cos, sin = jnp.cos(angle_lk)[:, None, :], jnp.sin(angle_lk)[:, None, :]
         first, second = jnp.split(x_BlHK.astype(jnp.float32), 2, axis=-1)
-        turned = jnp.concatenate((first * cos - second * sin, second * cos + first * sin), axis=-1)
-        return turned.astype(x_BlHK.dtype)
+        rotated_BlHK = jnp.concatenate((first * cos - second * sin, second * cos + first * sin), axis=-1)
+        return rotated_BlHK.astype(x_BlHK.dtype)
 
 
 def _angles(positions_l: jax.Array, count: int, base: float) -> jax.Array:

@@ -103,19 +103,19 @@ class SelfAttention(nnx.Module):
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
         E, H, G, K = config.width, config.heads, config.kv_heads, config.width // config.heads
         self.rope = Rope(config.rope_base, config.rope_scaling, config.rope_factor)
-        self.turned = config.positions == "rope"
-        heads, rows = P(None, MODEL), P(MODEL)
-        self.query = Linear(config, (E,), (H, K), rngs, kernel_spec=heads, bias_spec=P(MODEL))
-        self.key = Linear(config, (E,), (G, K), rngs, kernel_spec=heads, bias_spec=None)  # would cancel in softmax
-        self.value = Linear(config, (E,), (G, K), rngs, kernel_spec=heads, bias_spec=P(MODEL))
+        self.rotary = config.positions == "rope"
+        by_output, by_input = P(None, MODEL), P(MODEL)  # column-parallel and row-parallel
+        self.query = Linear(config, (E,), (H, K), rngs, kernel_spec=by_output, bias_spec=P(MODEL))
+        self.key = Linear(config, (E,), (G, K), rngs, kernel_spec=by_output, bias_spec=None)  # would cancel in softmax
+        self.value = Linear(config, (E,), (G, K), rngs, kernel_spec=by_output, bias_spec=P(MODEL))
         stddev = _residual_stddev(config)
-        self.out = Linear(config, (H, K), (E,), rngs, kernel_spec=rows, bias_spec=P(), stddev=stddev)
+        self.out = Linear(config, (H, K), (E,), rngs, kernel_spec=by_input, bias_spec=P(), stddev=stddev)
 
     @jax.named_scope(REGIONS)
     def __call__(self, x_BpE: jax.Array, segment: Segment, past: Any) -> tuple[jax.Array, Any]:
         x_BlE = gather_sequence(x_BpE, segment.model_axis)
         q_BlHK, k_BlGK = self.query(x_BlE), self.key(x_BlE)
-        if self.turned:
+        if self.rotary:
             q_BlHK, k_BlGK = (self.rope(x_BlHK, segment.positions_l) for x_BlHK in (q_BlHK, k_BlGK))
         dropout = segment.dropout and segment.dropout.at(ATTENTION)._replace(position_l=segment.positions_l)
         o_BlHK, own = segment.attend(q_BlHK, k_BlGK, self.value(x_BlE), dropout, past)
@@ -152,9 +152,9 @@ class Block(nnx.Module):
         return x_BpE + drop(self.mlp(self.mlp_norm(x_BpE), segment.model_axis), segment.dropout, AFTER_MLP), own
 
 
-def drop(x_BpE: jax.Array, dropout: Dropout | None, place: int) -> jax.Array:
+def drop(x_BpE: jax.Array, dropout: Dropout | None, site: int) -> jax.Array:
     """Applies dropout at one site of the model; the identity if `dropout` is None."""
-    return x_BpE if dropout is None else dropout.at(place)(x_BpE)
+    return x_BpE if dropout is None else dropout.at(site)(x_BpE)
 
 
 class Stack(nnx.Module):
@@ -190,12 +190,12 @@ class Stack(nnx.Module):
         """
 
         def apply(block: Block, x_BpE: jax.Array, layer: jax.Array, past: Any) -> tuple[jax.Array, Any]:
-            of_layer = segment._replace(dropout=segment.dropout and segment.dropout.at(LAYER, layer))
-            return block(x_BpE, of_layer, past)
+            layer_segment = segment._replace(dropout=segment.dropout and segment.dropout.at(LAYER, layer))
+            return block(x_BpE, layer_segment, past)
 
         if self.remat:
-            kept = jax.checkpoint_policies.save_only_these_names(ATTENDED, COMMUNICATED, SCATTERED)
-            apply = nnx.remat(apply, policy=kept)
+            saved = jax.checkpoint_policies.save_only_these_names(ATTENDED, COMMUNICATED, SCATTERED)
+            apply = nnx.remat(apply, policy=saved)
 
         @nnx.scan(in_axes=(nnx.Carry, 0, 0, 0), out_axes=(nnx.Carry, 0), unroll=self.unroll)
         def layers(x_BpE: jax.Array, block: Block, layer: jax.Array, past: Any) -> tuple[jax.Array, Any]:

@@ -30,7 +30,7 @@ def cross_entropy(logits_BlV: jax.Array, targets_Bl: jax.Array) -> LossSum:
 
 
 @jax.named_scope(LOSS)
-def cross_entropy_of_shares(logits_BlV: jax.Array, targets_Bl: jax.Array, axis: str) -> LossSum:
+def vocab_parallel_cross_entropy(logits_BlV: jax.Array, targets_Bl: jax.Array, axis: str) -> LossSum:
     """Cross-entropy with the vocabulary sharded over `axis`, in nats: `[B, p]`, for this device's part of the tokens.
 
     `logits_BlV` are those of the whole segment for this device's vocabulary shard. No device ever holds all logits of a
@@ -40,8 +40,8 @@ def cross_entropy_of_shares(logits_BlV: jax.Array, targets_Bl: jax.Array, axis: 
     logits_BlV = logits_BlV - largest_Bl[..., None]
     number_Bl, here_Bl = own_numbers(targets_Bl, logits_BlV.shape[2], axis)
     target_logit_Bl = jnp.take_along_axis(logits_BlV, number_Bl[..., None], axis=-1)[..., 0]
-    shares_2Bl = jnp.stack((jnp.sum(jnp.exp(logits_BlV), axis=-1), jnp.where(here_Bl, target_logit_Bl, 0.0)))
-    sum_Bp, target_logit_Bp = jax.lax.psum_scatter(shares_2Bl, axis, scatter_dimension=2, tiled=True)
+    terms_2Bl = jnp.stack((jnp.sum(jnp.exp(logits_BlV), axis=-1), jnp.where(here_Bl, target_logit_Bl, 0.0)))
+    sum_Bp, target_logit_Bp = jax.lax.psum_scatter(terms_2Bl, axis, scatter_dimension=2, tiled=True)
     counted_Bp = own_part(targets_Bl, axis, 1) != IGNORED
     nats_Bp = jnp.log(sum_Bp) - target_logit_Bp
     return LossSum(jnp.where(counted_Bp, nats_Bp, 0.0), counted_Bp.astype(jnp.float32))

@@ -16,7 +16,7 @@ from lss_jax.data.loader import document_edges, read_batch
 from lss_jax.data.sources import Part, open_splits
 from lss_jax.data.split import WindowSplit
 from lss_jax.data.text import ByteText
-from lss_jax.models.losses import LossSum, cross_entropy, cross_entropy_of_shares
+from lss_jax.models.losses import LossSum, cross_entropy, vocab_parallel_cross_entropy
 from lss_jax.parallel.layout import layout_on
 from lss_jax.parallel.tensor_parallel import own_part
 from lss_jax.tasks.task import Metric, Task
@@ -88,5 +88,5 @@ class LanguageModel(Task):
         in_prefix_l = batch.positions < self.config.attention.prefix - 1  # the mask shows them their targets
         targets_Bl = jnp.where(in_prefix_l, IGNORED, batch.targets)
         if axis and self.config.model.vocab_parallel:
-            return cross_entropy_of_shares(outputs, targets_Bl, axis)
+            return vocab_parallel_cross_entropy(outputs, targets_Bl, axis)
         return cross_entropy(outputs, own_part(targets_Bl, axis, 1))
