@@ -21,7 +21,7 @@ from lss_jax.models import Model
 from lss_jax.parallel.layout import layout_on
 from lss_jax.parallel.mesh import MODEL, SEQ, cut_axes, named_axes
 from lss_jax.parallel.scopes import ATTENTION, ELSEWHERE, GRADIENTS, LOSS, MASK, OPTIMIZER, POSITIONS, REGIONS
-from lss_jax.training.state import kept_specs, moment_specs
+from lss_jax.training.state import moment_specs, param_specs
 
 SCALARS = 64  # elements: sums of norms have fewer; compilers combine them freely, and lose their place
 
@@ -189,13 +189,13 @@ def _gradients(model: Model, mesh: Mesh | AbstractMesh) -> Part:
 
 def _norms(model: Model, mesh: Mesh | AbstractMesh) -> Part:
     """The gradient's global norm: sums of squares of sharded gradients, over the axes of their sharding."""
-    for axes in {_cut(mesh, *named_axes(spec)) for spec in jax.tree.leaves(kept_specs(model, mesh))} - {()}:
+    for axes in {_cut(mesh, *named_axes(spec)) for spec in jax.tree.leaves(param_specs(model, mesh))} - {()}:
         yield Line(OPTIMIZER, "scalars", axes), 1, 1, 4
 
 
 def _sharded_state(model: Model, mesh: Mesh | AbstractMesh) -> Part:
     """ZeRO-1: a gather of each parameter whose moments are sharded further than the parameter."""
-    kept, moments = (jax.tree.leaves(specs(model, mesh)) for specs in (kept_specs, moment_specs))
+    kept, moments = (jax.tree.leaves(specs(model, mesh)) for specs in (param_specs, moment_specs))
     for leaf, before, after in zip(jax.tree.leaves(model.shapes), kept, moments, strict=True):
         axes = _cut(mesh, *(named_axes(after) - named_axes(before)))
         if axes:

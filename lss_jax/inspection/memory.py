@@ -20,7 +20,7 @@ from lss_jax.attention.traffic import sizes_of
 from lss_jax.config.schema import Config
 from lss_jax.models import Model
 from lss_jax.parallel.mesh import MODEL, SEQ, cut_axes, over_cut_axes
-from lss_jax.training.state import kept_specs, moment_specs
+from lss_jax.training.state import moment_specs, param_specs
 
 NUMBER = 4  # bytes
 GAPS = 1.07  # temporaries over the largest sum of live buffers: the heap is fragmented
@@ -68,7 +68,7 @@ class Arrays(NamedTuple):
 def memory_of(model: Model, mesh: Mesh | AbstractMesh) -> Memory:
     """Predicts the memory of this model's training step on this mesh, which may be abstract."""
     return Memory(
-        parameters=NUMBER * _numbers(model, kept_specs(model, mesh), mesh),
+        parameters=NUMBER * _numbers(model, param_specs(model, mesh), mesh),
         moments=2 * NUMBER * _numbers(model, moment_specs(model, mesh), mesh),
         batch=NUMBER * (_batch(model.config, mesh) + COUNTERS),
         temporaries=math.ceil(GAPS * NUMBER * max(peaks(model, mesh).values())),
@@ -78,7 +78,7 @@ def memory_of(model: Model, mesh: Mesh | AbstractMesh) -> Memory:
 def peaks(model: Model, mesh: Mesh | AbstractMesh) -> dict[str, float]:
     """Elements per device that are live at each of the moments of the step that may need most."""
     config, arrays = model.config, arrays_of(model.config, mesh)
-    parameters = _numbers(model, kept_specs(model, mesh), mesh)
+    parameters = _numbers(model, param_specs(model, mesh), mesh)
     layers = config.model.layers * _kept(config, arrays, mesh) + parameters  # and the gradients so far
     if config.optim.accumulate > 1:  # the summed gradient; and XLA has a second set of residuals
         layers *= 2

@@ -28,7 +28,7 @@ from lss_jax.storage.workdir import check_workdir
 from lss_jax.tasks import Task, make_task
 from lss_jax.tasks.task import means_of, values_of
 from lss_jax.training.evaluation import restore_params, sums_on
-from lss_jax.training.state import kept_specs
+from lss_jax.training.state import param_specs
 from lss_jax.training.step import make_position_step
 
 
@@ -83,7 +83,7 @@ def at_length(config: Config, length: int) -> Config:
 
 def shortened(params: Params, model: Model, mesh: Mesh) -> Params:
     """Global parameters with the tables of learned positions cropped to the length of this model's windows."""
-    placed = shardings(kept_specs(model, mesh), mesh)
+    placed = shardings(param_specs(model, mesh), mesh)
     cut = jax.jit(
         lambda params: jax.tree.map(lambda p, shape: p[: shape.shape[0]], params, model.shapes), out_shardings=placed
     )

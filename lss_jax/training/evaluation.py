@@ -21,7 +21,7 @@ from lss_jax.storage.metrics import Record
 from lss_jax.storage.workdir import check_workdir, saved_config
 from lss_jax.tasks import Task, make_task
 from lss_jax.tasks.task import means_of, values_of
-from lss_jax.training.state import kept_specs
+from lss_jax.training.state import param_specs
 from lss_jax.training.step import make_eval_step
 
 
@@ -60,7 +60,7 @@ def restore_params(model: Model, mesh: Mesh, workdir: Path) -> tuple[int, Params
     Raises:
       ConfigError: the run has no checkpoint yet, or none of them is sound.
     """
-    placed = shardings(kept_specs(model, mesh), mesh)
+    placed = shardings(param_specs(model, mesh), mesh)
     found = restore_newest_sound(workdir / "checkpoints", params=like(model.shapes, placed))
     if found is None:
         raise ConfigError(f"{workdir} has no checkpoint yet; train there first")

@@ -24,7 +24,7 @@ class TrainState(NamedTuple):
 
 def state_shardings(model: Model, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
     """The sharding of every array of the state; moments are sharded like their parameter, or further."""
-    specs = kept_specs(model, mesh)
+    specs = param_specs(model, mesh)
     moments = optax.tree_map_params(
         optimizer,
         lambda _, spec: spec,
@@ -42,25 +42,25 @@ def moment_specs(model: Model, mesh: Mesh | AbstractMesh) -> Any:
     them. XLA then lets each device update its shard of the parameter and gathers the shards: one all-gather per
     parameter.
     """
-    specs = kept_specs(model, mesh)
+    specs = param_specs(model, mesh)
     if not model.config.optim.shard_state:
         return specs
-    return jax.tree.map(lambda spec, leaf: _cut_further(spec, leaf.shape, mesh), specs, model.shapes)
+    return jax.tree.map(lambda spec, leaf: _shard_further(spec, leaf.shape, mesh), specs, model.shapes)
 
 
-def _cut_further(spec: P, shape: tuple[int, ...], mesh: Mesh | AbstractMesh) -> P:
+def _shard_further(spec: P, shape: tuple[int, ...], mesh: Mesh | AbstractMesh) -> P:
     """The spec with `data` and `seq`, where it omits them, added to the first dimension that both divide, or one."""
     free = [axis for axis in (DATA, SEQ) if axis in cut_axes(mesh) and axis not in named_axes(spec)]
     parts = [axes_of(part) for part in spec] + [()] * (len(shape) - len(spec))
     for axes in (free, free[:1], free[1:]):
         for dimension, size in enumerate(shape):
-            cut = (*parts[dimension], *axes)
-            if size % math.prod(mesh.shape[axis] for axis in cut) == 0:
-                return P(*parts[:dimension], cut, *parts[dimension + 1 :])
+            sharded = (*parts[dimension], *axes)
+            if size % math.prod(mesh.shape[axis] for axis in sharded) == 0:
+                return P(*parts[:dimension], sharded, *parts[dimension + 1 :])
     return spec
 
 
-def kept_specs(model: Model, mesh: Mesh | AbstractMesh) -> Any:
+def param_specs(model: Model, mesh: Mesh | AbstractMesh) -> Any:
     """The specs of the parameters in the state: the model's, but tables that sharding would pad are replicated."""
     seq_len = model.config.data.seq_len
     if layout_on(model.config, mesh).padded(seq_len) == seq_len:

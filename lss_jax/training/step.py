@@ -48,11 +48,11 @@ def make_train_step(model: Model, optimizer: optax.GradientTransformationExtraAr
         means, gradient = means_and_gradient(state.params, batch, state.step)
         with jax.named_scope(OPTIMIZER):
             metrics = {**means, "grad_norm": optax.tree.norm(gradient)}
-            good = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"])
+            finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"])
             # `cond` rather than `where`: the update is then in place, without a second copy of the state.
-            kept = jax.lax.cond(good, updated, unchanged, state, gradient, metrics["grad_norm"])
-            kept = jax.lax.with_sharding_constraint(kept, (placed.params, placed.opt_state))
-        return TrainState(state.step + 1, *kept), metrics
+            new = jax.lax.cond(finite, updated, unchanged, state, gradient, metrics["grad_norm"])
+            new = jax.lax.with_sharding_constraint(new, (placed.params, placed.opt_state))
+        return TrainState(state.step + 1, *new), metrics
 
     return jax.jit(train_step, out_shardings=(placed, None), donate_argnums=0)
 
@@ -76,9 +76,9 @@ def make_means_and_gradient(model: Model, mesh: Mesh) -> MeansAndGradient:
     dropped. Sums over the mesh become means here: all are divided by the global count, once, after both sums.
     """
     task = make_task(model.config)
-    specs, of_batch = on_mesh(model.specs, mesh), task.batch_specs()
+    specs, batch_specs = on_mesh(model.specs, mesh), task.batch_specs()
 
-    @partial(jax.shard_map, mesh=mesh, in_specs=(specs, on_mesh(of_batch, mesh), P()), out_specs=(P(), specs))
+    @partial(jax.shard_map, mesh=mesh, in_specs=(specs, on_mesh(batch_specs, mesh), P()), out_specs=(P(), specs))
     def on_segments(params: Params, batch: Any, step: jax.Array) -> tuple[Means, Params]:
         params = in_layout_order(varying(params, model.specs, mesh), model, mesh)
 
@@ -91,7 +91,7 @@ def make_means_and_gradient(model: Model, mesh: Mesh) -> MeansAndGradient:
             gradient, sums = jax.grad(loss, has_aux=True)(params)
             return sums, gradient
 
-        sums, gradient = sum_over_microbatches(partial_sums, batch, of_batch, model.config.optim.accumulate)
+        sums, gradient = sum_over_microbatches(partial_sums, batch, batch_specs, model.config.optim.accumulate)
         gradient = in_natural_order(gradient, model, mesh)
         sums, gradient = double_sum((sums, gradient), (jax.tree.map(lambda _: P(), sums), model.specs), mesh)
         return means_of(sums), jax.tree.map(lambda leaf: leaf / jnp.maximum(sums[-1], 1.0), gradient)
@@ -162,14 +162,14 @@ def sum_over_microbatches(function: Callable[[Any], Any], batch: Any, specs: Any
         return function(batch)
 
     def micro(index: jax.Array | int) -> Any:
-        def rows(array: jax.Array, spec: P) -> jax.Array:
+        def micro_rows(array: jax.Array, spec: P) -> jax.Array:
             if DATA not in spec:
                 return array
             axis = tuple(spec).index(DATA)
             size = array.shape[axis] // count
             return jax.lax.dynamic_slice_in_dim(array, index * size, size, axis)
 
-        return jax.tree.map(rows, batch, specs)
+        return jax.tree.map(micro_rows, batch, specs)
 
     def add(index: jax.Array, total: Any) -> Any:
         return jax.tree.map(jnp.add, total, function(micro(index)))

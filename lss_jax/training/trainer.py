@@ -61,7 +61,7 @@ class Trainer:
         self.mesh = mesh_of(config, devices)
         self.kernel = kernel_on(config.attention, self.mesh)
         self.model, self.task = build_model(config), make_task(config)
-        self._blocks = self.mesh.devices.flat[0].platform == "cpu"
+        self._waits_for_steps = self.mesh.devices.flat[0].platform == "cpu"
         self._optimizer = make_optimizer(config.optim)
         self._schedule = make_schedule(config.optim)
         self._train_step: Callable | None = None
@@ -125,7 +125,7 @@ class Trainer:
                     self.state, metrics = self._train_step(self.state, next(batches))
                     self._skips.add(step, metrics)
                     self.step = step
-                    if logs or self._blocks or self._profile.borders(step):
+                    if logs or self._waits_for_steps or self._profile.borders(step):
                         jax.block_until_ready(self.state)
                         self._settle()
                 steps_timed, seconds = steps_timed + 1, seconds + time.perf_counter() - started
