@@ -65,9 +65,10 @@ def attend_to_cache(
     B, H, K = q_BHK.shape
     q_BGRK = q_BHK.reshape(B, own_2BGK.shape[2], -1, K)
     seen_Bc = (mask.start[:, None] <= position_Bc) & (position_Bc < mask.end[:, None])
-    here_BGRk = _rows(q_BGRK, past_2BGcK, seen_Bc)
-    own_BGRk = _rows(q_BGRK, own_2BGK[:, :, :, None], jnp.ones((B, 1), bool))  # the token itself is on every device
-    parts_NBGRk = jnp.concatenate((_gathered(here_BGRk, axis), own_BGRk[None]))
+    local_BGRk = _partial_attention(q_BGRK, past_2BGcK, seen_Bc)
+    # the token itself is on every device, so that it is counted once, after the gather
+    own_BGRk = _partial_attention(q_BGRK, own_2BGK[:, :, :, None], jnp.ones((B, 1), bool))
+    parts_NBGRk = jnp.concatenate((_gathered(local_BGRk, axis), own_BGRk[None]))
     weight_NBGR = jax.nn.softmax(parts_NBGRk[..., K], axis=0)
     o_BGRK = jnp.einsum("NBGR,NBGRK->BGRK", weight_NBGR, parts_NBGRk[..., :K])
     return o_BGRK.reshape(B, H, K).astype(q_BHK.dtype)
@@ -78,7 +79,7 @@ def _gathered(part_BGRk: jax.Array, axis: str | None) -> jax.Array:
     return part_BGRk[None] if axis is None else jax.lax.all_gather(part_BGRk, axis, to="invarying")
 
 
-def _rows(q_BGRK: jax.Array, kv_2BGcK: jax.Array, seen_Bc: jax.Array) -> jax.Array:
+def _partial_attention(q_BGRK: jax.Array, kv_2BGcK: jax.Array, seen_Bc: jax.Array) -> jax.Array:
     """Attention's output over some keys followed by its log-sum-exp: `[B, G, R, K + 1]`, float32.
 
     Where all keys are masked out, the output is zero and the log-sum-exp minus infinity.

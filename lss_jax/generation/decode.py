@@ -44,12 +44,12 @@ def make_prefill(model: Model, mesh: Mesh, tokens: int) -> Callable[[Params, jax
     prefix mask the others have attended to that token all the same.
     """
     config, layout, axis = model.config, layout_on(model.config, mesh), if_cut(MODEL, mesh)
-    of_prompt = (P(DATA, SEQ), P(SEQ), P(DATA))
+    prompt_specs = (P(DATA, SEQ), P(SEQ), P(DATA))
 
     @partial(
         jax.shard_map,
         mesh=mesh,
-        in_specs=on_mesh((model.specs, *of_prompt), mesh),
+        in_specs=on_mesh((model.specs, *prompt_specs), mesh),
         out_specs=on_mesh(CACHE_SPECS, mesh),
     )
     def on_segments(params: Params, tokens_Bl: jax.Array, positions_l: jax.Array, length_B: jax.Array) -> Cache:
@@ -66,8 +66,8 @@ def make_prefill(model: Model, mesh: Mesh, tokens: int) -> Callable[[Params, jax
     def prefill(params: Params, tokens_BL: jax.Array, length_B: jax.Array) -> Cache:
         length = tokens_BL.shape[1]
         positions_L = layout.positions(length)
-        rows = model.with_tables(lambda table_LE: _first_rows(table_LE, length), params)
-        return on_segments(rows, tokens_BL[:, positions_L], positions_L, length_B)
+        cropped = model.with_tables(lambda table_LE: _first_rows(table_LE, length), params)
+        return on_segments(cropped, tokens_BL[:, positions_L], positions_L, length_B)
 
     return prefill
 
@@ -112,8 +112,8 @@ def make_step(model: Model, mesh: Mesh, length: int) -> Step:
     def step(
         params: Params, cache: Cache, token_B: jax.Array, position_B: jax.Array, number: jax.Array
     ) -> tuple[Cache, jax.Array]:
-        rows = model.with_tables(lambda table_LE: table_LE[position_B], params)
-        cache, logits_BV = on_devices(rows, cache, token_B, position_B, number)
+        looked_up = model.with_tables(lambda table_LE: table_LE[position_B], params)
+        cache, logits_BV = on_devices(looked_up, cache, token_B, position_B, number)
         return cache, jax.lax.with_sharding_constraint(logits_BV, NamedSharding(mesh, P()))
 
     return step
@@ -149,14 +149,14 @@ class Generation:
         self._separator = config.data.separator.encode()
         surplus = -len(prompts) % (mesh.shape[DATA] * mesh.shape[MODEL])  # padding rows, whose texts are dropped
         rows = [*prompts, *[prompts[0]] * surplus]
-        kept, whole = shardings(CACHE_SPECS, mesh), NamedSharding(mesh, P())
+        cache_shardings, replicated = shardings(CACHE_SPECS, mesh), NamedSharding(mesh, P())
         tokenized = [text.tokens_of(row) for row in rows]
         length_B = np.array([len(row) for row in tokenized], np.int32)
         length = layout_on(config, mesh).padded(int(length_B.max()))
         tokens_BL = np.stack([np.pad(row, (0, length - len(row))) for row in tokenized])
         last_B = tokens_BL[np.arange(len(rows)), length_B - 1]
         stream_B = np.array([zlib.crc32(row, rows[:number].count(row)) for number, row in enumerate(rows)], np.uint32)
-        self._tokens_BL, self._length_B, self._last_B = jax.device_put((tokens_BL, length_B, last_B), whole)
+        self._tokens_BL, self._length_B, self._last_B = jax.device_put((tokens_BL, length_B, last_B), replicated)
 
         model = _forward_model(config)
         prefill, step = make_prefill(model, mesh, tokens), make_step(model, mesh, length)
@@ -169,9 +169,9 @@ class Generation:
             return cache, sample(logits_BV, sampling, jnp.asarray(stream_B), position_B, vocab=text.vocab)
 
         prompt = (params, self._tokens_BL, self._length_B)
-        self._prefill = jax.jit(prefill, out_shardings=kept).lower(*prompt).compile()
-        cache = like(jax.eval_shape(prefill, *prompt), kept)
-        stepping = jax.jit(next_byte, donate_argnums=1, out_shardings=(kept, whole))
+        self._prefill = jax.jit(prefill, out_shardings=cache_shardings).lower(*prompt).compile()
+        cache = like(jax.eval_shape(prefill, *prompt), cache_shardings)
+        stepping = jax.jit(next_byte, donate_argnums=1, out_shardings=(cache_shardings, replicated))
         self._step = stepping.lower(params, cache, self._last_B, self._length_B, np.int32(0)).compile()
 
     @property
@@ -232,7 +232,7 @@ def check_request(config: Config, prompts: Sequence[bytes], tokens: int, samplin
 
 
 def _problems_of(prompt: bytes, name: str, config: Config, tokens: int) -> Iterator[str]:
-    separator, prefix, rows = config.data.separator, config.attention.prefix, config.data.seq_len
+    separator, prefix, seq_len = config.data.separator, config.attention.prefix, config.data.seq_len
     if not prompt:
         yield f"{name} is empty, and there must be something to continue; give at least one byte"
     if separator and separator.encode() in prompt:
@@ -248,10 +248,10 @@ def _problems_of(prompt: bytes, name: str, config: Config, tokens: int) -> Itera
     if config.model.positions != "learned":
         return
     longer = 'train with a longer data.seq_len, or with model.positions="rope", which has no end'
-    if len(prompt) > rows:
-        yield f"{name} has {len(prompt)} bytes, more than data.seq_len={rows} learned positions; cut it, or {longer}"
-    elif len(prompt) + tokens - 1 > rows:
+    if len(prompt) > seq_len:
+        yield f"{name} has {len(prompt)} bytes, more than data.seq_len={seq_len} learned positions; cut it, or {longer}"
+    elif len(prompt) + tokens - 1 > seq_len:
         yield (
-            f"{name} has {len(prompt)} bytes, and data.seq_len={rows} learned positions leave room for "
-            f"--tokens={rows + 1 - len(prompt)}, not {tokens}; ask for less, or {longer}"
+            f"{name} has {len(prompt)} bytes, and data.seq_len={seq_len} learned positions leave room for "
+            f"--tokens={seq_len + 1 - len(prompt)}, not {tokens}; ask for less, or {longer}"
         )

@@ -41,11 +41,11 @@ def sample(
         return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
     logits_BV = (logits_BV - logits_BV.max(-1, keepdims=True)) / sampling.temperature
     if (sampling.top_k or vocab) < vocab or sampling.top_p < 1:
-        logits_BV = _likeliest(logits_BV, sampling.top_k or vocab, sampling.top_p)
-    return jax.vmap(_drawn, (0, None, 0, 0))(logits_BV, sampling.seed, stream_B, position_B)
+        logits_BV = _masked(logits_BV, sampling.top_k or vocab, sampling.top_p)
+    return jax.vmap(_sampled, (0, None, 0, 0))(logits_BV, sampling.seed, stream_B, position_B)
 
 
-def _likeliest(logits_BV: jax.Array, top_k: int, top_p: float) -> jax.Array:
+def _masked(logits_BV: jax.Array, top_k: int, top_p: float) -> jax.Array:
     """Masks all logits but the `top_k` likeliest, and of these all but the fewest with total probability `top_p`.
 
     The latter is nucleus sampling (Holtzman et al. 2019, arXiv 1904.09751, Sec. 3.1). Masked logits are minus infinity.
@@ -56,10 +56,10 @@ def _likeliest(logits_BV: jax.Array, top_k: int, top_p: float) -> jax.Array:
     sorted_BV = jnp.where(jnp.arange(sorted_BV.shape[-1]) < top_k, sorted_BV, -jnp.inf)
     probability_BV = jax.nn.softmax(sorted_BV)
     before_BV = jnp.cumsum(probability_BV, -1) - probability_BV  # zero for the likeliest, which is thus never masked
-    kept_BV = jnp.where(before_BV < top_p, sorted_BV, -jnp.inf)
-    return jnp.take_along_axis(kept_BV, jnp.argsort(order_BV, axis=-1), -1)
+    masked_BV = jnp.where(before_BV < top_p, sorted_BV, -jnp.inf)
+    return jnp.take_along_axis(masked_BV, jnp.argsort(order_BV, axis=-1), -1)
 
 
-def _drawn(logits_V: jax.Array, seed: int, stream: jax.Array, position: jax.Array) -> jax.Array:
+def _sampled(logits_V: jax.Array, seed: int, stream: jax.Array, position: jax.Array) -> jax.Array:
     key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), stream), position)
     return jax.random.categorical(key, logits_V).astype(jnp.int32)

@@ -53,18 +53,18 @@ def evaluate_by_position(
       ConfigError: there is no run or no checkpoint, or a length does not fit the config, the data or the devices.
     """
     check_workdir(config, workdir)
-    of_length = {length: at_length(config, length) for length in lengths}
-    gather_problems(*(lambda c=c: validate(c, len(jax.devices())) for c in of_length.values()))
+    configs = {length: at_length(config, length) for length in lengths}
+    gather_problems(*(lambda c=c: validate(c, len(jax.devices())) for c in configs.values()))
     mesh = mesh_of(config, jax.devices())
-    tasks = {length: make_task(c) for length, c in of_length.items()}
+    tasks = {length: make_task(c) for length, c in configs.items()}
     splits = {length: tasks[length].splits(mesh)[name] for length in reversed(lengths)}  # the longest may be too long
     step, params = restore_params(build_model(config), mesh, workdir)
-    rows = []
+    windows = []
     for length in lengths:
-        model = build_model(of_length[length])
+        model = build_model(configs[length])
         sums = sums_by_position(model, mesh, shortened(params, model, mesh), splits[length], name, batches)
-        rows.append({"length": length, **totals(tasks[length], sums), "bins": binned(tasks[length], sums)})
-    return {"step": step, "split": name, "windows": rows}
+        windows.append({"length": length, **totals(tasks[length], sums), "bins": binned(tasks[length], sums)})
+    return {"step": step, "split": name, "windows": windows}
 
 
 def at_length(config: Config, length: int) -> Config:
@@ -84,10 +84,10 @@ def at_length(config: Config, length: int) -> Config:
 def shortened(params: Params, model: Model, mesh: Mesh) -> Params:
     """Global parameters with the tables of learned positions cropped to the length of this model's windows."""
     placed = shardings(param_specs(model, mesh), mesh)
-    cut = jax.jit(
+    crop = jax.jit(
         lambda params: jax.tree.map(lambda p, shape: p[: shape.shape[0]], params, model.shapes), out_shardings=placed
     )
-    return cut(params)
+    return crop(params)
 
 
 def sums_by_position(
@@ -117,11 +117,11 @@ def binned(task: Task, sums: Any) -> list[dict[str, Any]]:
     length = len(sums[-1])
     ends = [2**power for power in range(math.ceil(math.log2(length)))] + [length]
     bins = [(first + 1, last) for first, last in zip([0, *ends[:-1]], ends, strict=True)]
-    of_bins = [
+    bin_totals = [
         {"before": [a, b], **totals(task, jax.tree.map(lambda each_L, a=a, b=b: each_L[a - 1 : b], sums))}
         for a, b in bins
     ]
-    return [of_bin for of_bin in of_bins if of_bin[task.items]]
+    return [one for one in bin_totals if one[task.items]]
 
 
 def totals(task: Task, sums: Any) -> dict[str, Any]:
@@ -137,8 +137,8 @@ def table_of(task: Task, result: dict[str, Any]) -> str:
         f"step {result['step']}  {result['split']}  {metric.label} by {task.items} before, in windows of",
         f"{'before':>15}" + "".join(f"{window['length']:>12,}" for window in windows),
     ]
-    cells = [{shown_bin(of_bin["before"]): of_bin[metric.name] for of_bin in window["bins"]} for window in windows]
-    firsts = {shown_bin(of_bin["before"]): tuple(of_bin["before"]) for window in windows for of_bin in window["bins"]}
+    cells = [{shown_bin(one["before"]): one[metric.name] for one in window["bins"]} for window in windows]
+    firsts = {shown_bin(one["before"]): tuple(one["before"]) for window in windows for one in window["bins"]}
     for shown in sorted(firsts, key=lambda shown: firsts[shown]):
         lines.append(f"{shown:>15}" + "".join(f"{c[shown]:>12.4f}" if shown in c else f"{'-':>12}" for c in cells))
     lines.append(f"{'all':>15}" + "".join(f"{window[metric.name]:>12.4f}" for window in windows))
@@ -157,8 +157,8 @@ def plot_of(task: Task, windows: dict[str, dict[str, Any]]) -> Plot:
     curves = [
         Curve(
             label,
-            [of_bin["before"][1] for of_bin in window["bins"]],
-            [of_bin[task.headline.name] for of_bin in window["bins"]],
+            [one["before"][1] for one in window["bins"]],
+            [one[task.headline.name] for one in window["bins"]],
             style,
             dots=True,
         )

@@ -71,7 +71,7 @@ def _read_by_position(path: Path, task: Task) -> dict[str, Any]:
         result = json.loads(path.read_bytes())
         for window in result["windows"]:
             _ = [result["step"] + window["length"] + window[metric] + window[items], result["split"] + ""]
-            _ = [of_bin["before"][0] + of_bin["before"][1] + of_bin[metric] for of_bin in window["bins"]]
+            _ = [one["before"][0] + one["before"][1] + one[metric] for one in window["bins"]]
         return result
     except (OSError, ValueError, TypeError, KeyError, IndexError) as error:
         raise ConfigError(f"{path} is damaged; evaluate again with --by-position, or remove it") from error
