@@ -75,7 +75,7 @@ def audited(model: Model, mesh: Mesh) -> Audit:
 def _memory(compiled: jax.stages.Compiled) -> dict[str, int]:
     """Bytes per device, by class: the arguments, by the program's input shardings, and the temporaries."""
     (state, batch), _ = compiled.args_info
-    (of_state, of_batch), _ = compiled.input_shardings
+    (state_shardings, batch_shardings), _ = compiled.input_shardings
 
     def size(infos: Any, shardings: Any) -> int:
         """Bytes per device of the arguments that the program uses: the others have no sharding."""
@@ -88,9 +88,9 @@ def _memory(compiled: jax.stages.Compiled) -> dict[str, int]:
     analysis = compiled.memory_analysis()
     assert analysis is not None, "every backend of XLA has one"
     sizes = (
-        size(state.params, of_state.params),
-        size(state.opt_state, of_state.opt_state),
-        size(batch, of_batch),
+        size(state.params, state_shardings.params),
+        size(state.opt_state, state_shardings.opt_state),
+        size(batch, batch_shardings),
         analysis.temp_size_in_bytes,
     )
     return dict(zip(CLASSES, sizes, strict=True))

@@ -72,7 +72,7 @@ def predicted(model: Model, mesh: Mesh | AbstractMesh) -> Contract:
     for part in parts:
         for line, times, elements, itemsize in part(model, mesh):
             total[line] += (times, times * elements, times * elements * itemsize, 0)
-    return {line: of_line for line, of_line in total.items() if of_line.times}
+    return {line: one for line, one in total.items() if one.times}
 
 
 def disagreements(compiled: Contract, expected: Contract) -> list[str]:
@@ -85,13 +85,13 @@ def disagreements(compiled: Contract, expected: Contract) -> list[str]:
     differences = []
     for line in sorted(compiled.keys() | expected.keys()):
         one, other = compiled.get(line), expected.get(line)
-        said = f"{line.place}: {line.kind} over {' and '.join(line.axes) or 'nothing'}"
+        label = f"{line.place}: {line.kind} over {' and '.join(line.axes) or 'nothing'}"
         if one is None or other is None:
             number = (one or other or Total(0, 0, 0, 0)).times
-            differences.append(f"{said}: {number} in the {'program' if one else 'prediction'} alone")
+            differences.append(f"{label}: {number} in the {'program' if one else 'prediction'} alone")
         elif not _agree(line, one, other):
             differences.append(
-                f"{said}: {one.times} with {one.elements:,} elements in the program, "
+                f"{label}: {one.times} with {one.elements:,} elements in the program, "
                 f"{other.times} with {other.elements:,} predicted"
             )
     return differences
@@ -108,14 +108,14 @@ Part = Iterator[tuple[Line, int, int, int]]  # times, elements and itemsize of e
 
 def _attention(model: Model, mesh: Mesh | AbstractMesh) -> Part:
     """Attention's collectives, per layer and microbatch, as its strategy predicts them."""
-    config, axes = model.config, _cut(mesh, SEQ)
+    config, axes = model.config, _sharding_axes(mesh, SEQ)
     if not axes:
         return
     traffic = STRATEGIES[config.attention.strategy].traffic(sizes_of(config, mesh), setting_on(config, mesh))
-    for way, collectives in traffic.items():
+    for direction, collectives in traffic.items():
         for one in collectives:
             times = one.times * config.model.layers * config.optim.accumulate
-            yield Line(f"{ATTENTION} {way}", one.kind, axes), times, one.elements, one.itemsize
+            yield Line(f"{ATTENTION} {direction}", one.kind, axes), times, one.elements, one.itemsize
 
 
 def _regions(model: Model, mesh: Mesh | AbstractMesh) -> Part:
@@ -124,25 +124,25 @@ def _regions(model: Model, mesh: Mesh | AbstractMesh) -> Part:
     With remat both re-gather in the backward pass. With a sharded vocabulary the embeddings are scattered, and the
     head's input is gathered, once per microbatch.
     """
-    config, axes = model.config, _cut(mesh, MODEL)
+    config, axes = model.config, _sharding_axes(mesh, MODEL)
     if not axes:
         return
     sizes, layers = sizes_of(config, mesh), config.model.layers
     segment, part = _segment(config, mesh), _segment(config, mesh) // mesh.shape[MODEL]
-    again = 2 * (config.model.remat == "block")
+    regathers = 2 * (config.model.remat == "block")
     ends = int(config.model.vocab_parallel)
-    for way, kind, times, elements in (
+    for direction, kind, times, elements in (
         ("forward", "all-gather", 2 * layers + ends, segment),
         ("forward", "reduce-scatter", 2 * layers + ends, part),
-        ("backward", "all-gather", (2 + again) * layers + ends, segment),
+        ("backward", "all-gather", (2 + regathers) * layers + ends, segment),
         ("backward", "reduce-scatter", 2 * layers + ends, part),
     ):
-        yield Line(f"{REGIONS} {way}", kind, axes), times * config.optim.accumulate, elements, sizes.itemsize
+        yield Line(f"{REGIONS} {direction}", kind, axes), times * config.optim.accumulate, elements, sizes.itemsize
 
 
 def _vocabulary(model: Model, mesh: Mesh | AbstractMesh) -> Part:
     """The loss over a sharded vocabulary: two sums and a maximum per token, and the gradient of the two."""
-    config, axes, sizes = model.config, _cut(mesh, MODEL), sizes_of(model.config, mesh)
+    config, axes, sizes = model.config, _sharding_axes(mesh, MODEL), sizes_of(model.config, mesh)
     if axes and config.model.vocab_parallel:
         tokens, times = sizes.B * sizes.l, config.optim.accumulate
         yield Line(LOSS, "all-reduce", axes), times, tokens, 4
@@ -155,19 +155,19 @@ def _positions(model: Model, mesh: Mesh | AbstractMesh) -> Part:
 
     A table whose length the mesh does not divide is replicated in the state, so its gradient is gathered.
     """
-    config, axes, sizes = model.config, _cut(mesh, SEQ, MODEL), sizes_of(model.config, mesh)
+    config, axes, sizes = model.config, _sharding_axes(mesh, SEQ, MODEL), sizes_of(model.config, mesh)
     if config.model.positions != "learned" or not axes:
         return
-    rows = sizes.l * config.model.width
+    elements = sizes.l * config.model.width
     sends = 2 * layout_on(config, mesh).sends  # there and back
-    yield Line(POSITIONS, "collective-permute", axes), sends, rows // mesh.shape[MODEL] // 2, 4
+    yield Line(POSITIONS, "collective-permute", axes), sends, elements // mesh.shape[MODEL] // 2, 4
     if _padded(config, mesh):
-        yield Line(POSITIONS, "all-gather", axes), 1, rows * mesh.shape[SEQ], 4
+        yield Line(POSITIONS, "all-gather", axes), 1, elements * mesh.shape[SEQ], 4
 
 
 def _masks(model: Model, mesh: Mesh | AbstractMesh) -> Part:
     """Ulysses' gather of the intervals of all queries: once per step, or per microbatch for packed documents."""
-    config, axes, sizes = model.config, _cut(mesh, SEQ), sizes_of(model.config, mesh)
+    config, axes, sizes = model.config, _sharding_axes(mesh, SEQ), sizes_of(model.config, mesh)
     if config.attention.strategy == "ulysses" and axes:
         rows, times = (sizes.B, config.optim.accumulate) if config.data.separator else (1, 1)
         yield Line(MASK, "all-gather", axes), times, mesh.shape[SEQ] * 2 * rows * sizes.l, 4
@@ -183,26 +183,26 @@ def _gradients(model: Model, mesh: Mesh | AbstractMesh) -> Part:
         elements = 2  # the loss, and how many tokens count
         for leaf, spec in zip(jax.tree.leaves(padded_shapes), jax.tree.leaves(model.specs), strict=True):
             if axis not in named_axes(spec):
-                elements += leaf.size // _shares(spec, mesh)
+                elements += leaf.size // _shards(spec, mesh)
         yield Line(GRADIENTS, "all-reduce", (axis,)), 1, elements, 4
 
 
 def _norms(model: Model, mesh: Mesh | AbstractMesh) -> Part:
     """The gradient's global norm: sums of squares of sharded gradients, over the axes of their sharding."""
-    for axes in {_cut(mesh, *named_axes(spec)) for spec in jax.tree.leaves(param_specs(model, mesh))} - {()}:
+    for axes in {_sharding_axes(mesh, *named_axes(spec)) for spec in jax.tree.leaves(param_specs(model, mesh))} - {()}:
         yield Line(OPTIMIZER, "scalars", axes), 1, 1, 4
 
 
 def _sharded_state(model: Model, mesh: Mesh | AbstractMesh) -> Part:
     """ZeRO-1: a gather of each parameter whose moments are sharded further than the parameter."""
-    kept, moments = (jax.tree.leaves(specs(model, mesh)) for specs in (param_specs, moment_specs))
-    for leaf, before, after in zip(jax.tree.leaves(model.shapes), kept, moments, strict=True):
-        axes = _cut(mesh, *(named_axes(after) - named_axes(before)))
+    params, moments = (jax.tree.leaves(specs(model, mesh)) for specs in (param_specs, moment_specs))
+    for leaf, before, after in zip(jax.tree.leaves(model.shapes), params, moments, strict=True):
+        axes = _sharding_axes(mesh, *(named_axes(after) - named_axes(before)))
         if axes:
-            yield Line(OPTIMIZER, "all-gather", axes), 1, leaf.size // _shares(before, mesh), 4
+            yield Line(OPTIMIZER, "all-gather", axes), 1, leaf.size // _shards(before, mesh), 4
 
 
-def _shares(spec: PartitionSpec, mesh: Mesh | AbstractMesh) -> int:
+def _shards(spec: PartitionSpec, mesh: Mesh | AbstractMesh) -> int:
     """The number of shards into which a spec divides an array."""
     return math.prod(mesh.shape[axis] for axis in named_axes(spec))
 
@@ -217,7 +217,7 @@ def _padded(config: Config, mesh: Mesh | AbstractMesh) -> bool:
     return layout_on(config, mesh).padded(config.data.seq_len) != config.data.seq_len
 
 
-def _cut(mesh: Mesh | AbstractMesh, *axes: str) -> tuple[str, ...]:
+def _sharding_axes(mesh: Mesh | AbstractMesh, *axes: str) -> tuple[str, ...]:
     """Those of the axes that have more than one device, in the mesh's order."""
     return tuple(axis for axis in cut_axes(mesh) if axis in axes)
 

@@ -47,8 +47,9 @@ class Collective(NamedTuple):
         places = PLACE.findall(self.source)
         if not places:
             return ELSEWHERE
-        way = (" backward" if "transpose(" in self.source else " forward") if places[-1] in (ATTENTION, REGIONS) else ""
-        return places[-1] + way
+        if places[-1] not in (ATTENTION, REGIONS):
+            return places[-1]
+        return places[-1] + (" backward" if "transpose(" in self.source else " forward")
 
     @property
     def group_size(self) -> int:
@@ -58,7 +59,7 @@ class Collective(NamedTuple):
     def axes(self, mesh_shape: dict[str, int]) -> tuple[str, ...]:
         """The mesh axes along which it moves data."""
         coordinates = np.array(np.unravel_index(self.group, tuple(mesh_shape.values())))
-        return tuple(name for name, place in zip(mesh_shape, coordinates, strict=True) if len(set(place.tolist())) > 1)
+        return tuple(name for name, along in zip(mesh_shape, coordinates, strict=True) if len(set(along.tolist())) > 1)
 
 
 class Instruction(NamedTuple):
@@ -164,8 +165,8 @@ def _slices(
             called = CALLED.search(user.line)
             assert called, f"a fusion that calls nothing: {user.line[:200]}"
             fused = computations[called[1]]
-            place = f"{user.arguments.index(instruction.name)})"
-            parameter = next(x for x in fused.values() if x.op == "parameter" and x.operands.startswith(place))
+            number = f"{user.arguments.index(instruction.name)})"
+            parameter = next(x for x in fused.values() if x.op == "parameter" and x.operands.startswith(number))
             inside = _slices(parameter, fused, computations)
         if inside is None:
             return None

@@ -24,7 +24,8 @@ from lss_jax.training.state import moment_specs, param_specs
 
 NUMBER = 4  # bytes
 GAPS = 1.07  # temporaries over the largest sum of live buffers: the heap is fragmented
-IN_WORK = {"lss": (12, 3), "regather": (13, 4), "ring": (14, 4), "ulysses": (13, 3)}  # parts and regions, with remat
+# live parts and regions in a block's backward pass, with remat
+LIVE_IN_BLOCK = {"lss": (12, 3), "regather": (13, 4), "ring": (14, 4), "ulysses": (13, 3)}
 COUNTERS = 3  # of steps, in the state
 
 
@@ -57,7 +58,7 @@ class Arrays(NamedTuple):
     part: int  # x_BpE, between regions
     region: int  # x_BlE, inside of them
     heads: int  # q_BlHK, o_BlHK
-    rows: int  # of attention: the log-sum-exp, lse_BlH
+    lse: int  # of attention: the log-sum-exp, lse_BlH
     pair: int  # this device's keys and values, kv_2BGlK
     pairs: int  # the keys and values that a kernel reads, for LSS kv_N2BGlK
     hidden: int  # h_BlF
@@ -79,17 +80,17 @@ def peaks(model: Model, mesh: Mesh | AbstractMesh) -> dict[str, float]:
     """Elements per device that are live at each of the moments of the step that may need most."""
     config, arrays = model.config, arrays_of(model.config, mesh)
     parameters = _numbers(model, param_specs(model, mesh), mesh)
-    layers = config.model.layers * _kept(config, arrays, mesh) + parameters  # and the gradients so far
+    layers = config.model.layers * _residuals(config, arrays, mesh) + parameters  # and the gradients so far
     if config.optim.accumulate > 1:  # the summed gradient; and XLA has a second set of residuals
         layers *= 2
     if config.model.remat == "none" and config.model.dtype == "bfloat16":  # the rounded weights, transposed
         layers += parameters
-    of_layer = parameters / config.model.layers
+    layer_parameters = parameters / config.model.layers
     # a layer's rounded weights; XLA holds them through the whole block where keys need no reordering
-    rounded = of_layer if config.model.remat == "block" and config.model.dtype == "bfloat16" else 0
+    rounded = layer_parameters if config.model.remat == "block" and config.model.dtype == "bfloat16" else 0
     contiguous = config.attention.layout == "contiguous" and config.attention.regather
     return {
-        "backward pass of a block": layers + _block(config, arrays) + of_layer + (rounded if contiguous else 0),
+        "backward pass of a block": layers + _block(config, arrays) + layer_parameters + (rounded if contiguous else 0),
         "backward pass of attention": layers
         + _attention(config, arrays, mesh)
         + (parameters if arrays.scores else rounded),
@@ -109,7 +110,7 @@ def arrays_of(config: Config, mesh: Mesh | AbstractMesh) -> Arrays:
         part=tokens * model.width // M,
         region=tokens * model.width,
         heads=tokens * sizes.H * sizes.K,
-        rows=tokens * sizes.H,
+        lse=tokens * sizes.H,
         pair=pair,
         pairs=pair * N if config.attention.strategy == "lss" else pair,
         hidden=tokens * model.mlp_width // M,
@@ -118,14 +119,14 @@ def arrays_of(config: Config, mesh: Mesh | AbstractMesh) -> Arrays:
     )
 
 
-def _kept(config: Config, arrays: Arrays, mesh: Mesh | AbstractMesh) -> int:
+def _residuals(config: Config, arrays: Arrays, mesh: Mesh | AbstractMesh) -> int:
     """Elements that a layer saves for the backward pass (`layers.Stack`)."""
-    part, region, heads, rows, hidden = arrays.part, arrays.region, arrays.heads, arrays.rows, arrays.hidden
+    part, region, heads, lse, hidden = arrays.part, arrays.region, arrays.heads, arrays.lse, arrays.hidden
     exchanged = heads if config.attention.strategy == "ulysses" else 0  # outputs or queries, as exchanged
     if config.model.remat == "none":
-        return 6 * hidden + 6 * part + 2 * region + 2 * heads + exchanged + rows + _read(config, arrays)
+        return 6 * hidden + 6 * part + 2 * region + 2 * heads + exchanged + lse + _saved_pairs(config, arrays)
     summed = part if MODEL in cut_axes(mesh) else 0
-    return part + summed + heads + exchanged + rows + _communicated(config, arrays, mesh)
+    return part + summed + heads + exchanged + lse + _communicated(config, arrays, mesh)
 
 
 def _communicated(config: Config, arrays: Arrays, mesh: Mesh | AbstractMesh) -> int:
@@ -136,17 +137,17 @@ def _communicated(config: Config, arrays: Arrays, mesh: Mesh | AbstractMesh) -> 
     return arrays.pairs if gathers and not config.attention.regather else 0
 
 
-def _read(config: Config, arrays: Arrays) -> int:
+def _saved_pairs(config: Config, arrays: Arrays) -> int:
     """Elements of keys and values that the backward pass of a block starts from."""
     return arrays.pair if config.attention.regather else arrays.pairs
 
 
 def _block(config: Config, arrays: Arrays) -> int:
     """Live elements before attention's backward pass: pairs with zeros for gradients; with remat a recomputed block."""
-    pairs = arrays.pairs + _read(config, arrays)
+    pairs = arrays.pairs + _saved_pairs(config, arrays)
     if config.model.remat == "none":
         return pairs + 3 * arrays.hidden + 6 * arrays.part + 4 * arrays.region
-    parts, regions = IN_WORK["regather" if config.attention.regather else config.attention.strategy]
+    parts, regions = LIVE_IN_BLOCK["regather" if config.attention.regather else config.attention.strategy]
     return pairs + 4 * arrays.hidden + parts * arrays.part + regions * arrays.region
 
 

@@ -58,10 +58,10 @@ def attention(model: Model, mesh: Mesh) -> int:
         sizes = Sizes(sizes.B, sizes.l * N, sizes.H // N, max(sizes.G // N, 1), sizes.K, sizes.itemsize)
         setting = setting.uncut
     task = make_task(config)
-    of_devices = setting.layout.positions(sizes.l * setting.layout.devices).reshape(-1, sizes.l)
+    positions_Nl = setting.layout.positions(sizes.l * setting.layout.devices).reshape(-1, sizes.l)
     scores = max(
         _scores(task.mask(jnp.asarray(positions_l)), sizes, setting, config.attention.strategy == "ring")
-        for positions_l in of_devices
+        for positions_l in positions_Nl
     )
     return config.model.layers * config.optim.accumulate * scores * 2 * sizes.K * PRODUCTS[setting.kernel]
 
@@ -80,8 +80,8 @@ def _scores(mask: Intervals, sizes: Sizes, setting: Setting, rings: bool) -> int
         tables, _ = facts(plan, mask, None)
         return int((tables.stop_Bj - tables.first_Bj).sum()) * H * plan.queries.size * plan.key_size
     keys = key_blocks(chunks_of_all(layout, l), setting.block_keys) if rings else blocks_of_keys(l, setting)
-    cut = cut_queries((B, l, H, K), G, setting.layout, setting.block_queries, setting.block_keys, keys.size)
-    return visits(keys, cut, mask.start, mask.end) * cut.block_heads * (H // G) * cut.size * keys.size
+    queries = cut_queries((B, l, H, K), G, setting.layout, setting.block_queries, setting.block_keys, keys.size)
+    return visits(keys, queries, mask.start, mask.end) * queries.block_heads * (H // G) * queries.size * keys.size
 
 
 def _products(jaxpr: Jaxpr) -> Iterator[int]:

@@ -31,7 +31,7 @@ class Cost(NamedTuple):
     sent: float
 
 
-class Cut(NamedTuple):
+class Candidate(NamedTuple):
     """A mesh with a strategy that is possible, and its costs."""
 
     sizes: MeshSizes
@@ -48,7 +48,7 @@ class Impossible(NamedTuple):
     reason: str
 
 
-def plan(config: Config, devices: int, memory: int) -> tuple[list[Cut], list[Impossible]]:
+def plan(config: Config, devices: int, memory: int) -> tuple[list[Candidate], list[Impossible]]:
     """Evaluates every mesh of so many devices with every strategy: the possible ones, best first, and the others.
 
     `memory` is that of a device, in bytes.
@@ -58,14 +58,14 @@ def plan(config: Config, devices: int, memory: int) -> tuple[list[Cut], list[Imp
     """
     validate(dataclasses.replace(config, mesh=MeshConfig(1, 1, 1)), 1)
     model = build_model(config)
-    cuts, impossible = [], []
+    candidates, impossible = [], []
     for sizes in meshes(devices):
         for strategy in STRATEGIES if sizes[1] > 1 else [config.attention.strategy]:  # unsharded they are the same
             try:
-                cuts.append(evaluate(model, sizes, strategy, memory))
+                candidates.append(evaluate(model, sizes, strategy, memory))
             except ConfigError as error:
                 impossible.append(Impossible(sizes, strategy, str(error).split("\n")[0].split(";")[0]))
-    return ranked(cuts), impossible
+    return ranked(candidates), impossible
 
 
 def meshes(devices: int) -> Iterator[MeshSizes]:
@@ -75,13 +75,13 @@ def meshes(devices: int) -> Iterator[MeshSizes]:
         yield from ((data, seq, devices // data // seq) for seq in divisors if devices // data % seq == 0)
 
 
-def evaluate(model: Model, sizes: MeshSizes, strategy: str, memory: int) -> Cut:
+def evaluate(model: Model, sizes: MeshSizes, strategy: str, memory: int) -> Candidate:
     """The costs of a mesh with a strategy, at the model's own length and at the longest that fits `memory` bytes.
 
     Raises:
       ConfigError: it breaks a rule of the config, or not even the shortest sequence fits.
     """
-    config, mesh = on_cut(model.config, sizes, strategy), AbstractMesh(sizes, AXES)
+    config, mesh = config_on(model.config, sizes, strategy), AbstractMesh(sizes, AXES)
     validate(config, math.prod(sizes))
 
     def at(seq_len: int) -> Model:
@@ -100,10 +100,10 @@ def evaluate(model: Model, sizes: MeshSizes, strategy: str, memory: int) -> Cut:
         raise ConfigError(f"{step:,} tokens need {needed}, more than --memory={shown_size(memory)}; use more devices")
     longest = tiles * step
     validate(at(longest).config, math.prod(sizes))
-    return Cut(sizes, strategy, cost(config.data.seq_len), cost(longest))
+    return Candidate(sizes, strategy, cost(config.data.seq_len), cost(longest))
 
 
-def on_cut(config: Config, sizes: MeshSizes, strategy: str) -> Config:
+def config_on(config: Config, sizes: MeshSizes, strategy: str) -> Config:
     """The config on a mesh with a strategy, without the options of other strategies."""
     attention = dataclasses.replace(config.attention, strategy=cast(Any, strategy))
     if strategy != "lss":
@@ -133,19 +133,19 @@ def largest(holds: Callable[[int], bool], limit: int) -> int:
     return low
 
 
-def ranked(cuts: list[Cut]) -> list[Cut]:
+def ranked(candidates: list[Candidate]) -> list[Candidate]:
     """Sorts: those within `CLOSE` of the longest sequence first, by bytes sent per token; the rest by length."""
-    longest = max((cut.longest.seq_len for cut in cuts), default=0)
+    longest = max((candidate.longest.seq_len for candidate in candidates), default=0)
 
-    def order(cut: Cut) -> tuple[bool, float]:
-        length, _, moved = cut.longest
+    def order(candidate: Candidate) -> tuple[bool, float]:
+        length, _, moved = candidate.longest
         close = length >= (1 - CLOSE) * longest
         return not close, moved / length if close else -length
 
-    return sorted(cuts, key=order)
+    return sorted(candidates, key=order)
 
 
-def chosen(config: Config, cut: Cut) -> Config:
+def chosen(config: Config, candidate: Candidate) -> Config:
     """The config on a candidate's mesh, at its longest length."""
-    config = on_cut(config, cut.sizes, cut.strategy)
-    return dataclasses.replace(config, data=dataclasses.replace(config.data, seq_len=cut.longest.seq_len))
+    config = config_on(config, candidate.sizes, candidate.strategy)
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, seq_len=candidate.longest.seq_len))
