@@ -17,7 +17,7 @@ from lss_jax import cli
 from lss_jax.config.schema import Config, ConfigError, from_dict
 from lss_jax.config.units import parse_size, shown_size
 from lss_jax.inspection.memory import shortfall
-from lss_jax.inspection.planner import CLOSE, Cost, Cut, Impossible, chosen, plan
+from lss_jax.inspection.planner import CLOSE, Candidate, Cost, Impossible, chosen, plan
 from lss_jax.inspection.topology import FORMS, devices_of
 from lss_jax.models import build_model
 from lss_jax.parallel.mesh import AXES, make_mesh
@@ -65,7 +65,7 @@ def main() -> int:
     return check(chosen(config, cuts[0]), cuts[0], devices, topology, memory) if topology else 0
 
 
-def report(cuts: list[Cut], impossible: list[Impossible], config: Config, memory: int) -> str:
+def report(cuts: list[Candidate], impossible: list[Impossible], config: Config, memory: int) -> str:
     """The table, what is not possible, and what to do."""
     own, best = config.data.seq_len, cuts[0]
     head = ("data x seq x model", "attention", "longest", "sent per step", f"at {own:,}: memory", "sent per step")
@@ -85,7 +85,7 @@ def report(cuts: list[Cut], impossible: list[Impossible], config: Config, memory
     return "\n".join(lines)
 
 
-def _row(cut: Cut, memory: int) -> tuple[str, ...]:
+def _row(cut: Candidate, memory: int) -> tuple[str, ...]:
     own = shown_size(cut.own.memory.total) + (" (too much)" if cut.own.memory.total > memory else "")
     return (
         _mesh(cut.sizes),
@@ -121,7 +121,7 @@ def train_command(path: str, overrides: list[str], config: Config) -> str:
     return shlex.join(["python", "-m", "lss_jax.train", "--config", path, *overrides, *settings])
 
 
-def check(config: Config, cut: Cut, devices: Sequence[jax.Device], topology: str, memory: int) -> int:
+def check(config: Config, cut: Candidate, devices: Sequence[jax.Device], topology: str, memory: int) -> int:
     """Compiles the step of this config and says what it needs; 1 if that is more than there is."""
     print(f"\ncompiling for {topology} ...", flush=True)
     try:
@@ -140,7 +140,7 @@ def check(config: Config, cut: Cut, devices: Sequence[jax.Device], topology: str
     return int(compiled > memory)
 
 
-def as_json(cuts: list[Cut], impossible: list[Impossible]) -> dict[str, Any]:
+def as_json(cuts: list[Candidate], impossible: list[Impossible]) -> dict[str, Any]:
     """All rows, sizes in bytes."""
 
     def cost(one: Cost) -> dict[str, Any]:

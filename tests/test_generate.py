@@ -15,7 +15,7 @@ from lss_jax.generation.sampling import Sampling
 from lss_jax.inspection import hlo
 from lss_jax.parallel.layout import layout_on
 from lss_jax.parallel.mesh import shardings
-from lss_jax.training.state import kept_specs
+from lss_jax.training.state import param_specs
 
 GREEDY = Sampling(0.0, None, 1.0, seed=0)
 DRAWN = Sampling(0.9, 50, 0.95, seed=3)
@@ -28,7 +28,7 @@ def large_params(model, mesh):
     def create():
         return jax.tree.map(lambda p: p * 3.0, model.init(jax.random.key(1)))
 
-    return jax.jit(create, out_shardings=shardings(kept_specs(model, mesh), mesh))()
+    return jax.jit(create, out_shardings=shardings(param_specs(model, mesh), mesh))()
 
 
 # Logits

@@ -22,7 +22,7 @@ from helpers import (
 from jax.sharding import PartitionSpec as P
 
 from lss_jax.data.batch import IGNORED
-from lss_jax.models.losses import cross_entropy, cross_entropy_of_shares
+from lss_jax.models.losses import cross_entropy, vocab_parallel_cross_entropy
 from lss_jax.parallel.dropout import AFTER_ATTENTION, AFTER_MLP, ATTENTION, EMBEDDING, LAYER, Dropout
 from lss_jax.parallel.mesh import MODEL
 from lss_jax.training.optimizer import decayed, make_optimizer, make_schedule
@@ -228,7 +228,7 @@ def test_evaluation_equals_the_oracle(mesh, vocab_parallel):
     assert relative_error(sums.mean(), expected) < 1e-5
 
 
-def test_cross_entropy_of_shares_is_cross_entropy():
+def test_vocab_parallel_cross_entropy_is_cross_entropy():
     """Value and gradient, also of logits whose exponentials overflow, and with tokens that do not count."""
     random, mesh = np.random.default_rng(0), mesh_of(1, 1, 4)
     logits_BLV = random.normal(0, 30, (2, 8, 12)).astype(np.float32)
@@ -237,7 +237,7 @@ def test_cross_entropy_of_shares_is_cross_entropy():
 
     @partial(jax.shard_map, mesh=mesh, in_specs=(P(None, None, MODEL), P()), out_specs=P())
     def in_shares(logits_BLV, targets_BL):
-        return jax.lax.psum(jax.tree.map(jnp.sum, cross_entropy_of_shares(logits_BLV, targets_BL, MODEL)), MODEL)
+        return jax.lax.psum(jax.tree.map(jnp.sum, vocab_parallel_cross_entropy(logits_BLV, targets_BL, MODEL)), MODEL)
 
     def value_and_gradient(function):
         return jax.value_and_grad(lambda logits: function(logits, targets_BL).nats.sum())(logits_BLV)

@@ -1,1 +1,1 @@
-"""Bytes in, batches out: sources of text, and the loader that cuts them over the mesh."""
+"""Bytes in, batches out: sources of text, and the loader that shards them over the mesh."""

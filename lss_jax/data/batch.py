@@ -14,10 +14,10 @@ IGNORED = -1  # a target that does not count
 
 
 class Batch(NamedTuple):
-    """Int32 arrays, or their specs, shardings or shapes.
+    """The arrays of a batch, all int32; or, in the same fields, their specs, shardings or shapes.
 
-    Shapes are global, `L` padded and in layout order; inside `shard_map` the same names hold this device's rows and
-    its segment, `l`.
+    Shapes are global, with `L` padded and in layout order; inside `shard_map` the same names hold this device's rows
+    and its segment, `l`.
     """
 
     tokens: Any  # [B, L]
@@ -28,16 +28,16 @@ class Batch(NamedTuple):
 
 
 def batch_specs(packed: bool) -> Batch:
-    """How a batch is sharded; `packed`: with documents.
+    """The specs of a batch; `packed` adds those of `documents`.
 
-    A model group has its segment whole: masks and a sharded vocabulary need all of it, and tokens are few bytes.
+    Nothing is sharded over `model`: masks and a sharded vocabulary need the whole segment, and tokens are few bytes.
     """
     whole = P(DATA, SEQ)
     return Batch(whole, whole, P(SEQ), P(DATA), P(None, DATA, SEQ) if packed else None)
 
 
 def batch_like(batch_size: int, seq_len: int, mesh: Mesh, layout: Layout, packed: bool) -> Batch:
-    """Shapes and shardings of a batch, to compile a step before there is data."""
+    """Global shapes and shardings of a batch, to compile a step before there is data."""
     B, L = batch_size, layout.padded(seq_len)
     shapes = Batch((B, L), (B, L), (L,), (B,), (2, B, L) if packed else None)
     placed = shardings(batch_specs(packed), mesh)

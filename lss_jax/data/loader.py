@@ -1,4 +1,4 @@
-"""The segment loader: every device's callback reads the bytes of its own segments, and no batch is ever whole.
+"""The segment loader: each device's callback reads the bytes of its own segments, and no process reads a whole batch.
 
 A batch is a set of windows into one long array of bytes. Which windows is a function of (seed, step), so a run resumes
 with the step alone and every mesh, and every number of processes, sees the same data.
@@ -31,9 +31,9 @@ class Bytes(Protocol):
 
 
 def shuffled_starts(step: int, *, windows: int, batch_size: int, seq_len: int, seed: int) -> np.ndarray:
-    """Where the windows of training step `step` start, `[B]`: each epoch is a fresh permutation of all windows."""
-    epochs, places = np.divmod(np.arange(step * batch_size, (step + 1) * batch_size), windows)
-    return np.array([_permutation(seed, int(e), windows)[i] for e, i in zip(epochs, places, strict=True)]) * seq_len
+    """The starts of the windows of training step `step`, `[B]`: each epoch is a fresh permutation of all windows."""
+    epochs, indices = np.divmod(np.arange(step * batch_size, (step + 1) * batch_size), windows)
+    return np.array([_permutation(seed, int(e), windows)[i] for e, i in zip(epochs, indices, strict=True)]) * seq_len
 
 
 @functools.lru_cache(maxsize=2)
@@ -42,12 +42,12 @@ def _permutation(seed: int, epoch: int, windows: int) -> np.ndarray:
 
 
 def training_windows(length: int, seq_len: int) -> int:
-    """How many whole windows, each with its last target, `length` bytes hold."""
+    """The number of whole windows, each with its last target, in `length` bytes."""
     return (length - 1) // seq_len
 
 
 def consecutive_starts(length: int, *, batch_size: int, seq_len: int) -> list[np.ndarray]:
-    """Starts of all batches that together predict every byte but the first, each once; the rest is padding."""
+    """The starts of each batch's windows, `[B]`; together they predict every byte but the first once, then padding."""
     batches = -(-(length - 1) // (batch_size * seq_len))
     return list(np.arange(batches * batch_size).reshape(batches, batch_size) * seq_len)
 
@@ -60,10 +60,10 @@ def read_batch(
     layout: Layout,
     documents: np.ndarray | None = None,
 ) -> Batch:
-    """The windows of `data` at `starts_B`, cut over the mesh.
+    """The global batch of the windows of `data` at `starts_B`, sharded over the mesh.
 
-    What lies beyond the end of `data`, or pads the window to a length that the mesh divides, is token 0 with an ignored
-    target. With `documents` (from `document_edges`) the first token of a document is no target.
+    Beyond the end of `data`, and in the padding to a length that the mesh divides, tokens are 0 and targets ignored.
+    With `documents` (from `document_edges`) the first token of a document is no target.
     """
     like = batch_like(len(starts_B), seq_len, mesh, layout, packed=documents is not None)
     position_L = layout.positions(like.tokens.shape[1])
@@ -80,8 +80,8 @@ def read_batch(
 
     def document_bounds(index: Any) -> np.ndarray:
         assert documents is not None
-        _, rows, places = index
-        return _bounds(documents, starts_B[rows], position_L[places], seq_len)[index[0]]
+        _, rows, columns = index
+        return _bounds(documents, starts_B[rows], position_L[columns], seq_len)[index[0]]
 
     def array(shape: Any, callback: Callable[[Any], np.ndarray]) -> jax.Array | None:
         return shape and jax.make_array_from_callback(shape.shape, shape.sharding, callback)
@@ -96,9 +96,9 @@ def read_batch(
 
 
 def document_edges(data: np.ndarray, separator: str) -> np.ndarray | None:
-    """Where documents start in `data` if each ends with `separator`, and the end of all time; None if all is one.
+    """The starts of the documents of `data`, int64, and the largest int64 as the last edge; None without a separator.
 
-    Reads all of `data`, once.
+    Each document ends with `separator`. Reads all of `data`, once.
 
     Raises:
       ConfigError: the separator does not occur.
@@ -115,7 +115,7 @@ def document_edges(data: np.ndarray, separator: str) -> np.ndarray | None:
 
 
 def _runs(positions: np.ndarray) -> list[range]:
-    """The runs of consecutive positions."""
+    """Splits positions into runs of consecutive ones."""
     parts = np.split(positions, np.flatnonzero(np.diff(positions) != 1) + 1)
     return [range(int(part[0]), int(part[-1]) + 1) for part in parts]
 
@@ -135,16 +135,16 @@ def _read(data: Bytes, start: int, run: range, seq_len: int, documents: np.ndarr
 
 
 def _bounds(edges: np.ndarray, starts_B: np.ndarray, position_l: np.ndarray, seq_len: int) -> np.ndarray:
-    """Start and end in the window, `[2, B, l]`, of each position's document; nothing (0, 0) for the padding."""
-    place_Bl = starts_B[:, None].astype(np.int64) + position_l
-    number_Bl = np.searchsorted(edges, place_Bl, side="right")
+    """Start and end in the window, `[2, B, l]`, of each position's document; (0, 0), which is empty, for padding."""
+    offset_Bl = starts_B[:, None].astype(np.int64) + position_l
+    number_Bl = np.searchsorted(edges, offset_Bl, side="right")
     bounds_2Bl = np.stack((edges[number_Bl - 1], edges[number_Bl])) - starts_B[:, None]
     bounds_2Bl = np.where(position_l < seq_len, np.clip(bounds_2Bl, 0, seq_len), 0)
     return bounds_2Bl.astype(np.int32)
 
 
 def prefetched(make: Callable[[int], T], first: int, stop: int, depth: int = 2) -> Generator[T, None, None]:
-    """`make(first)` to `make(stop - 1)` in order, up to `depth` of them made ahead in a thread."""
+    """Yields `make(first)` to `make(stop - 1)` in order; a thread makes up to `depth` of them ahead."""
     with ThreadPoolExecutor(max_workers=1) as pool:
         try:
             pending = deque(pool.submit(make, index) for index in range(first, min(first + depth, stop)))

@@ -13,7 +13,7 @@ import numpy as np
 
 from lss_jax.config.schema import ConfigError, DataConfig, RunError
 
-WHOLE = 2**28  # bytes: longer files are fingerprinted by as many bytes, in evenly spaced blocks
+WHOLE = 2**28  # bytes; of a longer file so many are hashed, in evenly spaced blocks
 BLOCK = 2**12
 
 # enwik8 (Mahoney 2006): the first 10^8 bytes of the English Wikipedia dump of 2006-03-03.
@@ -21,18 +21,18 @@ ENWIK8_URL = "http://mattmahoney.net/dc/enwik8.zip"
 ENWIK8_ZIP_BYTES = 36_445_475
 ENWIK8_ZIP_SHA256 = "547994d9980ebed1288380d652999f38a14fe291a6247c157c3d33d4932534bc"
 ENWIK8_BYTES = 100_000_000
-ENWIK8_SHA256 = {  # of its first so many bytes: the longest that a file covers is checked
+ENWIK8_SHA256 = {  # of its first N bytes, by N; the longest prefix that a file covers is checked
     65_536: "05fc5f44993ef0557959db76bf47e45badb2dd9c69d93ce08911935b5e52bf40",
     4_000_000: "9f9ca3a41e2b87a0268d00380577e2c308e07959b22a94c8d7b1e8901bdefc37",
     ENWIK8_BYTES: "2b49720ec4d78c3c9fabaee6e4179a5e997302b3a70029f30f2d582218c024a8",
 }
 NEEDS_NO_DOWNLOAD = "configs/default.py needs no download"
-SHORTEST = 40  # bytes: 5% are then a byte and its next one
+SHORTEST = 40  # bytes; 5% of them are two, a byte and its target
 STDLIB_LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "idlelib"}
 
 
 class Source(Protocol):
-    """A long array of bytes, somewhere."""
+    """A long array of bytes, in memory or in a file."""
 
     size: int
 
@@ -43,11 +43,11 @@ class Source(Protocol):
         """All of it, memory-mapped if it is a file."""
 
     def check(self) -> None:
-        """Raises a RunError if it is no longer what it was when it was opened."""
+        """Raises a RunError if the source has changed since it was opened."""
 
 
 class MemorySource:
-    """An array of bytes."""
+    """A source in memory."""
 
     def __init__(self, data: np.ndarray):
         self._data, self.size = data, len(data)
@@ -63,7 +63,7 @@ class MemorySource:
 
 
 class FileSource:
-    """A file. It is read, not mapped, by the loader: if a mapped file shrinks, reading on ends the process (SIGBUS)."""
+    """A source in a file, which the loader reads unmapped: reading a mapped file that has shrunk is a SIGBUS."""
 
     def __init__(self, path: Path):
         self._path = path
@@ -123,8 +123,8 @@ def open_splits(config: DataConfig) -> dict[str, Part]:
     """Opens the configured source as its first 90 ("train"), next 5 ("valid") and last 5 percent ("test").
 
     Raises:
-      ConfigError: a file that is missing, empty, too short for one training window, or not what it should be; or a
-        download that is needed and cannot be had.
+      ConfigError: the file is missing, empty, too short for one training window, or not what it should be; or a
+        download failed.
     """
     source = SOURCES[config.source](config.path)
     size = source.size
@@ -153,21 +153,28 @@ def fingerprint(source: Source) -> dict[str, Any]:
 
 
 def stdlib(path: str) -> MemorySource:
-    """The source files of the running Python's standard library, one after the other.
+    """The source files of the running Python's standard library, concatenated; `path` is not used.
 
-    Their order is fixed, by the hash of their names, so that the three splits are much alike.
+    They are ordered by the hash of their names, which is reproducible and makes the three splits similar.
+
+    Raises:
+      ConfigError: this Python has no source files.
     """
     root = Path(sysconfig.get_path("stdlib"))
-    names = [name.relative_to(root) for name in root.rglob("*.py")]
-    kept = [name for name in names if not STDLIB_LEFT_OUT & set(name.parts) and (root / name).is_file()]
-    kept.sort(key=lambda name: hashlib.sha256(name.as_posix().encode()).digest())
-    if not kept:
+    relative = [name.relative_to(root) for name in root.rglob("*.py")]
+    names = [name for name in relative if not STDLIB_LEFT_OUT & set(name.parts) and (root / name).is_file()]
+    names.sort(key=lambda name: hashlib.sha256(name.as_posix().encode()).digest())
+    if not names:
         raise ConfigError(f'data.source="stdlib": no .py files under {root}; use data.source="text" and data.path')
-    return MemorySource(np.frombuffer(b"".join((root / name).read_bytes() for name in kept), dtype=np.uint8))
+    return MemorySource(np.frombuffer(b"".join((root / name).read_bytes() for name in names), dtype=np.uint8))
 
 
 def text(path: str) -> FileSource:
-    """Any file, read as bytes."""
+    """Any file, read as bytes.
+
+    Raises:
+      ConfigError: it is missing, empty or unreadable.
+    """
     check_file(path)
     file = Path(path).expanduser()
     try:
@@ -177,7 +184,7 @@ def text(path: str) -> FileSource:
 
 
 def check_file(path: str) -> None:
-    """Refuses a file that is not there or has nothing in it."""
+    """Raises a ConfigError for a file that is missing or empty."""
     file = Path(path).expanduser()
     if not file.is_file():
         raise ConfigError(f"data.path={path!r} is not a file; give the path of a text file ({NEEDS_NO_DOWNLOAD})")
@@ -186,7 +193,11 @@ def check_file(path: str) -> None:
 
 
 def enwik8(path: str) -> FileSource:
-    """The file at `path`, enwik8 or a prefix of it; without a path, the cached or downloaded whole."""
+    """The file at `path`, enwik8 or a prefix of it; without a path, all of enwik8, cached or downloaded.
+
+    Raises:
+      ConfigError: the file is missing or is not enwik8, or the download failed.
+    """
     path = path or str(_downloaded_enwik8())
     source = text(path)
     if source.size > ENWIK8_BYTES:
@@ -211,8 +222,8 @@ def _check_sha256(data: np.ndarray, expected: str, path: str) -> None:
 
 
 def _downloaded_enwik8() -> Path:
-    """The whole of enwik8 in the cache folder, fetched, checked and unpacked there at first."""
-    import pooch  # late: in a notebook it warns of progress bars that nobody asked for
+    """The path of enwik8 in the cache folder; on first use it is downloaded, checked and unpacked."""
+    import pooch  # imported late: in a notebook the import itself warns about progress bars
 
     cache = Path(pooch.os_cache("lss_jax"))
     raw = cache / "enwik8"

@@ -1,4 +1,4 @@
-"""A split of the data as batches of windows: which ones, by (seed, step) in training and in order in evaluation."""
+"""A split of the data as batches of windows, chosen by (seed, step) in training and in order in evaluation."""
 
 from collections.abc import Callable
 from typing import Any
@@ -13,7 +13,7 @@ from lss_jax.data.sources import Part
 class WindowSplit:
     """Batches of `data.batch_size` windows of `data.seq_len` items; `read` makes one from the windows' starts, `[B]`.
 
-    `documents` is how many there are in it, 1 if it is not divided.
+    `documents` is the number of documents in the split, 1 if it is not divided.
     """
 
     def __init__(self, data: Part, config: Config, read: Callable[[np.ndarray], Any], documents: int = 1):
@@ -24,7 +24,7 @@ class WindowSplit:
 
     @property
     def batches(self) -> int:
-        """How many evaluation batches predict every item of the split once."""
+        """The number of evaluation batches, which together predict every item but the first once."""
         return len(self._starts)
 
     def training_batch(self, step: int) -> Any:

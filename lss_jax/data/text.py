@@ -1,12 +1,12 @@
-"""Text and the tokens that it is made of; here each byte is a token."""
+"""Text and its tokens; here each byte is a token."""
 
 import numpy as np
 
 
 class ByteText:
-    """UTF-8 bytes as tokens, and back."""
+    """Converts text (UTF-8 bytes) to tokens, and tokens to bytes."""
 
-    vocab = 256  # of a larger vocabulary the rest stands for no text
+    vocab = 256  # further tokens of a model's vocabulary stand for no text
 
     @staticmethod
     def tokens_of(text: bytes) -> np.ndarray:
@@ -15,5 +15,5 @@ class ByteText:
 
     @staticmethod
     def bytes_of(token: int) -> bytes:
-        """What a token stands for."""
+        """The bytes that a token stands for."""
         return bytes([token])

@@ -1,9 +1,9 @@
-"""Text generation: the prompt in parallel over the sequence, then token after token from a cache that stays cut.
+"""Text generation: a sequence-parallel prefill, then decoding token by token from a cache that stays sharded.
 
-Two compiled programs. The *prefill* is the training model with its strategy, and leaves each layer's keys and values
-where they were computed. A *step* takes the last token of every row: these are a segment of `B` tokens to the model,
-each at its own position, so that rows of different length, and weights cut over `model`, need nothing of their own.
-The prompts' last tokens are the first step's, so that logits come from one place.
+There are two compiled programs. The *prefill* is the training model with its strategy, and leaves each layer's keys and
+values on the device that computed them. A *step* takes the last token of every row: to the model these are a segment of
+`B` tokens, each at its own position, so that rows of different length, and weights sharded over `model`, need no extra
+code. The first step takes the prompts' last tokens, so that all logits come from steps.
 """
 
 import dataclasses
@@ -34,22 +34,22 @@ from lss_jax.tasks import make_task
 from lss_jax.tasks.language_model import LanguageModel
 from lss_jax.training.step import in_layout_order, on_mesh
 
-ROWS = P((DATA, MODEL))  # of a batch, one token each: those of a model group are its segment
+ROWS = P((DATA, MODEL))  # a spec for one token per row: a model group's rows are its segment
 
 
 def make_prefill(model: Model, mesh: Mesh, tokens: int) -> Callable[[Params, jax.Array, jax.Array], Cache]:
-    """From global parameters, prompts `tokens_BL` (padded, natural order) and their lengths to the cache.
+    """The prefill: from global parameters, prompts `tokens_BL` (padded, natural order) and their lengths to a cache.
 
-    It has room for `tokens` more. The last token of each prompt has been seen by others, under a prefix mask, but is
-    not in the cache: the first step puts it there.
+    The cache has room for `tokens` more. It leaves out each prompt's last token, which the first step adds; under a
+    prefix mask the others have attended to that token all the same.
     """
     config, layout, axis = model.config, layout_on(model.config, mesh), if_cut(MODEL, mesh)
-    of_prompt = (P(DATA, SEQ), P(SEQ), P(DATA))
+    prompt_specs = (P(DATA, SEQ), P(SEQ), P(DATA))
 
     @partial(
         jax.shard_map,
         mesh=mesh,
-        in_specs=on_mesh((model.specs, *of_prompt), mesh),
+        in_specs=on_mesh((model.specs, *prompt_specs), mesh),
         out_specs=on_mesh(CACHE_SPECS, mesh),
     )
     def on_segments(params: Params, tokens_Bl: jax.Array, positions_l: jax.Array, length_B: jax.Array) -> Cache:
@@ -60,14 +60,14 @@ def make_prefill(model: Model, mesh: Mesh, tokens: int) -> Callable[[Params, jax
             return strategy(q_BlHK, k_BlGK, v_BlGK, dropout), stacked(k_BlGK, v_BlGK)
 
         segment = Segment(positions_l, own_part(positions_l, axis, 0), attend, None, axis)
-        _, kv_n2BGlK = model.recall(params, tokens_Bl, segment, None)  # nobody asks for these logits
+        _, kv_n2BGlK = model.recall(params, tokens_Bl, segment, None)  # the logits are not needed
         return fill(kv_n2BGlK, positions_l, length_B - 1, more=-(-tokens // layout.devices))
 
     def prefill(params: Params, tokens_BL: jax.Array, length_B: jax.Array) -> Cache:
         length = tokens_BL.shape[1]
         positions_L = layout.positions(length)
-        rows = model.with_tables(lambda table_LE: _first_rows(table_LE, length), params)
-        return on_segments(rows, tokens_BL[:, positions_L], positions_L, length_B)
+        cropped = model.with_tables(lambda table_LE: _first_rows(table_LE, length), params)
+        return on_segments(cropped, tokens_BL[:, positions_L], positions_L, length_B)
 
     return prefill
 
@@ -76,10 +76,10 @@ Step = Callable[[Params, Cache, jax.Array, jax.Array, jax.Array], tuple[Cache, j
 
 
 def make_step(model: Model, mesh: Mesh, length: int) -> Step:
-    """From global parameters, cache, `token_B`, `position_B` and the step's number to the cache and `logits_BV`.
+    """The step: from global parameters, cache, `token_B`, `position_B` and its number to the cache and `logits_BV`.
 
-    `length` is that of the (padded) prompts. Each step's tokens go to the next device of the sequence group, so that
-    the cache stays balanced.
+    `length` is that of the padded prompts. Each step writes to the next device of the sequence group, so that the cache
+    stays balanced.
     """
     config, axis, seq_axis = model.config, if_cut(MODEL, mesh), if_cut(SEQ, mesh)
     layout = layout_on(config, mesh)
@@ -112,29 +112,29 @@ def make_step(model: Model, mesh: Mesh, length: int) -> Step:
     def step(
         params: Params, cache: Cache, token_B: jax.Array, position_B: jax.Array, number: jax.Array
     ) -> tuple[Cache, jax.Array]:
-        rows = model.with_tables(lambda table_LE: table_LE[position_B], params)
-        cache, logits_BV = on_devices(rows, cache, token_B, position_B, number)
+        looked_up = model.with_tables(lambda table_LE: table_LE[position_B], params)
+        cache, logits_BV = on_devices(looked_up, cache, token_B, position_B, number)
         return cache, jax.lax.with_sharding_constraint(logits_BV, NamedSharding(mesh, P()))
 
     return step
 
 
 def _mask(config: Config, positions_l: jax.Array) -> Intervals:
-    """The config's mask, with no end to the sequence; all is one document."""
+    """The config's mask for a single document without end."""
     endless = dataclasses.replace(config.data, seq_len=np.iinfo(np.int32).max)
     return task_of(dataclasses.replace(config, data=endless)).mask(positions_l)
 
 
 def _first_rows(table_LE: jax.Array, length: int) -> jax.Array:
-    """The first rows, with zeros behind the last."""
+    """The first `length` rows of a table, with zeros after its last row."""
     return jnp.pad(table_LE[:length], ((0, max(length - len(table_LE), 0)), (0, 0)))
 
 
 class Generation:
-    """Prompts and the programs that continue them, compiled for this mesh; iterating runs them.
+    """Continues prompts by programs compiled for this mesh; iterating runs them.
 
-    Each turn yields a byte for every prompt, or `b""` behind the end of its document. Texts are the same on every mesh,
-    but for choices so close that rounding decides them; each is the text that its prompt would get alone.
+    Each iteration yields one byte per prompt, or `b""` after the end of its document. Texts are the same on every mesh,
+    except where two bytes are so close that rounding decides; and a text does not depend on the other prompts.
 
     Raises:
       ConfigError: the prompts, the number of tokens or the sampling cannot work; nothing has been compiled.
@@ -147,16 +147,16 @@ class Generation:
         self._text = text = task_of(config).text
         self._prompts, self._tokens, self._params = list(prompts), tokens, params
         self._separator = config.data.separator.encode()
-        surplus = -len(prompts) % (mesh.shape[DATA] * mesh.shape[MODEL])  # rows that are computed, and thrown away
+        surplus = -len(prompts) % (mesh.shape[DATA] * mesh.shape[MODEL])  # padding rows, whose texts are dropped
         rows = [*prompts, *[prompts[0]] * surplus]
-        kept, whole = shardings(CACHE_SPECS, mesh), NamedSharding(mesh, P())
+        cache_shardings, replicated = shardings(CACHE_SPECS, mesh), NamedSharding(mesh, P())
         tokenized = [text.tokens_of(row) for row in rows]
         length_B = np.array([len(row) for row in tokenized], np.int32)
         length = layout_on(config, mesh).padded(int(length_B.max()))
         tokens_BL = np.stack([np.pad(row, (0, length - len(row))) for row in tokenized])
         last_B = tokens_BL[np.arange(len(rows)), length_B - 1]
         stream_B = np.array([zlib.crc32(row, rows[:number].count(row)) for number, row in enumerate(rows)], np.uint32)
-        self._tokens_BL, self._length_B, self._last_B = jax.device_put((tokens_BL, length_B, last_B), whole)
+        self._tokens_BL, self._length_B, self._last_B = jax.device_put((tokens_BL, length_B, last_B), replicated)
 
         model = _forward_model(config)
         prefill, step = make_prefill(model, mesh, tokens), make_step(model, mesh, length)
@@ -169,14 +169,14 @@ class Generation:
             return cache, sample(logits_BV, sampling, jnp.asarray(stream_B), position_B, vocab=text.vocab)
 
         prompt = (params, self._tokens_BL, self._length_B)
-        self._prefill = jax.jit(prefill, out_shardings=kept).lower(*prompt).compile()
-        cache = like(jax.eval_shape(prefill, *prompt), kept)
-        stepping = jax.jit(next_byte, donate_argnums=1, out_shardings=(kept, whole))
+        self._prefill = jax.jit(prefill, out_shardings=cache_shardings).lower(*prompt).compile()
+        cache = like(jax.eval_shape(prefill, *prompt), cache_shardings)
+        stepping = jax.jit(next_byte, donate_argnums=1, out_shardings=(cache_shardings, replicated))
         self._step = stepping.lower(params, cache, self._last_B, self._length_B, np.int32(0)).compile()
 
     @property
     def cache_bytes(self) -> int:
-        """Of one device: what a compiled step updates in place."""
+        """Bytes per device that the compiled step updates in place."""
         analysis = self._step.memory_analysis()
         assert analysis is not None, "every backend has one"
         return analysis.alias_size_in_bytes
@@ -213,13 +213,13 @@ def task_of(config: Config) -> LanguageModel:
 
 
 def _forward_model(config: Config) -> Model:
-    """The model as it is best where nothing goes back: scanned, as only so XLA leaves the cache in its place."""
+    """The model for inference: without remat, and scanned, since only then does XLA update the cache in place."""
     layers = dataclasses.replace(config.model, scan_layers=True, remat="none")
     return build_model(dataclasses.replace(config, model=layers))
 
 
 def check_request(config: Config, prompts: Sequence[bytes], tokens: int, sampling: Sampling) -> None:
-    """Refuses, a line per problem, what no text can come from."""
+    """Raises a ConfigError, with a line per problem, for a request that no text can come from."""
     problems = [*sampling.problems()]
     if tokens < 1:
         problems.append(f"--tokens={tokens} must be at least 1")
@@ -232,26 +232,26 @@ def check_request(config: Config, prompts: Sequence[bytes], tokens: int, samplin
 
 
 def _problems_of(prompt: bytes, name: str, config: Config, tokens: int) -> Iterator[str]:
-    separator, prefix, rows = config.data.separator, config.attention.prefix, config.data.seq_len
+    separator, prefix, seq_len = config.data.separator, config.attention.prefix, config.data.seq_len
     if not prompt:
-        yield f"{name} is empty, and a text goes on from something; give at least one byte"
+        yield f"{name} is empty, and there must be something to continue; give at least one byte"
     if separator and separator.encode() in prompt:
         yield (
-            f"{name} has data.separator={separator!r} in it, behind which a document of its own starts that sees "
-            f"nothing before; give what stands behind the last one"
+            f"{name} has data.separator={separator!r} in it, after which a new document starts that does not attend to "
+            f"anything before; give only what follows the last one"
         )
     if len(prompt) < prefix:
         yield (
-            f"{name} has {len(prompt)} bytes, less than attention.prefix={prefix}, and the model has never predicted a "
-            f"byte within that; give at least {prefix}"
+            f"{name} has {len(prompt)} bytes, less than attention.prefix={prefix}, and the model was not trained to "
+            f"predict bytes of the prefix; give at least {prefix}"
         )
     if config.model.positions != "learned":
         return
     longer = 'train with a longer data.seq_len, or with model.positions="rope", which has no end'
-    if len(prompt) > rows:
-        yield f"{name} has {len(prompt)} bytes, more than data.seq_len={rows} learned positions; cut it, or {longer}"
-    elif len(prompt) + tokens - 1 > rows:
+    if len(prompt) > seq_len:
+        yield f"{name} has {len(prompt)} bytes, more than data.seq_len={seq_len} learned positions; cut it, or {longer}"
+    elif len(prompt) + tokens - 1 > seq_len:
         yield (
-            f"{name} has {len(prompt)} bytes, and data.seq_len={rows} learned positions leave room for "
-            f"--tokens={rows + 1 - len(prompt)}, not {tokens}; ask for less, or {longer}"
+            f"{name} has {len(prompt)} bytes, and data.seq_len={seq_len} learned positions leave room for "
+            f"--tokens={seq_len + 1 - len(prompt)}, not {tokens}; ask for less, or {longer}"
         )

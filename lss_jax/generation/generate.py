@@ -27,21 +27,21 @@ def generate_text(
     config: Config | None = None,
     devices: Sequence[jax.Device] | None = None,
 ) -> str:
-    """The prompt, and how a run's newest sound checkpoint goes on from it.
+    """The prompt and its continuation by a run's newest sound checkpoint.
 
-    Every call compiles two programs; `lss_jax.generation.decode.Generation` keeps them, and takes many prompts at a
-    time.
+    Every call compiles two programs; `lss_jax.generation.decode.Generation` holds on to them, and continues many
+    prompts at a time.
 
     Args:
-      workdir: of a training run.
-      prompt: one byte of UTF-8 at least.
-      tokens: bytes to add; fewer if the document ends (`data.separator`). What is no UTF-8 reads as U+FFFD.
-      temperature: 0 takes the likeliest byte.
-      top_k: draw from so many of the likeliest bytes; None for all.
-      top_p: draw from those that make up this probability.
-      seed: of what is drawn.
-      config: the run's own, unless given, as for `lss_jax.evaluate_run`; another mesh gives the same text.
-      devices: what the mesh is made of; all there are, unless given.
+      workdir: the folder of a training run.
+      prompt: at least one byte of UTF-8.
+      tokens: bytes to add; fewer if the document ends (`data.separator`). Invalid UTF-8 becomes U+FFFD.
+      temperature: the logits are divided by it; 0 takes the likeliest byte.
+      top_k: sample from the k likeliest bytes; None for all.
+      top_p: sample from the fewest bytes with this total probability (nucleus).
+      seed: of the sampling.
+      config: the run's own by default, as for `lss_jax.evaluate_run`; another mesh gives the same text.
+      devices: the devices of the mesh; all there are by default.
 
     Raises:
       ConfigError: there is no run or no checkpoint, the config does not fit it or the devices, or the prompt or the
@@ -57,13 +57,13 @@ def generate_text(
 
 
 def check(config: Config, workdir: Path, prompts: Sequence[bytes], tokens: int, sampling: Sampling) -> None:
-    """Refuses what cannot work, before anything is compiled."""
+    """Raises a ConfigError, before anything is compiled, for what cannot work."""
     gather_problems(lambda: check_request(config, prompts, tokens, sampling), lambda: check_workdir(config, workdir))
 
 
 def generation_of(
     config: Config, workdir: Path, mesh: Mesh, prompts: Sequence[bytes], tokens: int, sampling: Sampling
 ) -> tuple[int, Generation]:
-    """The step of the run's newest sound checkpoint, and the texts that it gives."""
+    """The step of the run's newest sound checkpoint, and the `Generation` from its parameters."""
     step, params = restore_params(build_model(config), mesh, workdir)
     return step, Generation(config, mesh, params, prompts, tokens, sampling)

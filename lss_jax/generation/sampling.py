@@ -1,7 +1,7 @@
-"""The next byte from its logits: greedy, or drawn at a temperature from the likeliest.
+"""Samples the next byte from its logits: greedily, or at a temperature from the likeliest.
 
-What is drawn depends on the seed, the prompt (and which of several equal ones it is), the position and the logits, and
-on nothing else: neither the mesh nor the other prompts of a batch change a text.
+A sample depends on the seed, the prompt (and which of several equal ones it is), the position and the logits alone:
+neither the mesh nor the other prompts of a batch change a text.
 """
 
 import dataclasses
@@ -13,15 +13,15 @@ import jax.numpy as jnp
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """How a byte is chosen."""
+    """The options by which a byte is sampled."""
 
-    temperature: float  # 0: the likeliest byte, always
-    top_k: int | None  # of so many, the likeliest; None: of all
-    top_p: float  # of those, so many as together have this probability
+    temperature: float  # divides the logits; 0: the likeliest byte, always
+    top_k: int | None  # only the k likeliest; None: all
+    top_p: float  # of those, the fewest with this total probability
     seed: int
 
     def problems(self) -> Iterator[str]:
-        """What cannot work, a line each."""
+        """Options that cannot work, a line each."""
         if not 0 <= self.temperature < float("inf"):
             yield f"--temperature={self.temperature} must be at least 0 and finite; 0 takes the likeliest byte"
         if self.top_k is not None and self.top_k < 1:
@@ -35,30 +35,31 @@ class Sampling:
 def sample(
     logits_BV: jax.Array, sampling: Sampling, stream_B: jax.Array, position_B: jax.Array, *, vocab: int
 ) -> jax.Array:
-    """A token below `vocab` for each row, int32 `[B]`; rows of different streams (uint32) draw independently."""
+    """Samples a token below `vocab` per row, int32 `[B]`; rows of different streams (uint32) are independent."""
     logits_BV = logits_BV[:, :vocab]
     if sampling.temperature == 0:
         return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
     logits_BV = (logits_BV - logits_BV.max(-1, keepdims=True)) / sampling.temperature
     if (sampling.top_k or vocab) < vocab or sampling.top_p < 1:
-        logits_BV = _likeliest(logits_BV, sampling.top_k or vocab, sampling.top_p)
-    return jax.vmap(_drawn, (0, None, 0, 0))(logits_BV, sampling.seed, stream_B, position_B)
+        logits_BV = _masked(logits_BV, sampling.top_k or vocab, sampling.top_p)
+    return jax.vmap(_sampled, (0, None, 0, 0))(logits_BV, sampling.seed, stream_B, position_B)
 
 
-def _likeliest(logits_BV: jax.Array, top_k: int, top_p: float) -> jax.Array:
-    """Minus infinity for all but the `top_k` likeliest, and of these all but the fewest with mass `top_p` (nucleus).
+def _masked(logits_BV: jax.Array, top_k: int, top_p: float) -> jax.Array:
+    """Masks all logits but the `top_k` likeliest, and of these all but the fewest with total probability `top_p`.
 
-    Holtzman et al. 2019 (arXiv 1904.09751), Sec. 3.1. Of bytes that are equally likely the lower ones come first.
+    The latter is nucleus sampling (Holtzman et al. 2019, arXiv 1904.09751, Sec. 3.1). Masked logits are minus infinity.
+    Of equally likely bytes the lower ones come first.
     """
     order_BV = jnp.argsort(-logits_BV, axis=-1, stable=True)
     sorted_BV = jnp.take_along_axis(logits_BV, order_BV, -1)
     sorted_BV = jnp.where(jnp.arange(sorted_BV.shape[-1]) < top_k, sorted_BV, -jnp.inf)
     probability_BV = jax.nn.softmax(sorted_BV)
-    before_BV = jnp.cumsum(probability_BV, -1) - probability_BV  # zero for the likeliest, which thus always stays
-    kept_BV = jnp.where(before_BV < top_p, sorted_BV, -jnp.inf)
-    return jnp.take_along_axis(kept_BV, jnp.argsort(order_BV, axis=-1), -1)
+    before_BV = jnp.cumsum(probability_BV, -1) - probability_BV  # zero for the likeliest, which is thus never masked
+    masked_BV = jnp.where(before_BV < top_p, sorted_BV, -jnp.inf)
+    return jnp.take_along_axis(masked_BV, jnp.argsort(order_BV, axis=-1), -1)
 
 
-def _drawn(logits_V: jax.Array, seed: int, stream: jax.Array, position: jax.Array) -> jax.Array:
+def _sampled(logits_V: jax.Array, seed: int, stream: jax.Array, position: jax.Array) -> jax.Array:
     key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), stream), position)
     return jax.random.categorical(key, logits_V).astype(jnp.int32)

@@ -1,1 +1,1 @@
-"""What the compiler made of a training step, and what is predicted of it."""
+"""Compiled training steps, and predictions of their collectives, memory and operations."""

@@ -1,4 +1,4 @@
-"""What the compiler made of a training step, beside what is predicted."""
+"""Compares a compiled training step with its predictions: collectives, memory and operations."""
 
 import math
 import time
@@ -22,32 +22,32 @@ CLASSES = ("parameters", "optimizer state", "batch", "temporaries")
 
 
 class Audit(NamedTuple):
-    """A step as it was compiled and as it was predicted; `None` where the program does not fit its devices."""
+    """A step as compiled and as predicted; what was compiled is None if the program does not fit its devices."""
 
     model: Model
     mesh: Mesh
     seconds: float  # of compilation
     collectives: Contract | None
-    memory: dict[str, int] | None  # bytes on one device, by class
-    too_large: str  # what the compiler says of a program that does not fit
+    memory: dict[str, int] | None  # bytes per device, by class
+    too_large: str  # the compiler's message if the program does not fit, else empty
     predicted: Contract
-    flops: int  # of matrix products outside attention, traced
-    attention_flops: int  # by the blocks that the mask touches
+    flops: int  # per device, of matrix products outside attention, traced
+    attention_flops: int  # on the busiest device, by the blocks that the mask touches
 
     def __repr__(self) -> str:
         return text_of(self, capacity_of(self.mesh.devices.flat[0]))
 
 
 def audit_step(config: Config, devices: str | Sequence[jax.Device] | None = None) -> Audit:
-    """What the compiler makes of a config's training step; nothing is allocated. `print` it to read it.
+    """Compiles a config's training step and compares it with its predictions; allocates nothing.
 
     Args:
-      config: of `lss_jax.load_config`.
-      devices: to compile for: all there are, unless given; or a topology such as "tpu:v5p:2x2x2" or "gpu:h100:8", whose
+      config: from `lss_jax.load_config`.
+      devices: to compile for; all there are by default; or a topology such as "tpu:v5p:2x2x2" or "gpu:h100:8", whose
         devices need not be there (that takes `pip install "jax[tpu]"` or `"jax[cuda13]"`).
 
     Returns:
-      `collectives` as compiled and as `predicted`, `memory` in bytes on one device, `flops`; its text is the table.
+      `collectives` as compiled and as `predicted`, `memory` in bytes per device, `flops`; `print` it for the table.
 
     Raises:
       ConfigError: the config does not fit the devices, or there is no such topology.
@@ -59,7 +59,7 @@ def audit_step(config: Config, devices: str | Sequence[jax.Device] | None = None
 
 
 def audited(model: Model, mesh: Mesh) -> Audit:
-    """Compiles the step for shapes alone."""
+    """Compiles a model's training step from shapes alone and compares it with its predictions."""
     traced = trace_train_step(model, mesh)
     known = (contract.predicted(model, mesh), operations.traced(traced.jaxpr), operations.attention(model, mesh))
     started = time.perf_counter()
@@ -73,12 +73,12 @@ def audited(model: Model, mesh: Mesh) -> Audit:
 
 
 def _memory(compiled: jax.stages.Compiled) -> dict[str, int]:
-    """Bytes on one device, by class: what goes in, by the shardings that the program asks for, and what comes to it."""
+    """Bytes per device, by class: the arguments, by the program's input shardings, and the temporaries."""
     (state, batch), _ = compiled.args_info
-    (of_state, of_batch), _ = compiled.input_shardings
+    (state_shardings, batch_shardings), _ = compiled.input_shardings
 
     def size(infos: Any, shardings: Any) -> int:
-        """Of what the program uses: for the rest there is no sharding."""
+        """Bytes per device of the arguments that the program uses: the others have no sharding."""
 
         def of_one(info: Any, sharding: Any) -> int:
             return math.prod(sharding.shard_shape(info.shape)) * info.dtype.itemsize if sharding else 0
@@ -88,16 +88,16 @@ def _memory(compiled: jax.stages.Compiled) -> dict[str, int]:
     analysis = compiled.memory_analysis()
     assert analysis is not None, "every backend of XLA has one"
     sizes = (
-        size(state.params, of_state.params),
-        size(state.opt_state, of_state.opt_state),
-        size(batch, of_batch),
+        size(state.params, state_shardings.params),
+        size(state.opt_state, state_shardings.opt_state),
+        size(batch, batch_shardings),
         analysis.temp_size_in_bytes,
     )
     return dict(zip(CLASSES, sizes, strict=True))
 
 
 def problems(audit: Audit, room: int | None) -> list[str]:
-    """Where program and prediction differ, and whether it is too large for a device's memory of `room` bytes."""
+    """Differences between program and prediction, and whether it exceeds a device's memory of `room` bytes."""
     if audit.collectives is None or audit.memory is None:
         return [f"it does not fit: {audit.too_large}"]
     found = contract.disagreements(audit.collectives, audit.predicted)
@@ -113,7 +113,7 @@ def problems(audit: Audit, room: int | None) -> list[str]:
 
 
 def text_of(audit: Audit, room: int | None) -> str:
-    """For a terminal."""
+    """The audit as text for a terminal; `room` is a device's memory in bytes, None if unknown."""
     config, mesh, device = audit.model.config, audit.mesh, audit.mesh.devices.flat[0]
     sizes = " x ".join(f"{axis}={size}" for axis, size in mesh.shape.items())
     lines = [
@@ -163,7 +163,7 @@ def _table_of_memory(audit: Audit, room: int | None) -> list[str]:
 
 
 def predicted_memory(audit: Audit) -> dict[str, int]:
-    """Bytes on one device, by class, from shapes, specs and the planner's count of what lives at once."""
+    """Predicted bytes per device, by class: from shapes, specs and the memory model's count of live arrays."""
     return dict(zip(CLASSES, memory_of(audit.model, audit.mesh), strict=True))
 
 
@@ -177,7 +177,7 @@ def _table_of_operations(audit: Audit) -> list[str]:
 
 
 def json_of(audit: Audit, room: int | None) -> dict[str, Any]:
-    """For programs: all figures, in bytes, seconds and operations, of one device and one step."""
+    """The audit for JSON: all figures per device and step, in bytes, seconds and operations."""
 
     def rows(lines: Contract | None) -> list[dict[str, Any]] | None:
         return (

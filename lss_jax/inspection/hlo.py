@@ -1,7 +1,7 @@
-"""Reads the collectives out of a compiled program's text, with the trip counts of the loops they stand in.
+"""Reads the collectives out of a compiled program's text, with the trip counts of the loops around them.
 
-XLA writes a collective in several forms, and all count as one: a plain instruction; a start and a done, between which
-other work may run; a fusion; and on TPUs a reduce-scatter as an all-reduce of which each device takes a slice.
+XLA writes a collective in several forms, each of which counts as one: a plain instruction; a start and a done, between
+which other work may run; a fusion; and on TPUs a reduce-scatter as an all-reduce of which each device takes a slice.
 """
 
 import math
@@ -23,42 +23,43 @@ BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 CONDITION = re.compile(r"condition=%([\w.-]+)")
 BELOW = re.compile(r"compare\(.*%(?P<limit>constant[\w.-]*)\), direction=LT")
-TILES = ":T("  # in the layouts of TPU programs alone
+TILES = ":T("  # only TPU programs have tiled layouts
 SHAPE = re.compile(r"(?:f|bf|s|u)(\d+)\[([\d,]*)\]")
 SOURCE = re.compile(r'op_name="([^"]*)"')
-NEAR = 30  # instructions to ask for a lost name
+NEAR = 30  # instructions to search for a lost name
 NAME = re.compile(r"%([\w.-]+)")
 
 
 class Collective(NamedTuple):
-    """One collective; sizes are those of its result on one device."""
+    """One collective; sizes are those of its result, per device."""
 
     kind: str
     elements: int
     bytes: int
-    group: tuple[int, ...]  # devices that take part in the first of its groups; of a permutation, a sender and receiver
+    group: tuple[int, ...]  # the devices of its first group; of a permutation, one sender and its receiver
     times: int  # per run of the program
-    asynchronous: bool  # other work may run meanwhile
-    source: str  # the path of names by which the program asked for it
+    asynchronous: bool  # may overlap with other work
+    source: str  # its path of named scopes in the program
 
     @property
     def place(self) -> str:
-        """The part of the step that it belongs to; in attention and regions also which way it goes."""
+        """The part of the step that it belongs to; in attention and regions also which pass."""
         places = PLACE.findall(self.source)
         if not places:
             return ELSEWHERE
-        way = (" backward" if "transpose(" in self.source else " forward") if places[-1] in (ATTENTION, REGIONS) else ""
-        return places[-1] + way
+        if places[-1] not in (ATTENTION, REGIONS):
+            return places[-1]
+        return places[-1] + (" backward" if "transpose(" in self.source else " forward")
 
     @property
     def group_size(self) -> int:
-        """Devices in a group."""
+        """The number of devices in a group."""
         return len(self.group)
 
     def axes(self, mesh_shape: dict[str, int]) -> tuple[str, ...]:
-        """The mesh axes that it moves something along."""
+        """The mesh axes along which it moves data."""
         coordinates = np.array(np.unravel_index(self.group, tuple(mesh_shape.values())))
-        return tuple(name for name, place in zip(mesh_shape, coordinates, strict=True) if len(set(place.tolist())) > 1)
+        return tuple(name for name, along in zip(mesh_shape, coordinates, strict=True) if len(set(along.tolist())) > 1)
 
 
 class Instruction(NamedTuple):
@@ -67,7 +68,7 @@ class Instruction(NamedTuple):
     name: str
     type: str
     op: str
-    operands: str  # and what follows
+    operands: str  # and all that follows them
     line: str
 
     @property
@@ -132,7 +133,7 @@ def _collective(
 
 
 def _source(instruction: Instruction, body: Computation, caller: Instruction | None) -> str:
-    """Its name; if the compiler has lost that, the name of the nearest instruction that has a place in the step."""
+    """An instruction's path of named scopes; if the compiler lost it, that of the nearest one with a known place."""
     own = SOURCE.search(instruction.line)
     if own:
         return own[1]
@@ -151,7 +152,7 @@ def _source(instruction: Instruction, body: Computation, caller: Instruction | N
 def _slices(
     instruction: Instruction, body: Computation, computations: dict[str, Computation]
 ) -> list[Instruction] | None:
-    """What takes slices of a result, in fusions too, if nobody else wants any of it."""
+    """The slices taken of a result, also inside fusions; None if there are none or anything else reads it."""
     found: list[Instruction] = []
     for user in _users(instruction, body):
         if user.op == "dynamic-slice":
@@ -164,8 +165,8 @@ def _slices(
             called = CALLED.search(user.line)
             assert called, f"a fusion that calls nothing: {user.line[:200]}"
             fused = computations[called[1]]
-            place = f"{user.arguments.index(instruction.name)})"
-            parameter = next(x for x in fused.values() if x.op == "parameter" and x.operands.startswith(place))
+            number = f"{user.arguments.index(instruction.name)})"
+            parameter = next(x for x in fused.values() if x.op == "parameter" and x.operands.startswith(number))
             inside = _slices(parameter, fused, computations)
         if inside is None:
             return None
@@ -178,7 +179,7 @@ def _users(instruction: Instruction, body: Computation) -> list[Instruction]:
 
 
 def _computations(text: str) -> tuple[dict[str, Computation], str]:
-    """The instructions of every computation by name, and which one is the program."""
+    """The instructions of every computation by name, and the name of the entry computation."""
     computations: dict[str, Computation] = {}
     entry = current = ""
     for line in text.splitlines():
@@ -193,7 +194,7 @@ def _computations(text: str) -> tuple[dict[str, Computation], str]:
 
 
 def _trips(loop: Instruction, computations: dict[str, Computation]) -> int | None:
-    """How often a loop's body runs, None if that depends on the data; XLA counts from zero."""
+    """The trip count of a loop, None if it depends on the data; XLA's loops count from zero."""
     known = TRIPS.search(loop.line)
     if known:
         return int(known[1])
@@ -228,7 +229,7 @@ def _group(line: str) -> tuple[int, ...]:
 
 
 def _iota(written: str) -> np.ndarray:
-    """Numbers from zero of a shape, transposed, as in `[24,144]T(1,0)`, in a row."""
+    """The device numbers that XLA writes as `[24,144]T(1,0)`: an `arange`, reshaped, transposed and flattened."""
     shape, _, order = written.partition("T")
     numbers = np.arange(math.prod(_ints(shape))).reshape(_ints(shape))
     return (numbers.transpose(_ints(order)) if order else numbers).ravel()

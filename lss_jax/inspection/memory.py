@@ -1,11 +1,11 @@
-"""What a training step needs on each device, in bytes: state and batch by their specs, temporaries by counting arrays.
+"""The memory of a training step, in bytes per device: state and batch by their specs, temporaries by counting arrays.
 
-Temporaries are what the compiled program has beside its arguments: what layers keep for the way back, and what is in
-work at the moment that needs most. How many arrays that is was read off the buffers that XLA assigns on CPU. They are
-counted in numbers of four bytes: one in bfloat16 is half of one, or a whole one up to jaxlib 0.11.1, which multiplies
-bfloat16 in float32 on CPU, and so keeps it. The sums are upper bounds: with them nothing "fits" that the compiler says
-does not. How far they are from it `python -m experiments.planner.run` measures, also for a few configs on TPUs, whose
-compiler assigns buffers of its own.
+Temporaries are what the compiled program allocates beside its arguments: the residuals that layers save for the
+backward pass, and the arrays that are live at the moment that needs most. How many those are was read off the buffers
+that XLA assigns on CPU. They are counted in elements of four bytes: a bfloat16 is half of one, or a whole one up to
+jaxlib 0.11.1, which multiplies bfloat16 in float32 on CPU, and so stores it. The sums bound the compiler's from above,
+so that nothing "fits" that the compiler says does not. How close they are is measured by
+`python -m experiments.planner.run`, for a few configs also on TPUs, whose compiler assigns buffers differently.
 """
 
 import math
@@ -23,17 +23,18 @@ from lss_jax.attention.traffic import sizes_of
 from lss_jax.config.schema import Config
 from lss_jax.models import Model
 from lss_jax.parallel.mesh import MODEL, SEQ, cut_axes, over_cut_axes
-from lss_jax.training.state import kept_specs, moment_specs
+from lss_jax.training.state import moment_specs, param_specs
 
 NUMBER = 4  # bytes
-GAPS = 1.07  # temporaries over the largest sum of buffers that live at once: they do not lie side by side
-IN_WORK = {"lss": (12, 3), "regather": (13, 4), "ring": (14, 4), "ulysses": (13, 3)}  # parts and regions, with remat
+GAPS = 1.07  # temporaries over the largest sum of live buffers: the heap is fragmented
+# live parts and regions in a block's backward pass, with remat
+LIVE_IN_BLOCK = {"lss": (12, 3), "regather": (13, 4), "ring": (14, 4), "ulysses": (13, 3)}
 COUNTERS = 3  # of steps, in the state
 BFLOAT16 = 0.5 if jax.__version_info__ >= (0, 11, 2) else 1.0  # of a number: XLA on CPU now has products of bfloat16
 
 
 class Memory(NamedTuple):
-    """Bytes on one device."""
+    """The memory of a training step, in bytes per device."""
 
     parameters: int
     moments: int  # Adam's two per parameter
@@ -42,12 +43,12 @@ class Memory(NamedTuple):
 
     @property
     def total(self) -> int:
-        """All of them: this must fit."""
+        """The sum, which must fit a device's memory."""
         return sum(self)
 
 
 def shortfall(error: jax.errors.JaxRuntimeError) -> str:
-    """What a compiler that knows its devices' memory says of a program that is too large; anything else is raised."""
+    """The compiler's message on a program that exceeds its devices' memory; any other error is raised again."""
     message = str(error)
     if "RESOURCE_EXHAUSTED" not in message:
         raise error
@@ -56,23 +57,23 @@ def shortfall(error: jax.errors.JaxRuntimeError) -> str:
 
 
 class Arrays(NamedTuple):
-    """Numbers on one device in the arrays of a layer and of the loss, for one microbatch."""
+    """Elements per device of the arrays of a layer and of the loss, for one microbatch."""
 
     part: int  # x_BpE, between regions
     region: int  # x_BlE, inside of them
     heads: int  # q_BlHK, o_BlHK
-    rows: int  # the log-sum-exp, lse_BlH
-    pair: int  # own keys and values, kv_2BGlK
-    pairs: int  # those that a kernel reads, for LSS kv_N2BGlK
+    lse: int  # of attention: the log-sum-exp, lse_BlH
+    pair: int  # this device's keys and values, kv_2BGlK
+    pairs: int  # the keys and values that a kernel reads, for LSS kv_N2BGlK
     hidden: int  # h_BlF
-    scores: int  # s_BHlL, which the dense kernel alone has
-    logits: int  # BpV, or BlV of this device's share
+    scores: int  # s_BHlL, of the dense kernel alone
+    logits: int  # BpV, or BlV of this device's vocabulary shard
 
 
 def memory_of(model: Model, mesh: Mesh | AbstractMesh) -> Memory:
-    """Of the training step of this model on this mesh; the mesh may be abstract."""
+    """Predicts the memory of this model's training step on this mesh, which may be abstract."""
     return Memory(
-        parameters=NUMBER * _numbers(model, kept_specs(model, mesh), mesh),
+        parameters=NUMBER * _numbers(model, param_specs(model, mesh), mesh),
         moments=2 * NUMBER * _numbers(model, moment_specs(model, mesh), mesh),
         batch=NUMBER * (_batch(model.config, mesh) + COUNTERS),
         temporaries=math.ceil(GAPS * NUMBER * max(peaks(model, mesh).values())),
@@ -80,30 +81,30 @@ def memory_of(model: Model, mesh: Mesh | AbstractMesh) -> Memory:
 
 
 def peaks(model: Model, mesh: Mesh | AbstractMesh) -> dict[str, float]:
-    """Numbers that live at once, at each moment of the step that may need most."""
+    """Elements per device that are live at each of the moments of the step that may need most."""
     config, arrays = model.config, arrays_of(model.config, mesh)
-    parameters, narrow = _numbers(model, kept_specs(model, mesh), mesh), _narrow(config)
-    layers = config.model.layers * _kept(config, arrays, mesh) + parameters  # and the gradients so far
-    if config.optim.accumulate > 1:  # the sum over microbatches; and XLA has a second set of what is kept
+    parameters, narrow = _numbers(model, param_specs(model, mesh), mesh), _narrow(config)
+    layers = config.model.layers * _residuals(config, arrays, mesh) + parameters  # and the gradients so far
+    if config.optim.accumulate > 1:  # the summed gradient; and XLA has a second set of residuals
         layers *= 2
-    if config.model.remat == "none" and config.model.dtype == "bfloat16":  # the weights as they were rounded, turned
+    if config.model.remat == "none" and config.model.dtype == "bfloat16":  # the rounded weights, transposed
         layers += narrow * parameters
-    of_layer = parameters / config.model.layers
-    # a layer's weights as they were rounded; XLA holds them through the whole block where no keys are put in order
-    rounded = narrow * of_layer if config.model.remat == "block" and config.model.dtype == "bfloat16" else 0
+    layer_parameters = parameters / config.model.layers
+    # a layer's rounded weights; XLA holds them through the whole block where keys need no reordering
+    rounded = narrow * layer_parameters if config.model.remat == "block" and config.model.dtype == "bfloat16" else 0
     contiguous = config.attention.layout == "contiguous" and config.attention.regather
     return {
-        "back through a block": layers + _block(config, arrays) + of_layer + (rounded if contiguous else 0),
-        "back through attention": layers
+        "backward pass of a block": layers + _block(config, arrays) + layer_parameters + (rounded if contiguous else 0),
+        "backward pass of attention": layers
         + _attention(config, arrays, mesh)
         + (narrow * parameters if arrays.scores else rounded),
         "loss": layers + 2 * arrays.logits + 5 * arrays.part,
-        "update": 2.21 * parameters,  # the gradient as one vector, and its leaves; they leave the largest gaps
+        "update": 2.21 * parameters,  # the gradient as one vector, and its leaves, which fragment the heap most
     }
 
 
 def arrays_of(config: Config, mesh: Mesh | AbstractMesh) -> Arrays:
-    """The sizes of a config's arrays on this mesh."""
+    """The sizes of a config's arrays on this mesh, in elements per device."""
     sizes, setting, model, M = sizes_of(config, mesh), setting_on(config, mesh), config.model, mesh.shape[MODEL]
     N, tokens = mesh.shape[SEQ], sizes.B * sizes.l
     pair = sizes.pair
@@ -113,7 +114,7 @@ def arrays_of(config: Config, mesh: Mesh | AbstractMesh) -> Arrays:
         part=tokens * model.width // M,
         region=tokens * model.width,
         heads=tokens * sizes.H * sizes.K,
-        rows=tokens * sizes.H,
+        lse=tokens * sizes.H,
         pair=pair,
         pairs=pair * N if config.attention.strategy == "lss" else pair,
         hidden=tokens * model.mlp_width // M,
@@ -123,7 +124,7 @@ def arrays_of(config: Config, mesh: Mesh | AbstractMesh) -> Arrays:
 
 
 def _narrow(config: Config) -> float:
-    """The size of a number in the compute dtype, relative to one in float32."""
+    """The size of an element in the compute dtype, relative to one in float32."""
     return BFLOAT16 if config.model.dtype == "bfloat16" else 1.0
 
 
@@ -134,44 +135,44 @@ def _gelu_residuals() -> int:
     return sum(leaf.shape == (2,) for leaf in jax.tree.leaves(saved))
 
 
-def _kept(config: Config, arrays: Arrays, mesh: Mesh | AbstractMesh) -> float:
-    """What a layer saves for the backward pass (`layers.Stack`): for norms, and of a softmax, in float32."""
+def _residuals(config: Config, arrays: Arrays, mesh: Mesh | AbstractMesh) -> float:
+    """Elements that a layer saves for the backward pass (`layers.Stack`): for norms, and of a softmax, in float32."""
     narrow = _narrow(config)
-    part, region, heads, rows, hidden = arrays.part, arrays.region, arrays.heads, arrays.rows, arrays.hidden
-    exchanged = heads if config.attention.strategy == "ulysses" else 0  # rows, or queries, as they travelled
+    part, region, heads, lse, hidden = arrays.part, arrays.region, arrays.heads, arrays.lse, arrays.hidden
+    exchanged = heads if config.attention.strategy == "ulysses" else 0  # outputs or queries, as exchanged
     if config.model.remat == "none":
-        in_dtype = (_gelu_residuals() + 1) * hidden + 2 * region + 2 * heads + exchanged + _read(config, arrays)
-        return narrow * in_dtype + 6 * part + rows
+        in_dtype = (_gelu_residuals() + 1) * hidden + 2 * region + 2 * heads + exchanged + _saved_pairs(config, arrays)
+        return narrow * in_dtype + 6 * part + lse
     summed = part if MODEL in cut_axes(mesh) else 0
-    return narrow * (part + summed + heads + exchanged + _communicated(config, arrays, mesh)) + rows
+    return narrow * (part + summed + heads + exchanged + _communicated(config, arrays, mesh)) + lse
 
 
 def _communicated(config: Config, arrays: Arrays, mesh: Mesh | AbstractMesh) -> int:
-    """What a layer keeps of what came from other devices for attention, with `remat="block"`."""
+    """Elements that a layer saves of what attention received from other devices, with `remat="block"`."""
     if config.attention.strategy == "ulysses":
         return arrays.heads + arrays.pairs
     gathers = config.attention.strategy == "lss" and SEQ in cut_axes(mesh)
     return arrays.pairs if gathers and not config.attention.regather else 0
 
 
-def _read(config: Config, arrays: Arrays) -> int:
-    """Keys and values that the way back finds there."""
+def _saved_pairs(config: Config, arrays: Arrays) -> int:
+    """Elements of keys and values that the backward pass of a block starts from."""
     return arrays.pair if config.attention.regather else arrays.pairs
 
 
 def _block(config: Config, arrays: Arrays) -> float:
-    """What is in work before attention's turn: with remat the block anew; pairs have zeros for a gradient."""
+    """Live elements before attention's backward pass: pairs with zeros for gradients; with remat a recomputed block."""
     narrow, of_gelu = _narrow(config), _gelu_residuals()
-    pairs = arrays.pairs + narrow * _read(config, arrays)
+    pairs = arrays.pairs + narrow * _saved_pairs(config, arrays)
     if config.model.remat == "none":
         return pairs + narrow * ((of_gelu - 2) * arrays.hidden + 4 * arrays.region) + 6 * arrays.part
-    parts, regions = IN_WORK["regather" if config.attention.regather else config.attention.strategy]
+    parts, regions = LIVE_IN_BLOCK["regather" if config.attention.regather else config.attention.strategy]
     hidden = (narrow * (of_gelu - 2) + 1) * arrays.hidden  # one of them in float32
     return pairs + hidden + parts * arrays.part + narrow * regions * arrays.region
 
 
 def _attention(config: Config, arrays: Arrays, mesh: Mesh | AbstractMesh) -> float:
-    """What is in work in attention's turn: pairs, their gradients, and once more where they are put in order.
+    """Live elements in attention's backward pass: pairs, their gradients, and a copy where keys are reordered.
 
     Collectives carry float32 (on CPU), so narrow pairs exist twice: as they arrived, and rounded.
     """
@@ -186,7 +187,7 @@ def _attention(config: Config, arrays: Arrays, mesh: Mesh | AbstractMesh) -> flo
 
 
 def _batch(config: Config, mesh: Mesh | AbstractMesh) -> int:
-    """Numbers in a batch, or two per token more with documents; rows have theirs for dropout alone."""
+    """Elements of a batch: two per token, with documents four; rows are an argument for dropout alone."""
     sizes = sizes_of(config, mesh)
     rows = sizes.B * config.optim.accumulate
     per_token = 4 if config.data.separator else 2
@@ -194,7 +195,7 @@ def _batch(config: Config, mesh: Mesh | AbstractMesh) -> int:
 
 
 def _numbers(model: Model, specs: Any, mesh: Mesh | AbstractMesh) -> int:
-    """On one device, in arrays like the parameters that lie by these specs."""
+    """Elements per device of arrays like the parameters, sharded by these specs."""
 
     def of_leaf(leaf: jax.ShapeDtypeStruct, spec: PartitionSpec) -> int:
         return math.prod(NamedSharding(mesh, over_cut_axes(spec, mesh)).shard_shape(leaf.shape))

@@ -1,7 +1,7 @@
-"""Floating-point operations of a training step on one device: those of matrix products, which is nearly all.
+"""Floating-point operations of a training step, per device: those of matrix products, which are nearly all.
 
-Outside of blockwise attention they are counted in the traced program, every loop as often as it runs. How many blocks
-attention computes depends on the mask, so there the blocks that the kernel would touch are counted.
+Outside attention they are counted in the traced program, every loop as often as it runs. How many blocks attention
+computes depends on the mask, so for attention the blocks that the kernel would visit are counted.
 """
 
 import math
@@ -26,19 +26,19 @@ from lss_jax.parallel.mesh import MODEL
 from lss_jax.parallel.scopes import ATTENTION
 from lss_jax.tasks import make_task
 
-PRODUCTS = {"dense": 2 + 5, "blockwise": 2 + 5, "triton": 2 + 3 + 4, "mosaic": 2 + 3 + 4}  # per score, forward and back
+PRODUCTS = {"dense": 2 + 5, "blockwise": 2 + 5, "triton": 2 + 3 + 4, "mosaic": 2 + 3 + 4}  # per score, in both passes
 
 
 def traced(jaxpr: ClosedJaxpr) -> int:
-    """Of a program's matrix products outside of attention."""
+    """Counts the operations of a program's matrix products outside attention, per device."""
     return sum(_products(jaxpr.jaxpr))
 
 
 def outside_attention(model: Model, mesh: Mesh | AbstractMesh) -> int:
-    """Of projections, MLPs and the head: each product forward and two on the way back; remat repeats what it dropped.
+    """Predicts the operations of projections, MLPs and head, per device: one product forward, two backward.
 
-    What it repeats is all but the last product of a block, whose result nobody asks for again; and but for the
-    attention's output projection where a model group keeps the sum.
+    With remat the forward products are recomputed, except a block's last one, whose result the backward pass does not
+    need, and attention's output projection where a model group saves its sum.
     """
     config, sizes, parts = model.config, sizes_of(model.config, mesh), mesh.shape[MODEL]
     E, F, V = config.model.width, config.model.mlp_width // parts, config.model.vocab // parts
@@ -51,23 +51,23 @@ def outside_attention(model: Model, mesh: Mesh | AbstractMesh) -> int:
 
 
 def attention(model: Model, mesh: Mesh) -> int:
-    """Of all layers' attention, on the busiest device. Packed documents, which are not known here, count as one."""
+    """Predicts the operations of all layers' attention on the busiest device; packed documents count as one."""
     config, sizes, setting = model.config, sizes_of(model.config, mesh), setting_on(model.config, mesh)
     if config.attention.strategy == "ulysses":
         N = setting.layout.devices
         sizes = Sizes(sizes.B, sizes.l * N, sizes.H // N, max(sizes.G // N, 1), sizes.K, sizes.itemsize)
         setting = setting.uncut
     task = make_task(config)
-    of_devices = setting.layout.positions(sizes.l * setting.layout.devices).reshape(-1, sizes.l)
+    positions_Nl = setting.layout.positions(sizes.l * setting.layout.devices).reshape(-1, sizes.l)
     scores = max(
         _scores(task.mask(jnp.asarray(positions_l)), sizes, setting, config.attention.strategy == "ring")
-        for positions_l in of_devices
+        for positions_l in positions_Nl
     )
     return config.model.layers * config.optim.accumulate * scores * 2 * sizes.K * PRODUCTS[setting.kernel]
 
 
 def _scores(mask: Intervals, sizes: Sizes, setting: Setting, rings: bool) -> int:
-    """How many one device computes in a layer."""
+    """The number of scores that one device computes per layer."""
     B, l, H, G, K, itemsize = (getattr(sizes, name) for name in ("B", "l", "H", "G", "K", "itemsize"))
     layout = setting.layout
     if setting.kernel == "dense":
@@ -80,8 +80,8 @@ def _scores(mask: Intervals, sizes: Sizes, setting: Setting, rings: bool) -> int
         tables, _ = facts(plan, mask, None)
         return int((tables.stop_Bj - tables.first_Bj).sum()) * H * plan.queries.size * plan.key_size
     keys = key_blocks(chunks_of_all(layout, l), setting.block_keys) if rings else blocks_of_keys(l, setting)
-    cut = cut_queries((B, l, H, K), G, setting.layout, setting.block_queries, setting.block_keys, keys.size)
-    return visits(keys, cut, mask.start, mask.end) * cut.block_heads * (H // G) * cut.size * keys.size
+    queries = cut_queries((B, l, H, K), G, setting.layout, setting.block_queries, setting.block_keys, keys.size)
+    return visits(keys, queries, mask.start, mask.end) * queries.block_heads * (H // G) * queries.size * keys.size
 
 
 def _products(jaxpr: Jaxpr) -> Iterator[int]:

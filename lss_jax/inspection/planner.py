@@ -1,4 +1,4 @@
-"""The longest sequence of each mesh and strategy, and what it sends."""
+"""Plans a run: for each mesh and strategy the longest sequence that fits, and the bytes sent."""
 
 import dataclasses
 import math
@@ -18,25 +18,21 @@ from lss_jax.models import Model, build_model
 from lss_jax.parallel.layout import layout_on
 from lss_jax.parallel.mesh import AXES
 
-TILE = 128  # lengths are multiples of so many tokens, and of what the mesh cuts them into
-
-
+TILE = 128  # planned lengths are multiples of so many tokens, and of what their sharding needs
 LONGEST = 2**31 - 1  # positions are int32
-
-
-CLOSE = 0.05  # lengths that differ by less are as good as one another, and traffic decides
+CLOSE = 0.05  # lengths within this of the longest count as equally good, and traffic decides
 
 
 class Cost(NamedTuple):
-    """Of a training step at one length, on one device, in bytes."""
+    """The bytes per device that a training step at one length needs and sends."""
 
     seq_len: int
     memory: Memory
     sent: float
 
 
-class Cut(NamedTuple):
-    """A mesh with a strategy, and what it can do."""
+class Candidate(NamedTuple):
+    """A mesh with a strategy that is possible, and its costs."""
 
     sizes: MeshSizes
     strategy: str
@@ -52,38 +48,40 @@ class Impossible(NamedTuple):
     reason: str
 
 
-def plan(config: Config, devices: int, memory: int) -> tuple[list[Cut], list[Impossible]]:
-    """All cuts, the best first, and what is impossible.
+def plan(config: Config, devices: int, memory: int) -> tuple[list[Candidate], list[Impossible]]:
+    """Evaluates every mesh of so many devices with every strategy: the possible ones, best first, and the others.
+
+    `memory` is that of a device, in bytes.
 
     Raises:
       ConfigError: the config is wrong on any mesh.
     """
     validate(dataclasses.replace(config, mesh=MeshConfig(1, 1, 1)), 1)
     model = build_model(config)
-    cuts, impossible = [], []
+    candidates, impossible = [], []
     for sizes in meshes(devices):
-        for strategy in STRATEGIES if sizes[1] > 1 else [config.attention.strategy]:  # uncut they are the same
+        for strategy in STRATEGIES if sizes[1] > 1 else [config.attention.strategy]:  # unsharded they are the same
             try:
-                cuts.append(evaluate(model, sizes, strategy, memory))
+                candidates.append(evaluate(model, sizes, strategy, memory))
             except ConfigError as error:
                 impossible.append(Impossible(sizes, strategy, str(error).split("\n")[0].split(";")[0]))
-    return ranked(cuts), impossible
+    return ranked(candidates), impossible
 
 
 def meshes(devices: int) -> Iterator[MeshSizes]:
-    """All sizes (data, seq, model) with this product."""
+    """Yields all sizes (data, seq, model) whose product is `devices`."""
     divisors = [size for size in range(1, devices + 1) if devices % size == 0]
     for data in divisors:
         yield from ((data, seq, devices // data // seq) for seq in divisors if devices // data % seq == 0)
 
 
-def evaluate(model: Model, sizes: MeshSizes, strategy: str, memory: int) -> Cut:
-    """What a cut costs, at the config's length and at the longest that fits.
+def evaluate(model: Model, sizes: MeshSizes, strategy: str, memory: int) -> Candidate:
+    """The costs of a mesh with a strategy, at the model's own length and at the longest that fits `memory` bytes.
 
     Raises:
       ConfigError: it breaks a rule of the config, or not even the shortest sequence fits.
     """
-    config, mesh = on_cut(model.config, sizes, strategy), AbstractMesh(sizes, AXES)
+    config, mesh = config_on(model.config, sizes, strategy), AbstractMesh(sizes, AXES)
     validate(config, math.prod(sizes))
 
     def at(seq_len: int) -> Model:
@@ -102,11 +100,11 @@ def evaluate(model: Model, sizes: MeshSizes, strategy: str, memory: int) -> Cut:
         raise ConfigError(f"{step:,} tokens need {needed}, more than --memory={shown_size(memory)}; use more devices")
     longest = tiles * step
     validate(at(longest).config, math.prod(sizes))
-    return Cut(sizes, strategy, cost(config.data.seq_len), cost(longest))
+    return Candidate(sizes, strategy, cost(config.data.seq_len), cost(longest))
 
 
-def on_cut(config: Config, sizes: MeshSizes, strategy: str) -> Config:
-    """The config on a mesh with a strategy; without what is for another one."""
+def config_on(config: Config, sizes: MeshSizes, strategy: str) -> Config:
+    """The config on a mesh with a strategy, without the options of other strategies."""
     attention = dataclasses.replace(config.attention, strategy=cast(Any, strategy))
     if strategy != "lss":
         attention = dataclasses.replace(attention, gather_groups=1, regather=False)
@@ -114,7 +112,7 @@ def on_cut(config: Config, sizes: MeshSizes, strategy: str) -> Config:
 
 
 def at_length(model: Model, seq_len: int) -> Model:
-    """The same model for sequences of another length."""
+    """The model with another sequence length."""
 
     def with_rows(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct((seq_len, *leaf.shape[1:]), leaf.dtype)
@@ -124,7 +122,7 @@ def at_length(model: Model, seq_len: int) -> Model:
 
 
 def largest(holds: Callable[[int], bool], limit: int) -> int:
-    """The largest number up to `limit` for which `holds` is true, if it is so for all smaller ones; 0 if for none."""
+    """The largest number up to `limit` for which `holds`, which must be monotone, is true; 0 if for none."""
     high = 1
     while high <= limit and holds(high):
         high *= 2
@@ -135,19 +133,19 @@ def largest(holds: Callable[[int], bool], limit: int) -> int:
     return low
 
 
-def ranked(cuts: list[Cut]) -> list[Cut]:
-    """Of those that come close to the longest sequence the one that sends least per token first; the rest by length."""
-    longest = max((cut.longest.seq_len for cut in cuts), default=0)
+def ranked(candidates: list[Candidate]) -> list[Candidate]:
+    """Sorts: those within `CLOSE` of the longest sequence first, by bytes sent per token; the rest by length."""
+    longest = max((candidate.longest.seq_len for candidate in candidates), default=0)
 
-    def order(cut: Cut) -> tuple[bool, float]:
-        length, _, moved = cut.longest
+    def order(candidate: Candidate) -> tuple[bool, float]:
+        length, _, moved = candidate.longest
         close = length >= (1 - CLOSE) * longest
         return not close, moved / length if close else -length
 
-    return sorted(cuts, key=order)
+    return sorted(candidates, key=order)
 
 
-def chosen(config: Config, cut: Cut) -> Config:
-    """The config of a cut at its longest."""
-    config = on_cut(config, cut.sizes, cut.strategy)
-    return dataclasses.replace(config, data=dataclasses.replace(config.data, seq_len=cut.longest.seq_len))
+def chosen(config: Config, candidate: Candidate) -> Config:
+    """The config on a candidate's mesh, at its longest length."""
+    config = config_on(config, candidate.sizes, candidate.strategy)
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, seq_len=candidate.longest.seq_len))

@@ -3,7 +3,7 @@
 A new family is one file, and one line in `FAMILIES`: an NNX module made of `(config, rngs)` that maps a local batch's
 inputs and a `Segment` to its outputs. Each of its parameters says in its metadata how it is sharded (`spec`), and
 whether it has a row for each position of the sequence (`row_per_position`). A family whose module has a method
-`recall`, as the decoder's, can generate.
+`recall`, as the decoder's has, can generate text.
 """
 
 import dataclasses
@@ -44,11 +44,11 @@ class Model:
         return nnx.merge(self.graphdef, params)(*args)
 
     def recall(self, params: Params, *args) -> tuple[Any, Any]:
-        """Calls its method `recall`: the outputs, and what attention is to remember."""
+        """Calls the module's `recall`: returns the outputs, and what each layer's attention adds to the cache."""
         return nnx.merge(self.graphdef, params).recall(*args)
 
     def with_tables(self, change: Callable[[Any], Any], params: Params) -> Params:
-        """A tree like the parameters with `change` applied where a parameter has a row for each position."""
+        """Applies `change` to each parameter that has a row per position; returns the whole tree."""
         return jax.tree.map(lambda p, is_table: change(p) if is_table else p, params, self.row_per_position)
 
 
@@ -56,7 +56,7 @@ def module_of(config: Config, rngs: nnx.Rngs) -> nnx.Module:
     """A fresh module of the config's family.
 
     Raises:
-      ConfigError: there is none of that name.
+      ConfigError: no family has that name.
     """
     family = config.model.family
     if family not in FAMILIES:
@@ -68,7 +68,7 @@ def build_model(config: Config) -> Model:
     """The model of a config; allocates nothing.
 
     Raises:
-      ConfigError: there is no such family.
+      ConfigError: no family has the name `model.family`.
     """
     graphdef, state = nnx.split(nnx.eval_shape(lambda: module_of(config, nnx.Rngs(0))))
 
@@ -81,5 +81,5 @@ def build_model(config: Config) -> Model:
 
 
 def parameter_count(model: Model) -> int:
-    """How many numbers the parameters are."""
+    """The number of scalars in all (global) parameters."""
     return sum(leaf.size for leaf in jax.tree.leaves(model.shapes))

@@ -1,4 +1,4 @@
-"""The decoder-only language model: tokens in, next-token logits out, everything on this device's segment."""
+"""The decoder-only language model: tokens in, next-token logits out, all of it local to a device's segment."""
 
 from typing import Any
 
@@ -14,7 +14,7 @@ from lss_jax.parallel.tensor_parallel import gather_sequence
 
 
 class Decoder(nnx.Module):
-    """A pre-norm GPT (Radford et al. 2019) whose attention is handed in."""
+    """A pre-norm GPT (Radford et al. 2019) whose attention is an argument, `Segment.attend`."""
 
     def __init__(self, config: Config, rngs: nnx.Rngs):
         model = config.model
@@ -28,15 +28,15 @@ class Decoder(nnx.Module):
             self.head = Head(model, rngs)
 
     def __call__(self, tokens_Bl: jax.Array, segment: Segment) -> jax.Array:
-        """Logits (float32) of the token after each of `tokens_Bl`, which stand at `segment.positions_l`.
+        """Next-token logits, float32, for local `tokens_Bl` at the natural positions `segment.positions_l`.
 
-        They are those of this device's tokens, `BpV`; or, with `model.vocab_parallel`, of all of the segment's tokens
-        and this device's share of the vocabulary, `BlV`.
+        Their shape is `BpV`, this device's part of the segment; with `model.vocab_parallel` it is `BlV`, the whole
+        segment and this device's shard of the vocabulary.
         """
         return self.recall(tokens_Bl, segment, None)[0]
 
     def recall(self, tokens_Bl: jax.Array, segment: Segment, past: Any) -> tuple[jax.Array, Any]:
-        """The same where attention has the `past` of earlier tokens; also what it is to remember of these."""
+        """Logits as in `__call__` with attention to the cached `past` too, and what each layer adds to the cache."""
         x_BpE = self.tokens(tokens_Bl, segment.model_axis)
         if hasattr(self, "positions"):
             x_BpE = self.positions(x_BpE)
@@ -46,5 +46,5 @@ class Decoder(nnx.Module):
         x = self.final_norm(x_BpE)
         if self.vocab_parallel:
             with jax.named_scope(REGIONS):
-                x = gather_sequence(x, segment.model_axis)  # a share of the vocabulary is for every token
+                x = gather_sequence(x, segment.model_axis)  # a vocabulary shard needs every token
         return (self.head(x) if hasattr(self, "head") else logits(x, self.tokens.kernel_EV())), own

@@ -1,4 +1,4 @@
-"""Tokens in, positions, logits out; positions are natural (global) wherever the token lies."""
+"""Token embeddings, position embeddings and the output head; positions are natural (global) in every layout."""
 
 from typing import NamedTuple
 
@@ -17,7 +17,7 @@ SINUSOID_BASE = 10_000.0  # Vaswani et al. 2017 (arXiv 1706.03762), Sec. 3.5
 
 
 class TokenEmbedding(nnx.Module):
-    """A segment's `tokens_Bl` (integers) to this device's part `x_BpE`, in the compute dtype."""
+    """Embeds a segment's `tokens_Bl` (int) as this device's part `x_BpE`, in the compute dtype."""
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
         self.dtype, self.vocab_parallel = config.dtype, config.vocab_parallel
@@ -30,15 +30,15 @@ class TokenEmbedding(nnx.Module):
         if axis is None or not self.vocab_parallel:
             return table_VE[own_part(tokens_Bl, axis, 1)]
         row_Bl, here_Bl = own_numbers(tokens_Bl, len(table_VE), axis)
-        return scatter_sequence(jnp.where(here_Bl[..., None], table_VE[row_Bl], 0), axis)  # one device has each row
+        return scatter_sequence(jnp.where(here_Bl[..., None], table_VE[row_Bl], 0), axis)  # a row is on one device
 
     def kernel_EV(self) -> jax.Array:
-        """The table as the kernel of a tied head."""
+        """The transposed table, in the compute dtype: the kernel of a tied head."""
         return self.table_VE[...].astype(self.dtype).T
 
 
 class Head(nnx.Module):
-    """Logits `BlV` from `x_BlE`, with a kernel of its own."""
+    """An untied output head: `x_BlE` to logits `BlV`, float32."""
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
         self.dtype = config.dtype
@@ -50,15 +50,15 @@ class Head(nnx.Module):
 
 
 def logits(x_BlE: jax.Array, kernel_EV: jax.Array) -> jax.Array:
-    """`BlV` in float32 for a stable softmax, products in the inputs' dtype."""
+    """Logits `BlV`, accumulated in float32 for a stable softmax; the factors keep their dtype."""
     return jnp.einsum("BlE,EV->BlV", x_BlE, kernel_EV, preferred_element_type=jnp.float32)
 
 
 class LearnedPositions(nnx.Module):
-    """A row per position. Cut like the sequence itself: a device holds, and trains, its own rows alone.
+    """A learned embedding per position, sharded like the sequence: a device holds and trains only its own rows.
 
-    By its spec the gradient is summed over `data` and never over `seq` (the paper's double gradient averaging). Here
-    the rows are those of this device's tokens; in the training state they are in natural order, whatever the layout.
+    Its spec names `seq`, so its gradient is summed over `data` alone (the paper's double gradient averaging). Inside
+    `shard_map` the rows are those of this device's tokens; in the training state they are in natural order.
     """
 
     def __init__(self, config: ModelConfig, seq_len: int, rngs: nnx.Rngs):
@@ -66,14 +66,14 @@ class LearnedPositions(nnx.Module):
 
     def __call__(self, x_BpE: jax.Array) -> jax.Array:
         rows_pE = self.table_LE[...]
-        assert rows_pE.shape == x_BpE.shape[1:], "the table is cut like the sequence"
+        assert rows_pE.shape == x_BpE.shape[1:], "the table is sharded like the sequence"
         return x_BpE + rows_pE.astype(x_BpE.dtype)
 
 
 def sinusoidal(x_BpE: jax.Array, positions_p: jax.Array) -> jax.Array:
     """Adds sines (first half of `E`) and cosines of the positions (Vaswani et al. 2017, arXiv 1706.03762, Sec. 3.5).
 
-    Scaled to the size of the learned embeddings that they are added to.
+    They are scaled by `INIT_STDDEV`, the size of the token embeddings that they are added to.
     """
     angle_pe = _angles(positions_p, x_BpE.shape[2] - x_BpE.shape[2] // 2, SINUSOID_BASE)
     waves_pE = jnp.concatenate((jnp.sin(angle_pe), jnp.cos(angle_pe)), axis=-1)[:, : x_BpE.shape[2]]
@@ -83,8 +83,9 @@ def sinusoidal(x_BpE: jax.Array, positions_p: jax.Array) -> jax.Array:
 class Rope(NamedTuple):
     """Rotary positions (Su et al. 2021, arXiv 2104.09864), scaled for contexts `factor` times longer than trained.
 
-    `linear` divides positions by the factor (Chen et al. 2023, arXiv 2306.15595); `ntk` raises the base so that the
-    slowest pair turns as far as before and the fastest as fast as ever (Peng et al. 2023, arXiv 2309.00071, Sec. 3.1).
+    `linear` divides positions by the factor (Chen et al. 2023, arXiv 2306.15595). `ntk` raises the base so that the
+    lowest frequency is divided by the factor and the highest is unchanged (Peng et al. 2023, arXiv 2309.00071,
+    Sec. 3.1).
     """
 
     base: float
@@ -92,19 +93,19 @@ class Rope(NamedTuple):
     factor: float
 
     def __call__(self, x_BlHK: jax.Array, positions_l: jax.Array) -> jax.Array:
-        """Pairs `(x[i], x[i + K/2])` turned by `position * base^(-2i/K)`, in float32."""
+        """Rotates the pairs `(x[i], x[i + K/2])` by the angles `position * base^(-2i/K)`, in float32."""
         K = x_BlHK.shape[-1]
         base = self.base * (self.factor ** (K / max(K - 2, 1)) if self.scaling == "ntk" else 1.0)
         slowed = self.factor if self.scaling == "linear" else 1.0
         angle_lk = _angles(positions_l, K // 2, base) / slowed
         cos, sin = jnp.cos(angle_lk)[:, None, :], jnp.sin(angle_lk)[:, None, :]
         first, second = jnp.split(x_BlHK.astype(jnp.float32), 2, axis=-1)
-        turned = jnp.concatenate((first * cos - second * sin, second * cos + first * sin), axis=-1)
-        return turned.astype(x_BlHK.dtype)
+        rotated_BlHK = jnp.concatenate((first * cos - second * sin, second * cos + first * sin), axis=-1)
+        return rotated_BlHK.astype(x_BlHK.dtype)
 
 
 def _angles(positions_l: jax.Array, count: int, base: float) -> jax.Array:
-    """`position * base^(-i/count)`, float32."""
+    """The angles `position * base^(-i/count)` for `i` below `count`: `[l, count]`, float32."""
     frequency = base ** (-jnp.arange(count, dtype=jnp.float32) / count)
     return positions_l[:, None].astype(jnp.float32) * frequency
 

@@ -1,7 +1,7 @@
 """Pre-norm transformer blocks over local activations; each parameter's spec stands beside the parameter.
 
-A spec (metadata `spec`) names the mesh axes that cut the parameter: kernels by heads and columns over `model`, so that
-`H`, `G` and `F` are here what this device has of them. `P()` is replicated.
+A spec (metadata `spec`) names the mesh axes over which a parameter is sharded. Kernels are sharded over `model` by
+heads and columns, so that inside `shard_map` `H`, `G` and `F` count those of this device. `P()` means replicated.
 """
 
 from collections.abc import Callable
@@ -23,24 +23,23 @@ from lss_jax.parallel.tensor_parallel import SCATTERED, gather_sequence, scatter
 
 REPLICATED = {"spec": P()}
 
-
-# (q_BlHK, k_BlGK, v_BlGK, dropout, past) -> (o_BlHK, own): `past` is what a layer remembers of earlier tokens, None in
-# training; `own` is what it is to remember of these.
+# (q_BlHK, k_BlGK, v_BlGK, dropout, past) -> (o_BlHK, own): `past` is the layer's part of the cache, None in training;
+# `own` is what the layer adds to the cache, None if nothing.
 AttendWithPast = Callable[..., tuple[jax.Array, Any]]
 
 
 class Segment(NamedTuple):
-    """What a device must know of the whole to work on its segment, and on its part of that."""
+    """The context of a device's segment that layers need: positions, attention, dropout and the model axis."""
 
     positions_l: jax.Array  # natural, of the segment
-    positions_p: jax.Array  # of this device's part
+    positions_p: jax.Array  # natural, of this device's part of the segment
     attend: AttendWithPast
-    dropout: Dropout | None  # of the part's activations
-    model_axis: str | None  # of the mesh: cuts the segment, the heads and the columns; None if nothing does
+    dropout: Dropout | None  # for the part's activations; None if nothing is dropped
+    model_axis: str | None  # the mesh axis over which parts, heads and columns are sharded; None if they are not
 
 
 def without_past(attend: Attend) -> AttendWithPast:
-    """Attention of a step that has its whole sequence at hand, and remembers nothing."""
+    """Adapts a strategy to training and evaluation, where there is no cache to read or to fill."""
 
     def attend_without_past(q_BlHK, k_BlGK, v_BlGK, dropout, past):
         assert past is None
@@ -57,10 +56,10 @@ def layer_norm(config: ModelConfig, rngs: nnx.Rngs) -> nnx.LayerNorm:
 
 
 class Linear(nnx.Module):
-    """A kernel from the last axes of its input, `inputs`, to `outputs`, and a bias, in the compute dtype.
+    """A linear map of the last axes of its input, `inputs`, to `outputs`, in the compute dtype; the bias is optional.
 
-    Of a kernel that is cut over its outputs a device computes its own ones; of one that is cut over its inputs, a term
-    of the sum over devices, to which the bias comes last.
+    A kernel sharded over its outputs gives this device's outputs. One sharded over its inputs gives a partial sum: call
+    `product`, sum over the devices, then add the bias (`biased`).
     """
 
     def __init__(
@@ -85,38 +84,38 @@ class Linear(nnx.Module):
         return self.biased(product) if hasattr(self, "bias") else product
 
     def product(self, x: jax.Array) -> jax.Array:
-        """Without the bias."""
+        """The product with the kernel, without the bias."""
         return jnp.tensordot(x.astype(self.dtype), self.kernel[...].astype(self.dtype), self.contracted)
 
     def biased(self, x: jax.Array) -> jax.Array:
-        """The bias added to a finished product."""
+        """Adds the bias to a finished product."""
         return x + self.bias[...].astype(self.dtype)
 
 
 def _residual_stddev(config: ModelConfig) -> float:
-    """As in GPT-2 (Radford et al. 2019): the sum of all layers' outputs keeps its size whatever the depth."""
+    """Initial stddev of output projections, by which the residual stream keeps its size at any depth (as in GPT-2)."""
     return INIT_STDDEV / (2 * config.layers) ** 0.5
 
 
 class SelfAttention(nnx.Module):
-    """Projections around a strategy, by heads: `x_BpE` to `x_BpE`."""
+    """Multi-head self-attention, `x_BpE` to `x_BpE`: projections around a sequence-parallel strategy."""
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
         E, H, G, K = config.width, config.heads, config.kv_heads, config.width // config.heads
         self.rope = Rope(config.rope_base, config.rope_scaling, config.rope_factor)
-        self.turned = config.positions == "rope"
-        heads, rows = P(None, MODEL), P(MODEL)
-        self.query = Linear(config, (E,), (H, K), rngs, kernel_spec=heads, bias_spec=P(MODEL))
-        self.key = Linear(config, (E,), (G, K), rngs, kernel_spec=heads, bias_spec=None)  # it would shift scores alike
-        self.value = Linear(config, (E,), (G, K), rngs, kernel_spec=heads, bias_spec=P(MODEL))
+        self.rotary = config.positions == "rope"
+        by_output, by_input = P(None, MODEL), P(MODEL)  # column-parallel and row-parallel
+        self.query = Linear(config, (E,), (H, K), rngs, kernel_spec=by_output, bias_spec=P(MODEL))
+        self.key = Linear(config, (E,), (G, K), rngs, kernel_spec=by_output, bias_spec=None)  # would cancel in softmax
+        self.value = Linear(config, (E,), (G, K), rngs, kernel_spec=by_output, bias_spec=P(MODEL))
         stddev = _residual_stddev(config)
-        self.out = Linear(config, (H, K), (E,), rngs, kernel_spec=rows, bias_spec=P(), stddev=stddev)
+        self.out = Linear(config, (H, K), (E,), rngs, kernel_spec=by_input, bias_spec=P(), stddev=stddev)
 
     @jax.named_scope(REGIONS)
     def __call__(self, x_BpE: jax.Array, segment: Segment, past: Any) -> tuple[jax.Array, Any]:
         x_BlE = gather_sequence(x_BpE, segment.model_axis)
         q_BlHK, k_BlGK = self.query(x_BlE), self.key(x_BlE)
-        if self.turned:
+        if self.rotary:
             q_BlHK, k_BlGK = (self.rope(x_BlHK, segment.positions_l) for x_BlHK in (q_BlHK, k_BlGK))
         dropout = segment.dropout and segment.dropout.at(ATTENTION)._replace(position_l=segment.positions_l)
         o_BlHK, own = segment.attend(q_BlHK, k_BlGK, self.value(x_BlE), dropout, past)
@@ -124,7 +123,7 @@ class SelfAttention(nnx.Module):
 
 
 class Mlp(nnx.Module):
-    """Two linear maps and a GELU: `x_BpE` to `x_BpE`, through width `F`."""
+    """Two linear maps with a GELU between them, `x_BpE` to `x_BpE` through width `F`."""
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
         E, F = config.width, config.mlp_width
@@ -139,7 +138,7 @@ class Mlp(nnx.Module):
 
 
 class Block(nnx.Module):
-    """One pre-norm layer on this device's part of the sequence; attention and MLP look beyond it."""
+    """One pre-norm layer over this device's part `x_BpE`; only attention and MLP communicate."""
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
         self.attention_norm = layer_norm(config, rngs)
@@ -153,18 +152,20 @@ class Block(nnx.Module):
         return x_BpE + drop(self.mlp(self.mlp_norm(x_BpE), segment.model_axis), segment.dropout, AFTER_MLP), own
 
 
-def drop(x_BpE: jax.Array, dropout: Dropout | None, place: int) -> jax.Array:
-    """Dropout at one place of the model, if there is any."""
-    return x_BpE if dropout is None else dropout.at(place)(x_BpE)
+def drop(x_BpE: jax.Array, dropout: Dropout | None, site: int) -> jax.Array:
+    """Applies dropout at one site of the model; the identity if `dropout` is None."""
+    return x_BpE if dropout is None else dropout.at(site)(x_BpE)
 
 
 class Stack(nnx.Module):
-    """`layers` blocks with their parameters stacked on a leading axis, applied by one scan.
+    """`layers` blocks whose parameters are stacked on a leading axis, applied by one scan.
 
     The program holds one block whatever the depth. `scan_layers=False` unrolls the scan, with the same parameters.
-    `remat="block"` keeps a block's input, its (blockwise) rows of attention, what came from other devices for them if
-    attention keeps that at all, and this device's part of what attention adds. The rest it computes again on the way
-    back, for which both regions gather their input once more (as Megatron's do; kept, it would be `M` times a part).
+
+    `remat="block"` saves for the backward pass a block's input, attention's output before its projection (of the
+    blockwise kernels), what attention received from other devices if the strategy saves that, and this device's part of
+    the projected output. The rest is recomputed, for which both regions re-gather their input: saved, it would be as
+    large as `M` parts, and Megatron re-gathers too.
     """
 
     def __init__(self, model: ModelConfig, rngs: nnx.Rngs):
@@ -183,18 +184,18 @@ class Stack(nnx.Module):
                 parameter.set_metadata(spec=P(None, *parameter.spec))
 
     def __call__(self, x_BpE: jax.Array, segment: Segment, past: Any = None) -> tuple[jax.Array, Any]:
-        """The residual stream, and what each layer's attention is to remember of it; `past` is that of earlier tokens.
+        """The residual stream `x_BpE` after all layers, and what each layer's attention adds to the cache.
 
-        Both are arrays with layers first, or None.
+        The latter, and the cache so far (`past`), are arrays with layers first, or None.
         """
 
         def apply(block: Block, x_BpE: jax.Array, layer: jax.Array, past: Any) -> tuple[jax.Array, Any]:
-            of_layer = segment._replace(dropout=segment.dropout and segment.dropout.at(LAYER, layer))
-            return block(x_BpE, of_layer, past)
+            layer_segment = segment._replace(dropout=segment.dropout and segment.dropout.at(LAYER, layer))
+            return block(x_BpE, layer_segment, past)
 
         if self.remat:
-            kept = jax.checkpoint_policies.save_only_these_names(ATTENDED, COMMUNICATED, SCATTERED)
-            apply = nnx.remat(apply, policy=kept)
+            saved = jax.checkpoint_policies.save_only_these_names(ATTENDED, COMMUNICATED, SCATTERED)
+            apply = nnx.remat(apply, policy=saved)
 
         @nnx.scan(in_axes=(nnx.Carry, 0, 0, 0), out_axes=(nnx.Carry, 0), unroll=self.unroll)
         def layers(x_BpE: jax.Array, block: Block, layer: jax.Array, past: Any) -> tuple[jax.Array, Any]:

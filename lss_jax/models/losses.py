@@ -1,4 +1,4 @@
-"""The loss law: losses of single tokens here, sums over the mesh, one division by the global count at the end."""
+"""The loss law: losses per token here, then sums over the mesh, then one division by the global count."""
 
 from typing import Any, NamedTuple
 
@@ -11,10 +11,10 @@ from lss_jax.parallel.tensor_parallel import own_numbers, own_part
 
 
 class LossSum(NamedTuple):
-    """Per token, or summed over some of them, float32: divide only after both are summed over the mesh."""
+    """Loss and counted tokens, float32, per token or summed; divide only after both are summed over the mesh."""
 
     nats: Any
-    tokens: Any  # those that count
+    tokens: Any  # those that count; per token 1 or 0
 
     def mean(self) -> jax.Array:
         """Nats per counted token."""
@@ -22,7 +22,7 @@ class LossSum(NamedTuple):
 
 
 def cross_entropy(logits_BlV: jax.Array, targets_Bl: jax.Array) -> LossSum:
-    """Cross-entropy in nats of each of this device's tokens, `[B, l]`; zero where the target is `IGNORED`."""
+    """Cross-entropy of each local token, in nats, `[B, l]`; zero where the target is `IGNORED`."""
     counted_Bl = targets_Bl != IGNORED
     target_logit_Bl = jnp.take_along_axis(logits_BlV, jnp.maximum(targets_Bl, 0)[..., None], axis=-1)[..., 0]
     nats_Bl = jax.nn.logsumexp(logits_BlV, axis=-1) - target_logit_Bl
@@ -30,18 +30,18 @@ def cross_entropy(logits_BlV: jax.Array, targets_Bl: jax.Array) -> LossSum:
 
 
 @jax.named_scope(LOSS)
-def cross_entropy_of_shares(logits_BlV: jax.Array, targets_Bl: jax.Array, axis: str) -> LossSum:
-    """The same where each device of `axis` has all tokens' logits of its share of the vocabulary: `[B, p]`.
+def vocab_parallel_cross_entropy(logits_BlV: jax.Array, targets_Bl: jax.Array, axis: str) -> LossSum:
+    """Cross-entropy with the vocabulary sharded over `axis`, in nats: `[B, p]`, for this device's part of the tokens.
 
-    No device ever has all logits of a token: the largest and the sum of exponentials go over `axis`, a number per
-    token, and each device counts its own part of the tokens.
+    `logits_BlV` are those of the whole segment for this device's vocabulary shard. No device ever holds all logits of a
+    token: the maximum, the sum of exponentials and the target's logit are reduced over `axis`.
     """
     largest_Bl = jax.lax.pmax(jax.lax.stop_gradient(jnp.max(logits_BlV, axis=-1)), axis)
     logits_BlV = logits_BlV - largest_Bl[..., None]
     number_Bl, here_Bl = own_numbers(targets_Bl, logits_BlV.shape[2], axis)
     target_logit_Bl = jnp.take_along_axis(logits_BlV, number_Bl[..., None], axis=-1)[..., 0]
-    shares_2Bl = jnp.stack((jnp.sum(jnp.exp(logits_BlV), axis=-1), jnp.where(here_Bl, target_logit_Bl, 0.0)))
-    sum_Bp, target_logit_Bp = jax.lax.psum_scatter(shares_2Bl, axis, scatter_dimension=2, tiled=True)
+    terms_2Bl = jnp.stack((jnp.sum(jnp.exp(logits_BlV), axis=-1), jnp.where(here_Bl, target_logit_Bl, 0.0)))
+    sum_Bp, target_logit_Bp = jax.lax.psum_scatter(terms_2Bl, axis, scatter_dimension=2, tiled=True)
     counted_Bp = own_part(targets_Bl, axis, 1) != IGNORED
     nats_Bp = jnp.log(sum_Bp) - target_logit_Bp
     return LossSum(jnp.where(counted_Bp, nats_Bp, 0.0), counted_Bp.astype(jnp.float32))

@@ -1,1 +1,1 @@
-"""Runs at rest, and pages about them."""
+"""Reports on runs: curves, losses by position, and pages."""

@@ -1,8 +1,8 @@
-"""A task's headline metric by how much came before: the loss of each position of a window, in bins of powers of two.
+"""A task's headline metric by length of context: the losses by position in a window, in bins of powers of two.
 
 The byte after natural position `i` of a window has `i + 1` bytes before it there; with a narrower attention window, or
-packed documents, a model sees fewer of them. Windows follow one another in the split, so that every length predicts the
-same bytes, each once (but those of a prefix), and a longer window differs in what it shows alone.
+packed documents, a model sees fewer of them. Windows follow one another in the split, so that windows of every length
+predict the same bytes, each once (except those of a prefix), and differ in their context alone.
 """
 
 import dataclasses
@@ -28,7 +28,7 @@ from lss_jax.storage.workdir import check_workdir
 from lss_jax.tasks import Task, make_task
 from lss_jax.tasks.task import means_of, values_of
 from lss_jax.training.evaluation import restore_params, sums_on
-from lss_jax.training.state import kept_specs
+from lss_jax.training.state import param_specs
 from lss_jax.training.step import make_position_step
 
 
@@ -36,7 +36,7 @@ def parse_lengths(written: str) -> list[int]:
     """The lengths of `128,256,512`, in rising order.
 
     Raises:
-      ConfigError: these are no lengths.
+      ConfigError: it is no list of different positive integers.
     """
     parts = written.split(",")
     if not all(part.strip().isdecimal() and int(part) for part in parts) or len({*map(int, parts)}) < len(parts):
@@ -47,27 +47,31 @@ def parse_lengths(written: str) -> list[int]:
 def evaluate_by_position(
     config: Config, workdir: Path, name: str, lengths: list[int], batches: int | None
 ) -> dict[str, Any]:
-    """The losses by position of the newest sound checkpoint on a split, for windows of each length; as JSON has it."""
+    """Metrics by position of a run's newest sound checkpoint on a split, for windows of each length; ready for JSON.
+
+    Raises:
+      ConfigError: there is no run or no checkpoint, or a length does not fit the config, the data or the devices.
+    """
     check_workdir(config, workdir)
-    of_length = {length: at_length(config, length) for length in lengths}
-    gather_problems(*(lambda c=c: validate(c, len(jax.devices())) for c in of_length.values()))
+    configs = {length: at_length(config, length) for length in lengths}
+    gather_problems(*(lambda c=c: validate(c, len(jax.devices())) for c in configs.values()))
     mesh = mesh_of(config, jax.devices())
-    tasks = {length: make_task(c) for length, c in of_length.items()}
+    tasks = {length: make_task(c) for length, c in configs.items()}
     splits = {length: tasks[length].splits(mesh)[name] for length in reversed(lengths)}  # the longest may be too long
     step, params = restore_params(build_model(config), mesh, workdir)
-    rows = []
+    windows = []
     for length in lengths:
-        model = build_model(of_length[length])
+        model = build_model(configs[length])
         sums = sums_by_position(model, mesh, shortened(params, model, mesh), splits[length], name, batches)
-        rows.append({"length": length, **totals(tasks[length], sums), "bins": binned(tasks[length], sums)})
-    return {"step": step, "split": name, "windows": rows}
+        windows.append({"length": length, **totals(tasks[length], sums), "bins": binned(tasks[length], sums)})
+    return {"step": step, "split": name, "windows": windows}
 
 
 def at_length(config: Config, length: int) -> Config:
     """The config for windows of `length` tokens.
 
     Raises:
-      ConfigError: the learned table has no rows for so many.
+      ConfigError: the table of learned positions has fewer rows.
     """
     if config.model.positions == "learned" and length > config.data.seq_len:
         raise ConfigError(
@@ -78,18 +82,18 @@ def at_length(config: Config, length: int) -> Config:
 
 
 def shortened(params: Params, model: Model, mesh: Mesh) -> Params:
-    """The parameters with as many rows of a learned table as this model's windows are long."""
-    placed = shardings(kept_specs(model, mesh), mesh)
-    cut = jax.jit(
+    """Global parameters with the tables of learned positions cropped to the length of this model's windows."""
+    placed = shardings(param_specs(model, mesh), mesh)
+    crop = jax.jit(
         lambda params: jax.tree.map(lambda p, shape: p[: shape.shape[0]], params, model.shapes), out_shardings=placed
     )
-    return cut(params)
+    return crop(params)
 
 
 def sums_by_position(
     model: Model, mesh: Mesh, params: Params, split: WindowSplit, name: str, batches: int | None
 ) -> Any:
-    """The task's sums over the first `batches` batches of a split, None for all of it: float64, `[L]` each."""
+    """The task's sums by position over the first `batches` batches of a split, None for all: float64, `[L]` each."""
     length, layout = model.config.data.seq_len, layout_on(model.config, mesh)
     found = (
         in_natural_order(sums, layout, length)
@@ -99,7 +103,7 @@ def sums_by_position(
 
 
 def in_natural_order(sums: Any, layout: Layout, length: int) -> Any:
-    """Global sums in layout order, as the mesh has them, on every host: without padding, one number per position."""
+    """Moves global sums from layout order to natural order, without padding, on every host: `[length]` each."""
 
     def ordered(each: jax.Array) -> np.ndarray:
         whole_L = multihost_utils.process_allgather(each, tiled=True).astype(np.float64)
@@ -109,32 +113,32 @@ def in_natural_order(sums: Any, layout: Layout, length: int) -> Any:
 
 
 def binned(task: Task, sums: Any) -> list[dict[str, Any]]:
-    """By how many items came before: 1, 2, 3-4, 5-8 and so on to the length; bins where nothing counts are left out."""
+    """The metrics in bins of 1, 2, 3-4, 5-8 and so on items before; bins in which nothing counts are left out."""
     length = len(sums[-1])
     ends = [2**power for power in range(math.ceil(math.log2(length)))] + [length]
     bins = [(first + 1, last) for first, last in zip([0, *ends[:-1]], ends, strict=True)]
-    of_bins = [
+    bin_totals = [
         {"before": [a, b], **totals(task, jax.tree.map(lambda each_L, a=a, b=b: each_L[a - 1 : b], sums))}
         for a, b in bins
     ]
-    return [of_bin for of_bin in of_bins if of_bin[task.items]]
+    return [one for one in bin_totals if one[task.items]]
 
 
 def totals(task: Task, sums: Any) -> dict[str, Any]:
-    """The task's metrics over all positions, and how many items counted there."""
+    """The task's metrics over all positions, and the number of items counted."""
     total = jax.tree.map(lambda each_L: float(each_L.sum()), sums)
     return {**values_of(task, means_of(total)), task.items: round(total[-1])}
 
 
 def table_of(task: Task, result: dict[str, Any]) -> str:
-    """For a terminal: a row per bin, a column per length of window."""
+    """The result as text for a terminal: a row per bin, a column per window length."""
     windows, metric = result["windows"], task.headline
     lines = [
         f"step {result['step']}  {result['split']}  {metric.label} by {task.items} before, in windows of",
         f"{'before':>15}" + "".join(f"{window['length']:>12,}" for window in windows),
     ]
-    cells = [{shown_bin(of_bin["before"]): of_bin[metric.name] for of_bin in window["bins"]} for window in windows]
-    firsts = {shown_bin(of_bin["before"]): tuple(of_bin["before"]) for window in windows for of_bin in window["bins"]}
+    cells = [{shown_bin(one["before"]): one[metric.name] for one in window["bins"]} for window in windows]
+    firsts = {shown_bin(one["before"]): tuple(one["before"]) for window in windows for one in window["bins"]}
     for shown in sorted(firsts, key=lambda shown: firsts[shown]):
         lines.append(f"{shown:>15}" + "".join(f"{c[shown]:>12.4f}" if shown in c else f"{'-':>12}" for c in cells))
     lines.append(f"{'all':>15}" + "".join(f"{window[metric.name]:>12.4f}" for window in windows))
@@ -143,18 +147,18 @@ def table_of(task: Task, result: dict[str, Any]) -> str:
 
 
 def shown_bin(before: list[int]) -> str:
-    """`3-4`, or `1` for a bin of one."""
+    """A bin as text: `3-4`, or `1` for a bin of one."""
     first, last = before
     return f"{first:,}" if first == last else f"{first:,}-{last:,}"
 
 
 def plot_of(task: Task, windows: dict[str, dict[str, Any]]) -> Plot:
-    """Windows under their labels, each as a curve through its bins, at the bins' last places."""
+    """A plot with one curve per labelled window: a dot per bin, at the bin's last position."""
     curves = [
         Curve(
             label,
-            [of_bin["before"][1] for of_bin in window["bins"]],
-            [of_bin[task.headline.name] for of_bin in window["bins"]],
+            [one["before"][1] for one in window["bins"]],
+            [one[task.headline.name] for one in window["bins"]],
             style,
             dots=True,
         )

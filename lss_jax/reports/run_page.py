@@ -1,4 +1,4 @@
-"""The page about one run, or several side by side."""
+"""The HTML page about one run, or about several side by side."""
 
 import dataclasses
 import math
@@ -22,7 +22,7 @@ from lss_jax.tasks.task import Metric
 
 
 def compiled(config: Config) -> dict[str, Any] | str:
-    """What the audit has to say of the config's step on the devices at hand, or why it cannot be compiled for them."""
+    """The audit of the config's step on the local devices, as for JSON; or why it cannot be compiled for them."""
     devices, sizes = jax.devices(), dataclasses.astuple(config.mesh)
     if -1 not in sizes:
         devices = devices[: math.prod(sizes)]
@@ -34,32 +34,32 @@ def compiled(config: Config) -> dict[str, Any] | str:
 
 
 def report(runs: Sequence[Run], audits: Sequence[dict[str, Any] | str]) -> str:
-    """The page."""
+    """The page about these runs, as HTML; `audits` are those of `compiled`, one per run."""
     parts = [section("Results", results(runs, audits), *map(paragraph, caveats(runs)))]
     parts.append(section("Curves", curves(runs)))
     parts += [section(f"By position, {split} split", *by_position(runs, split)) for split in _splits(runs)]
-    for run, of_step in zip(runs, audits, strict=True):
-        of_run = f" of {run.name}" if runs[1:] else ""
-        parts.append(section(f"The compiled step{of_run}", *compiled_step(run, of_step)))
+    for run, audit in zip(runs, audits, strict=True):
+        name = f" of {run.name}" if runs[1:] else ""
+        parts.append(section(f"The compiled step{name}", *compiled_step(run, audit)))
     parts.append(section("Config", config_table(runs)))
     return page(("Run " if len(runs) == 1 else "Runs ") + ", ".join(run.name for run in runs), parts)
 
 
 def results(runs: Sequence[Run], audits: Sequence[dict[str, Any] | str]) -> str:
     """The last numbers of each run, a column per run."""
-    of_runs = [final_numbers(*pair) for pair in zip(runs, audits, strict=True)]
-    rows = [[name, *(numbers[name] for numbers in of_runs)] for name in of_runs[0]]
+    numbers_of_runs = [final_numbers(*pair) for pair in zip(runs, audits, strict=True)]
+    rows = [[name, *(numbers[name] for numbers in numbers_of_runs)] for name in numbers_of_runs[0]]
     return table("Final numbers", ["", *(run.name for run in runs)], rows)
 
 
-def final_numbers(run: Run, of_step: dict[str, Any] | str) -> dict[str, str]:
-    """Under their names."""
+def final_numbers(run: Run, audit: dict[str, Any] | str) -> dict[str, str]:
+    """The last numbers of a run, as text, by name."""
     config, last = run.config, {record["split"]: record for record in run.records}
     done = run.records[-1]["step"]
     metric = run.task.headline
     valid = [record for record in run.of("valid") if math.isfinite(record["loss"])]
     best = min(valid, key=lambda record: record["loss"], default=None)
-    memory = None if isinstance(of_step, str) else of_step["memory"]["compiled"]
+    memory = None if isinstance(audit, str) else audit["memory"]["compiled"]
     return {
         "steps": f"{done:,} of {config.optim.steps:,}",
         f"train, {metric.label}": _shown_metric(last.get("train"), metric),
@@ -69,7 +69,7 @@ def final_numbers(run: Run, of_step: dict[str, Any] | str) -> dict[str, str]:
         "tokens trained on": f"{done * config.data.batch_size * config.data.seq_len:,}",
         "tokens per second, median": _shown(run.tokens_per_second(), ",.0f"),
         "updates skipped": f"{last['train']['skipped']:,}" if "train" in last else "-",
-        "parameters": "-" if isinstance(of_step, str) else f"{of_step['parameters']:,}",
+        "parameters": "-" if isinstance(audit, str) else f"{audit['parameters']:,}",
         "memory per device, compiled": shown_size(sum(memory.values())) if memory else "-",
     }
 
@@ -78,7 +78,7 @@ def curves(runs: Sequence[Run]) -> str:
     """Losses, learning rate, gradient norm and throughput over the steps; skipped updates are marked."""
     metric = runs[0].task.headline
     marks = tuple((float(step), style) for style, run in enumerate(runs) for step, _ in run.skips())
-    told = "".join(
+    skip_note = "".join(
         f" Updates skipped{' by ' + run.name if runs[1:] else ''}, up to the dotted lines: "
         + ", ".join(f"{count} by step {step:,}" for step, count in run.skips())
         + "."
@@ -87,13 +87,13 @@ def curves(runs: Sequence[Run]) -> str:
     )
     if runs[1:]:
         losses = [
-            (Plot("step", metric.label, _curves(runs, "train", metric.name), marks), "Training loss." + told),
+            (Plot("step", metric.label, _curves(runs, "train", metric.name), marks), "Training loss." + skip_note),
             (Plot("step", metric.label, _curves(runs, "valid", metric.name, True)), "Validation loss."),
         ]
     else:
         (train,), (valid,) = (_curves(runs, split, metric.name, split == "valid") for split in ("train", "valid"))
         both = [train._replace(label="train"), valid._replace(label="valid", style=1)]
-        losses = [(Plot("step", metric.label, both, marks), "Training and validation loss." + told)]
+        losses = [(Plot("step", metric.label, both, marks), "Training and validation loss." + skip_note)]
     norms = _curves(runs, "train", "grad_norm")
     log_y = any(y > 0 for curve in norms for y in curve.y)
     return figures(
@@ -101,7 +101,7 @@ def curves(runs: Sequence[Run]) -> str:
         (Plot("step", "learning rate", _curves(runs, "train", "learning_rate")), "Learning rate."),
         (
             Plot("step", "gradient norm", norms, marks, log_y=log_y),
-            "Global norm of the gradient, before clipping." + told,
+            "Global norm of the gradient, before clipping." + skip_note,
         ),
         (Plot("step", "tokens per second", _curves(runs, "train", "tokens_per_second")), "Throughput."),
     )
@@ -120,7 +120,7 @@ def _splits(runs: Sequence[Run]) -> list[str]:
 
 
 def by_position(runs: Sequence[Run], split: str) -> list[str]:
-    """The figure over all runs that were evaluated so, and its numbers."""
+    """The figure over all runs that were evaluated by position on this split, and the table of its numbers."""
     metric, items = runs[0].task.headline, runs[0].task.items
     windows = {
         f"{run.name + ', ' if runs[1:] else ''}windows of {window['length']:,}": (
@@ -141,31 +141,31 @@ def by_position(runs: Sequence[Run], split: str) -> list[str]:
     return [figures((drawn, caption + ".")), table(caption, [f"{items} before", *windows], rows)]
 
 
-def compiled_step(run: Run, of_step: dict[str, Any] | str) -> list[str]:
-    """Where it was compiled, its memory and its collectives, beside what was predicted."""
-    if isinstance(of_step, str):
-        return [paragraph(f"Not compiled, since it cannot be on the devices at hand: {of_step}")]
-    sizes = " x ".join(f"{axis}={size}" for axis, size in of_step["mesh"].items())
+def compiled_step(run: Run, audit: dict[str, Any] | str) -> list[str]:
+    """The section on the compiled step: its devices, and its memory and collectives beside the predictions."""
+    if isinstance(audit, str):
+        return [paragraph(f"Not compiled, since it cannot be on the devices at hand: {audit}")]
+    sizes = " x ".join(f"{axis}={size}" for axis, size in audit["mesh"].items())
     filled = (
         " These devices fill the axis for which the config has -1."
         if -1 in dataclasses.astuple(run.config.mesh)
         else ""
     )
-    where = f"Compiled for {math.prod(of_step['mesh'].values())} {of_step['device']}, mesh {sizes}.{filled}"
-    agrees = "As predicted." if not of_step["problems"] else "Differs: " + "; ".join(of_step["problems"])
-    memory, predicted = of_step["memory"]["compiled"], of_step["memory"]["predicted"]
+    where = f"Compiled for {math.prod(audit['mesh'].values())} {audit['device']}, mesh {sizes}.{filled}"
+    agrees = "As predicted." if not audit["problems"] else "Differs: " + "; ".join(audit["problems"])
+    memory, predicted = audit["memory"]["compiled"], audit["memory"]["predicted"]
     sums = [*predicted, "all"]
     known = [{**each, "all": sum(each.values())} if each else {} for each in (memory, predicted)]
     rows = [[name, *(shown_size(each[name]) if each else "-" for each in known)] for name in sums]
     return [
         paragraph(f"{where} {agrees}"),
         table("Memory per device; predicted temporaries are an upper bound", ["", "compiled", "predicted"], rows),
-        collectives(of_step["collectives"]),
+        collectives(audit["collectives"]),
     ]
 
 
 def collectives(found: dict[str, Any]) -> str:
-    """Of one step, compiled and predicted; MB are of their results on one device."""
+    """The table of one step's collectives, compiled and predicted; MB are of their results, per device."""
     lines = [
         {(r["place"], r["kind"], ", ".join(r["axes"])): r for r in found[k] or []} for k in ("compiled", "predicted")
     ]
@@ -181,7 +181,7 @@ def collectives(found: dict[str, Any]) -> str:
 
 
 def config_table(runs: Sequence[Run]) -> str:
-    """All keys of one run; of several those that differ."""
+    """The table of all config keys of one run, or of those in which several differ."""
     flats = [flat(dataclasses.asdict(run.config)) for run in runs]
     keys = [key for key in flats[0] if not runs[1:] or any(values[key] != flats[0][key] for values in flats)]
     caption = "Config keys that differ" if runs[1:] else "All config keys"
@@ -196,7 +196,7 @@ def _shown_metric(record: Record | None, metric: Metric) -> str:
 
 
 def _shown(number: float | None, form: str) -> str:
-    """`-` for what is not there."""
+    """A number as text, `-` for None."""
     if number is None:
         return "-"
     return format(number, form) if math.isfinite(number) else "not finite"

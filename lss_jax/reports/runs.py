@@ -1,4 +1,4 @@
-"""Runs at rest: what their workdirs say of them, and whether their losses can be compared."""
+"""Runs as their workdirs describe them, and whether their losses can be compared."""
 
 import itertools
 import json
@@ -15,17 +15,17 @@ from lss_jax.storage.workdir import saved_config
 from lss_jax.tasks import make_task
 from lss_jax.tasks.task import Task
 
-BY_POSITION = "by_position"  # _SPLIT.json and .png, what `evaluate --by-position` keeps
+BY_POSITION = "by_position"  # by_position_SPLIT.json and .png, written by `evaluate --by-position`
 
 
 class Run(NamedTuple):
-    """One run; nothing here depends on the devices at hand."""
+    """One run as its workdir describes it; nothing here depends on the local devices."""
 
     name: str
     workdir: Path
     config: Config
     records: list[Record]
-    data: dict[str, Any] | None  # size and fingerprint, as the newest checkpoint has them; None if there is none
+    data: dict[str, Any] | None  # size and fingerprint from the newest checkpoint; None without one
     by_position: dict[str, dict[str, Any]]  # split to result
     task: Task
 
@@ -34,12 +34,12 @@ class Run(NamedTuple):
         return [record for record in self.records if record["split"] == split]
 
     def skips(self) -> list[tuple[int, int]]:
-        """The logged steps since whose predecessors updates were skipped, and how many."""
+        """The logged steps before which updates were skipped, and how many since the step logged before."""
         totals = [(0, 0), *((record["step"], record["skipped"]) for record in self.of("train"))]
         return [(step, now - before) for (_, before), (step, now) in itertools.pairwise(totals) if now > before]
 
     def tokens_per_second(self) -> float:
-        """The median over the records."""
+        """The median over the training records, nan without any."""
         return statistics.median(r["tokens_per_second"] for r in self.of("train")) if self.of("train") else math.nan
 
 
@@ -71,17 +71,17 @@ def _read_by_position(path: Path, task: Task) -> dict[str, Any]:
         result = json.loads(path.read_bytes())
         for window in result["windows"]:
             _ = [result["step"] + window["length"] + window[metric] + window[items], result["split"] + ""]
-            _ = [of_bin["before"][0] + of_bin["before"][1] + of_bin[metric] for of_bin in window["bins"]]
+            _ = [one["before"][0] + one["before"][1] + one[metric] for one in window["bins"]]
         return result
     except (OSError, ValueError, TypeError, KeyError, IndexError) as error:
         raise ConfigError(f"{path} is damaged; evaluate again with --by-position, or remove it") from error
 
 
 def check_comparable(runs: Sequence[Run]) -> None:
-    """Refuses runs on other data than the first: losses on one text say nothing of another.
+    """Checks that all runs have the data of the first: losses on different texts cannot be compared.
 
     Raises:
-      ConfigError: for each of them.
+      ConfigError: some do not; a line for each of them.
     """
 
     def check(run: Run) -> None:
@@ -95,7 +95,7 @@ def check_comparable(runs: Sequence[Run]) -> None:
 
 
 def _identity(run: Run, other: Run) -> Any:
-    """What must be the same: the fingerprint wherever the file lies, or where it lies if one has no checkpoint yet."""
+    """What comparable runs share: task and fingerprint of the data, or its path if one has no checkpoint yet."""
     return run.config.task, run.data if run.data and other.data else (run.config.data.source, run.config.data.path)
 
 
@@ -107,7 +107,7 @@ def _shown_data(run: Run) -> str:
 
 
 def caveats(runs: Sequence[Run]) -> list[str]:
-    """Why numbers of these runs may differ that are not their models'."""
+    """The reasons, apart from the models, why numbers of these runs may differ: a sentence each."""
     first, found = runs[0].config, []
     for run in runs[1:]:
         now = run.config

@@ -1,4 +1,4 @@
-"""What a run says of itself: lines on the console, `metrics.jsonl`, and TensorBoard event files."""
+"""The metrics of a run: `metrics.jsonl`, TensorBoard event files, and lines on the console."""
 
 import json
 import math
@@ -20,10 +20,10 @@ OF_TRAINING = {"learning_rate", "grad_norm", "tokens_per_second", "step_seconds"
 
 
 class MetricsWriter:
-    """Appends records to `DIR/metrics.jsonl` (one JSON object a line) and `DIR/tensorboard/`.
+    """Appends records to `DIR/metrics.jsonl` (one JSON object per line) and `DIR/tensorboard/`.
 
-    `resumed_step` is the step that the run goes on from: records of later steps, which will come again, are dropped.
-    Records are on disk when `write` returns, or it raises OSError.
+    `resumed_step` is the step from which the run resumes: records of later steps, which will be written again, are
+    dropped. Raises OSError where a file cannot be written.
     """
 
     def __init__(self, workdir: Path, resumed_step: int):
@@ -36,7 +36,7 @@ class MetricsWriter:
         self._add_event(resumed_step + 1, session_log=restart)
 
     def write(self, record: Record) -> None:
-        """Writes one record to both places."""
+        """Writes one record to both; it is on disk when this returns. Raises OSError."""
         self._file.write(_line(record))
         self._file.flush()
         os.fsync(self._file.fileno())
@@ -58,7 +58,7 @@ class MetricsWriter:
 
 
 def add_record(workdir: Path, record: Record) -> None:
-    """Adds a record to the metrics of a run at rest; it takes the place of one of the same step and split."""
+    """Adds a record to the metrics of a run that is not training; it replaces one of the same step and split."""
     path = workdir / "metrics.jsonl"
     same = (record["step"], record["split"])
     _rewrite(path, [r for r in read_records(path) if (r["step"], r["split"]) != same] + [record])
@@ -71,13 +71,13 @@ def _rewrite(path: Path, records: list[Record]) -> None:
 
 
 def _line(record: Record) -> str:
-    """A record as JSON, which has no word for infinity and the like: null."""
+    """A record as a line of JSON; infinity and nan, which JSON does not have, become null."""
     finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
     return json.dumps(finite) + "\n"
 
 
 def read_records(path: Path) -> list[Record]:
-    """The records of a `metrics.jsonl`, with nan for null; a line that was cut short or damaged does not count."""
+    """The records of a `metrics.jsonl`, with nan for null; truncated and damaged lines are left out."""
     records = []
     for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
         try:
@@ -90,10 +90,12 @@ def read_records(path: Path) -> list[Record]:
 
 
 def checked_records(path: Path, metrics: Iterable[str]) -> list[Record]:
-    """The same, but every line must be sound and have these metrics, if not the last: a killed run leaves half of it.
+    """The records of a `metrics.jsonl` whose lines must be sound and have these metrics.
+
+    Only the last line may be truncated, as a killed run leaves it.
 
     Raises:
-      ConfigError: one is not, or there are none.
+      ConfigError: the file cannot be read, has no lines, or has a damaged one.
     """
     try:
         *lines, _ = path.read_bytes().split(b"\n")
@@ -125,7 +127,10 @@ def _is_record(line: bytes, keys: set[str]) -> bool:
 
 
 def console_line(record: Record, steps: int, metrics: str) -> str:
-    """A record for the eye; `steps` is where the run ends, for the time that is left, `metrics` how the task's read."""
+    """A record as a line for the console.
+
+    `steps` is the number of the run's last step, for the time left; `metrics` are the task's metrics as text.
+    """
     line = f"step {record['step']:>{len(str(steps))}}/{steps}  {record['split']:<5} {metrics}"
     if record["split"] != "train":
         return line

@@ -11,7 +11,7 @@ def make_task(config: Config) -> Task:
     """The task of a config.
 
     Raises:
-      ConfigError: there is none of that name.
+      ConfigError: no task has that name.
     """
     if config.task not in TASKS:
         raise ConfigError(f"task={config.task!r} is not known; choose one of {', '.join(map(repr, TASKS))}")

@@ -1,4 +1,4 @@
-"""Language modelling over bytes: the next byte of each, from those that the mask shows (causal, windowed, packed)."""
+"""Language modelling over bytes: each next byte is predicted from those that the mask shows."""
 
 import math
 from collections.abc import Iterator
@@ -16,7 +16,7 @@ from lss_jax.data.loader import document_edges, read_batch
 from lss_jax.data.sources import Part, open_splits
 from lss_jax.data.split import WindowSplit
 from lss_jax.data.text import ByteText
-from lss_jax.models.losses import LossSum, cross_entropy, cross_entropy_of_shares
+from lss_jax.models.losses import LossSum, cross_entropy, vocab_parallel_cross_entropy
 from lss_jax.parallel.layout import layout_on
 from lss_jax.parallel.tensor_parallel import own_part
 from lss_jax.tasks.task import Metric, Task
@@ -26,7 +26,7 @@ BITS = Metric("bits_per_byte", "bits/byte", "bits per byte", lambda means: means
 
 
 class LanguageModel(Task):
-    """Predicts each token's next one. The model's outputs are logits: `BpV`, or `BlV` of a share of the vocabulary."""
+    """Next-token prediction. The model's outputs are logits, `BpV`, or `BlV` for this device's vocabulary shard."""
 
     items: ClassVar[str] = "bytes"
     metrics: ClassVar[tuple[Metric, ...]] = (NATS, BITS)
@@ -35,7 +35,7 @@ class LanguageModel(Task):
 
     @property
     def packed(self) -> bool:
-        """Whether windows hold several documents, each of which sees itself alone."""
+        """Whether windows hold several documents, which do not attend to one another."""
         return bool(self.config.data.separator)
 
     def problems(self) -> Iterator[str]:
@@ -54,10 +54,10 @@ class LanguageModel(Task):
         return {name: self.split(part, mesh) for name, part in open_splits(self.config.data).items()}
 
     def split(self, data: Part, mesh: Mesh) -> WindowSplit:
-        """One split; finds the documents in it if they count.
+        """One split as batches of windows; with `data.separator` it is scanned for documents.
 
         Raises:
-          ConfigError: it has no document, or nothing to predict.
+          ConfigError: the separator does not occur, or there is nothing to predict behind the prefix.
         """
         config, edges = self.config, document_edges(data.mapped(), self.config.data.separator)
         if len(data) <= config.attention.prefix:
@@ -75,7 +75,7 @@ class LanguageModel(Task):
         return batch.tokens
 
     def mask(self, positions_l: jax.Array, batch: Batch | None = None) -> Intervals:
-        """Causal, narrowed or widened as the config says; of packed documents each token sees its own alone."""
+        """A causal mask with the config's prefix and window; in packed windows, within a token's own document."""
         attention, seq_len = self.config.attention, self.config.data.seq_len
         mask = prefix_causal(positions_l, attention.prefix) & bidirectional(positions_l, seq_len)
         if attention.window:
@@ -85,8 +85,8 @@ class LanguageModel(Task):
         return mask
 
     def losses(self, outputs: jax.Array, batch: Batch, axis: str | None) -> LossSum:
-        in_prefix_l = batch.positions < self.config.attention.prefix - 1  # their next token is in plain sight
+        in_prefix_l = batch.positions < self.config.attention.prefix - 1  # the mask shows them their targets
         targets_Bl = jnp.where(in_prefix_l, IGNORED, batch.targets)
         if axis and self.config.model.vocab_parallel:
-            return cross_entropy_of_shares(outputs, targets_Bl, axis)
+            return vocab_parallel_cross_entropy(outputs, targets_Bl, axis)
         return cross_entropy(outputs, own_part(targets_Bl, axis, 1))

@@ -1,4 +1,4 @@
-"""What a task is: what is learned from what, for any family of models on any mesh."""
+"""The interface of a task: batch, masks, loss and metrics, for any family of models on any mesh."""
 
 import abc
 from collections.abc import Callable, Iterator, Mapping
@@ -12,20 +12,20 @@ from lss_jax.attention.mask import Intervals
 from lss_jax.config.schema import Config
 from lss_jax.data.split import WindowSplit
 
-Means = Mapping[str, Any]  # a task's sums over its count: `loss`, and its other sums under their names
+Means = Mapping[str, Any]  # a task's sums divided by its count: `loss`, and its other sums under their names
 
 
 class Metric(NamedTuple):
-    """A number of a run, by its name in `metrics.jsonl`."""
+    """A metric computed from a task's means; `name` is its key in `metrics.jsonl`."""
 
     name: str
-    unit: str  # as a line on the console has it: `bits/byte`
-    label: str  # as an axis of a figure has it: `bits per byte`
+    unit: str  # on the console: `bits/byte`
+    label: str  # on the axis of a figure: `bits per byte`
     of: Callable[[Means], Any]
 
 
 class Task(abc.ABC):
-    """Batch, masks, loss and metrics of a config.
+    """What a config trains on and for: its batch, masks, loss and metrics.
 
     A batch is a `NamedTuple` of arrays, of which two are every task's: `positions`, int32 `[L]`, the natural positions,
     sharded over `seq`; and `rows`, int32 `[B]`, the number of each sequence in the global batch, sharded over `data`.
@@ -43,7 +43,7 @@ class Task(abc.ABC):
         self.config = config
 
     def problems(self) -> Iterator[str]:
-        """What of the config does not suit this task, a line each."""
+        """The reasons why the config does not suit this task, a line each."""
         yield from ()
 
     @abc.abstractmethod
@@ -64,39 +64,39 @@ class Task(abc.ABC):
 
     @abc.abstractmethod
     def inputs(self, batch: Any) -> Any:
-        """What of a local batch goes into the model."""
+        """The model's inputs, from a local batch."""
 
     @abc.abstractmethod
     def mask(self, positions_l: jax.Array, batch: Any = None) -> Intervals:
-        """Which keys the local queries at these positions see, `[l]` or `[B, l]`.
+        """The interval of keys that each local query at these natural positions sees, `[l]` or `[B, l]`.
 
-        Without a batch, what they see of a window that is not divided: to count operations, and to generate.
+        Without a batch the window counts as one document: to count operations, and to generate.
         """
 
     @abc.abstractmethod
     def losses(self, outputs: Any, batch: Any, axis: str | None) -> Any:
-        """The sums before they are summed: each a float32 array `[B, p]` over this device's items.
+        """The terms of the task's sums, one per item of this device: float32 arrays `[B, p]`.
 
         Args:
-          outputs: of the model, for this device's part `p` of its segment.
+          outputs: the model's, for this device's part `p` of its segment, or its vocabulary shard.
           batch: local arrays.
-          axis: the mesh axis over which the segment is sharded in turn, None if it is not.
+          axis: the mesh axis over which the segment is sharded into parts, None if it is not.
         """
 
 
 def means_of(sums: Any) -> dict[str, Any]:
-    """A task's finished sums over its count: `loss`, and the others under their names."""
+    """A task's finished sums divided by its count: `loss`, and the others under their names."""
     count = max(sums[-1], 1.0) if isinstance(sums[-1], float) else jnp.maximum(sums[-1], 1.0)
     named = zip(("loss", *sums._fields[1:-1]), sums[:-1], strict=True)
     return {name: total / count for name, total in named}
 
 
 def values_of(task: Task, means: Means) -> dict[str, float]:
-    """The task's metrics, under their names."""
+    """The values of the task's metrics, by name."""
     return {metric.name: float(metric.of(means)) for metric in task.metrics}
 
 
 def shown(task: Task, values: Mapping[str, Any]) -> str:
-    """The task's metrics on a line: `loss 2.1994  3.1731 bits/byte`."""
+    """The task's metrics as text: `loss 2.1994  3.1731 bits/byte`."""
     loss, *others = task.metrics
     return "  ".join([f"loss {values[loss.name]:.4f}", *(f"{values[m.name]:.4f} {m.unit}" for m in others)])

@@ -1,4 +1,4 @@
-"""Losses of a split: of a run in training, or of a run at rest."""
+"""Evaluates the splits of a run, during training or from its newest checkpoint."""
 
 import operator
 from collections.abc import Callable, Iterator, Sequence
@@ -11,9 +11,7 @@ from tqdm import tqdm
 
 from lss_jax.attention.placement import mesh_of
 from lss_jax.config.schema import Config, ConfigError, from_dict
-from lss_jax.data.loader import (
-    prefetched,
-)
+from lss_jax.data.loader import prefetched
 from lss_jax.data.split import WindowSplit
 from lss_jax.models import Model, Params, build_model
 from lss_jax.parallel.mesh import like, shardings
@@ -23,16 +21,16 @@ from lss_jax.storage.metrics import Record
 from lss_jax.storage.workdir import check_workdir, saved_config
 from lss_jax.tasks import Task, make_task
 from lss_jax.tasks.task import means_of, values_of
-from lss_jax.training.state import kept_specs
+from lss_jax.training.state import param_specs
 from lss_jax.training.step import make_eval_step
 
 
 def sums_on(
     eval_step: Callable[[Params, Any], Any], params: Params, split: WindowSplit, name: str, batches: int | None
 ) -> Iterator[Any]:
-    """What `eval_step` makes of the first `batches` batches of a split, None for all of it; read each before the next.
+    """Yields the sums of `eval_step` over each of the first `batches` batches of a split, None for all of them.
 
-    On CPU queued steps of simulated devices would block one another.
+    Read each before asking for the next: on CPU queued steps of simulated devices block one another.
     """
     count = split.batches if batches is None else min(batches, split.batches)
     made = prefetched(split.evaluation_batch, 0, count)
@@ -48,7 +46,7 @@ def evaluate_split(
     name: str,
     batches: int | None,
 ) -> Record:
-    """The task's metrics over the first `batches` batches of a split, None for all of it."""
+    """The task's metrics over the first `batches` batches of a split, None for all of them."""
     total: Any = None
     for sums in sums_on(eval_step, params, split, name, batches):
         sums = jax.tree.map(float, sums)
@@ -57,12 +55,12 @@ def evaluate_split(
 
 
 def restore_params(model: Model, mesh: Mesh, workdir: Path) -> tuple[int, Params]:
-    """The newest sound step of a run, and its parameters, placed on this mesh.
+    """The step and the parameters of a run's newest sound checkpoint, sharded over this mesh.
 
     Raises:
-      ConfigError: the run has no checkpoint yet, or no sound one any more.
+      ConfigError: the run has no checkpoint yet, or none of them is sound.
     """
-    placed = shardings(kept_specs(model, mesh), mesh)
+    placed = shardings(param_specs(model, mesh), mesh)
     found = restore_newest_sound(workdir / "checkpoints", params=like(model.shapes, placed))
     if found is None:
         raise ConfigError(f"{workdir} has no checkpoint yet; train there first")
@@ -80,12 +78,12 @@ def evaluate_run(
     """The metrics of a run's newest sound checkpoint on a split: `loss`, the task's other metrics, `step` and `split`.
 
     Args:
-      workdir: of a training run.
-      split: of its data.
-      batches: only the first so many; None for all of them.
-      config: the run's own, unless given; `load_config(workdir, {"mesh.seq": 4})` is that on another mesh, which gives
+      workdir: the folder of a training run.
+      split: the part of the run's data.
+      batches: how many batches, from the first; None for all.
+      config: the run's own by default; `load_config(workdir, {"mesh.seq": 4})` is that on another mesh, which gives
         the same loss.
-      devices: what the mesh is made of; all there are, unless given.
+      devices: the devices of the mesh; all there are by default.
 
     Raises:
       ConfigError: there is no run or no checkpoint, or the config does not fit it or the devices.

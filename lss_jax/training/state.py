@@ -1,4 +1,4 @@
-"""The training state: global arrays, of which each device holds what their specs say."""
+"""The training state: global arrays, sharded over the mesh by their specs."""
 
 import math
 from typing import Any, NamedTuple
@@ -23,8 +23,8 @@ class TrainState(NamedTuple):
 
 
 def state_shardings(model: Model, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
-    """Shardings like the state; the optimizer's moments lie where their parameter lies, or are cut further."""
-    specs = kept_specs(model, mesh)
+    """The sharding of every array of the state; moments are sharded like their parameter, or further."""
+    specs = param_specs(model, mesh)
     moments = optax.tree_map_params(
         optimizer,
         lambda _, spec: spec,
@@ -36,31 +36,32 @@ def state_shardings(model: Model, optimizer: optax.GradientTransformation, mesh:
 
 
 def moment_specs(model: Model, mesh: Mesh | AbstractMesh) -> Any:
-    """How a parameter's moments lie: like it, or with `optim.shard_state` each of its copies has a share of them.
+    """The specs of the optimizer's moments: those of the parameters, or with `optim.shard_state` sharded further.
 
-    ZeRO-1 (Rajbhandari et al. 2020, arXiv 1910.02054, Sec. 5.1). XLA then lets each device update its share of a
-    parameter and gathers the shares: one all-gather per parameter.
+    ZeRO-1 (Rajbhandari et al. 2020, arXiv 1910.02054, Sec. 5.1): the replicas of a parameter shard its moments among
+    them. XLA then lets each device update its shard of the parameter and gathers the shards: one all-gather per
+    parameter.
     """
-    specs = kept_specs(model, mesh)
+    specs = param_specs(model, mesh)
     if not model.config.optim.shard_state:
         return specs
-    return jax.tree.map(lambda spec, leaf: _cut_further(spec, leaf.shape, mesh), specs, model.shapes)
+    return jax.tree.map(lambda spec, leaf: _shard_further(spec, leaf.shape, mesh), specs, model.shapes)
 
 
-def _cut_further(spec: P, shape: tuple[int, ...], mesh: Mesh | AbstractMesh) -> P:
-    """Cut also over `data` and `seq`, where the spec leaves them out: the first dimension that takes both, or one."""
+def _shard_further(spec: P, shape: tuple[int, ...], mesh: Mesh | AbstractMesh) -> P:
+    """The spec with `data` and `seq`, where it omits them, added to the first dimension that both divide, or one."""
     free = [axis for axis in (DATA, SEQ) if axis in cut_axes(mesh) and axis not in named_axes(spec)]
     parts = [axes_of(part) for part in spec] + [()] * (len(shape) - len(spec))
     for axes in (free, free[:1], free[1:]):
         for dimension, size in enumerate(shape):
-            cut = (*parts[dimension], *axes)
-            if size % math.prod(mesh.shape[axis] for axis in cut) == 0:
-                return P(*parts[:dimension], cut, *parts[dimension + 1 :])
+            sharded = (*parts[dimension], *axes)
+            if size % math.prod(mesh.shape[axis] for axis in sharded) == 0:
+                return P(*parts[:dimension], sharded, *parts[dimension + 1 :])
     return spec
 
 
-def kept_specs(model: Model, mesh: Mesh | AbstractMesh) -> Any:
-    """How parameters lie between steps: as in the model, but whole where they would have to be padded to be cut."""
+def param_specs(model: Model, mesh: Mesh | AbstractMesh) -> Any:
+    """The specs of the parameters in the state: the model's, but tables that sharding would pad are replicated."""
     seq_len = model.config.data.seq_len
     if layout_on(model.config, mesh).padded(seq_len) == seq_len:
         return model.specs
@@ -68,7 +69,7 @@ def kept_specs(model: Model, mesh: Mesh | AbstractMesh) -> Any:
 
 
 def init_state(model: Model, optimizer: optax.GradientTransformation, mesh: Mesh, seed: int) -> TrainState:
-    """A fresh state, created in place on the mesh; the same values on every mesh."""
+    """A fresh state, created in its shards; its values are the same on every mesh."""
 
     def create() -> TrainState:
         params = model.init(jax.random.key(seed))

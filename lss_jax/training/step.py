@@ -24,15 +24,15 @@ from lss_jax.parallel.tensor_parallel import own_part
 from lss_jax.tasks import make_task
 from lss_jax.tasks.task import means_of
 from lss_jax.training.optimizer import make_optimizer
-from lss_jax.training.state import TrainState, init_state, kept_specs, state_shardings
+from lss_jax.training.state import TrainState, init_state, param_specs, state_shardings
 from lss_jax.training.tables import cropped, in_layout_order, in_natural_order, padded
 
 
 def make_train_step(model: Model, optimizer: optax.GradientTransformationExtraArgs, mesh: Mesh) -> jax.stages.Wrapped:
-    """The jitted step: a state (donated) and a global batch to the next state and its `means` and `grad_norm`.
+    """The jitted training step: from a state (donated) and a global batch to the next state and metrics.
 
-    If the loss or the norm is not finite, parameters and optimizer stay as they are, and `step` goes on to the next
-    batch. Both are known to every device anyway, so that this needs no collective.
+    The metrics are the task's means and `grad_norm`. If the loss or the norm is not finite, parameters and optimizer
+    state stay as they are, and `step` still counts. Every device knows both numbers, so this needs no collective.
     """
     means_and_gradient = make_means_and_gradient(model, mesh)
     placed = state_shardings(model, optimizer, mesh)
@@ -48,17 +48,17 @@ def make_train_step(model: Model, optimizer: optax.GradientTransformationExtraAr
         means, gradient = means_and_gradient(state.params, batch, state.step)
         with jax.named_scope(OPTIMIZER):
             metrics = {**means, "grad_norm": optax.tree.norm(gradient)}
-            good = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"])
-            # A choice between programs, not between results: then the update happens in place, without a second state.
-            kept = jax.lax.cond(good, updated, unchanged, state, gradient, metrics["grad_norm"])
-            kept = jax.lax.with_sharding_constraint(kept, (placed.params, placed.opt_state))
-        return TrainState(state.step + 1, *kept), metrics
+            finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"])
+            # `cond` rather than `where`: the update is then in place, without a second copy of the state.
+            new = jax.lax.cond(finite, updated, unchanged, state, gradient, metrics["grad_norm"])
+            new = jax.lax.with_sharding_constraint(new, (placed.params, placed.opt_state))
+        return TrainState(state.step + 1, *new), metrics
 
     return jax.jit(train_step, out_shardings=(placed, None), donate_argnums=0)
 
 
 def trace_train_step(model: Model, mesh: Mesh) -> jax.stages.Traced:
-    """The training step for a state and a batch of which there are shapes alone: to be compiled and looked at."""
+    """The training step, traced from shapes alone: to be compiled and inspected."""
     config, optimizer = model.config, make_optimizer(model.config.optim)
     shapes = jax.eval_shape(lambda: init_state(model, optimizer, mesh, config.seed))
     state = like(shapes, state_shardings(model, optimizer, mesh))
@@ -70,15 +70,16 @@ MeansAndGradient = Callable[[Params, Any, jax.Array | int], tuple[Means, Params]
 
 
 def make_means_and_gradient(model: Model, mesh: Mesh) -> MeansAndGradient:
-    """A batch's mean loss per counted item (and the task's other means), and the gradient of the loss.
+    """The function that returns a batch's means (`loss`, per counted item, and the task's others) and its gradient.
 
-    From global parameters, a global batch, and the number of the step, which with the seed decides what is dropped.
-    Here the sums over the mesh become means: everything is divided by the global count, once, after both sums.
+    Its arguments are global parameters, a global batch, and the step's number, which with the seed decides what is
+    dropped. Sums over the mesh become means here: all are divided by the global count, once, after both sums.
     """
     task = make_task(model.config)
-    specs, kept, of_batch = on_mesh(model.specs, mesh), on_mesh(kept_specs(model, mesh), mesh), task.batch_specs()
+    specs, batch_specs = on_mesh(model.specs, mesh), task.batch_specs()
+    stored = on_mesh(param_specs(model, mesh), mesh)
 
-    @partial(jax.shard_map, mesh=mesh, in_specs=(specs, on_mesh(of_batch, mesh), P()), out_specs=(P(), kept))
+    @partial(jax.shard_map, mesh=mesh, in_specs=(specs, on_mesh(batch_specs, mesh), P()), out_specs=(P(), stored))
     def on_segments(params: Params, batch: Any, step: jax.Array) -> tuple[Means, Params]:
         params = in_layout_order(varying(params, model.specs, mesh), model, mesh)
 
@@ -91,7 +92,7 @@ def make_means_and_gradient(model: Model, mesh: Mesh) -> MeansAndGradient:
             gradient, sums = jax.grad(loss, has_aux=True)(params)
             return sums, gradient
 
-        sums, gradient = sum_over_microbatches(partial_sums, batch, of_batch, model.config.optim.accumulate)
+        sums, gradient = sum_over_microbatches(partial_sums, batch, batch_specs, model.config.optim.accumulate)
         gradient = in_natural_order(gradient, model, mesh)
         sums, gradient = double_sum((sums, gradient), (jax.tree.map(lambda _: P(), sums), model.specs), mesh)
         gradient = jax.tree.map(lambda leaf: leaf / jnp.maximum(sums[-1], 1.0), gradient)
@@ -104,20 +105,21 @@ def make_means_and_gradient(model: Model, mesh: Mesh) -> MeansAndGradient:
 
 
 def make_eval_step(model: Model, mesh: Mesh) -> jax.stages.Wrapped:
-    """The jitted evaluation: global parameters and batch to the task's sums, to be added up over batches."""
+    """The jitted evaluation step: from global parameters and a global batch to the task's sums, which are scalars."""
     return _sums(model, mesh, over=None, spec=P())  # scalars
 
 
 def make_position_step(model: Model, mesh: Mesh) -> jax.stages.Wrapped:
-    """The jitted evaluation by position: the same to sums over the sequences alone, `[L]`, padded, in layout order.
+    """The jitted evaluation step by position: the task's sums over sequences alone, `[L]` each.
 
-    What is sharded like the sequence stays so: by the gradient law such sums are taken over `data`.
+    They are global, padded and in layout order. They stay sharded like the sequence, so that by the gradient law they
+    are summed over `data` alone.
     """
     return _sums(model, mesh, over=0, spec=P((SEQ, MODEL)))
 
 
 def _sums(model: Model, mesh: Mesh, over: int | None, spec: P) -> jax.stages.Wrapped:
-    """The task's losses of a batch, summed `over` a dimension or all, and over the axes that `spec` does not name."""
+    """The jitted sums of the task's losses over dimension `over` (None: all), and the mesh axes that `spec` omits."""
     task = make_task(model.config)
     in_specs = on_mesh((model.specs, task.batch_specs()), mesh)
 
@@ -131,7 +133,7 @@ def _sums(model: Model, mesh: Mesh, over: int | None, spec: P) -> jax.stages.Wra
 
 
 def local_losses(model: Model, mesh: Mesh, params: Params, batch: Any, dropout: Dropout | None) -> Any:
-    """The task's losses of this device's own part of the segment, of its own sequences, `[B, p]` each."""
+    """The task's losses on this device's part of its segment, `[B, p]` each, from local parameters and batch."""
     config, axis, task = model.config, if_cut(MODEL, mesh), make_task(model.config)
     positions_l, positions_p = batch.positions, own_part(batch.positions, axis, 0)
     attend = make_attend(config.attention.strategy, task.mask(batch.positions, batch), setting_on(config, mesh))
@@ -146,7 +148,7 @@ def local_losses(model: Model, mesh: Mesh, params: Params, batch: Any, dropout: 
 
 
 def dropout_of(config: Config, mesh: Mesh, batch: Any, step: jax.Array) -> Dropout | None:
-    """Dropout of a step for the rows and positions of a (local) batch, None if nothing is dropped."""
+    """The dropout of a step for the rows and positions of a local batch, None if nothing is dropped."""
     if not config.model.dropout:
         return None
     axis = if_cut(MODEL, mesh)
@@ -156,19 +158,19 @@ def dropout_of(config: Config, mesh: Mesh, batch: Any, step: jax.Array) -> Dropo
 
 
 def sum_over_microbatches(function: Callable[[Any], Any], batch: Any, specs: Any, count: int) -> Any:
-    """`function` of the local batch, as the sum of `function` over `count` equal parts of its rows."""
+    """Sums `function` over `count` equal parts of a local batch's rows (gradient accumulation)."""
     if count == 1:
         return function(batch)
 
     def micro(index: jax.Array | int) -> Any:
-        def rows(array: jax.Array, spec: P) -> jax.Array:
+        def micro_rows(array: jax.Array, spec: P) -> jax.Array:
             if DATA not in spec:
                 return array
             axis = tuple(spec).index(DATA)
             size = array.shape[axis] // count
             return jax.lax.dynamic_slice_in_dim(array, index * size, size, axis)
 
-        return jax.tree.map(rows, batch, specs)
+        return jax.tree.map(micro_rows, batch, specs)
 
     def add(index: jax.Array, total: Any) -> Any:
         return jax.tree.map(jnp.add, total, function(micro(index)))
@@ -177,5 +179,5 @@ def sum_over_microbatches(function: Callable[[Any], Any], batch: Any, specs: Any
 
 
 def on_mesh(specs: Any, mesh: Mesh) -> Any:
-    """The specs, for `shard_map` on this mesh: without the axes over which nothing is sharded."""
+    """The specs for `shard_map` on this mesh: without its axes of size 1."""
     return jax.tree.map(lambda spec: over_cut_axes(spec, mesh), specs)

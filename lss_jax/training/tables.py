@@ -1,4 +1,4 @@
-"""Parameters with a row for each position: sharded like the sequence, whatever its layout and its padding.
+"""Parameters with a row per position: sharded like the sequence, in its layout and with its padding.
 
 In the training state they are in natural order and without padding; inside `shard_map` each device has the rows of its
 own tokens.
@@ -16,14 +16,14 @@ from lss_jax.parallel.scopes import POSITIONS
 
 @jax.named_scope(POSITIONS)
 def in_layout_order(params: Params, model: Model, mesh: Mesh) -> Params:
-    """Local parameters with the rows of each table where their tokens are."""
+    """Local parameters with the rows of each table moved to the devices of their tokens."""
     layout, axes = layout_on(model.config, mesh), _sequence_axes(mesh)
     return model.with_tables(lambda table_pE: layout.from_natural(table_pE, axes), params)
 
 
 @jax.named_scope(POSITIONS)
 def in_natural_order(gradient: Params, model: Model, mesh: Mesh) -> Params:
-    """The inverse, for the gradient: rows where the training state has them."""
+    """A local gradient with the rows of each table back in natural order: the inverse of `in_layout_order`."""
     layout, axes = layout_on(model.config, mesh), _sequence_axes(mesh)
     return model.with_tables(lambda table_pE: layout.to_natural(table_pE, axes), gradient)
 
@@ -36,9 +36,10 @@ def padded(params: Params, model: Model, mesh: Mesh) -> Params:
 
 @jax.named_scope(POSITIONS)
 def cropped(gradient: Params, model: Model, mesh: Mesh) -> Params:
-    """The inverse of `padded`, for local gradients: a table that the mesh does not divide is whole on every device.
+    """A local gradient without the rows that `padded` adds to the parameters.
 
-    The gather is explicit: one that XLA inserts where `shard_map` ends has no name of its own from jax 0.12 on.
+    A table that the mesh does not divide is replicated in the state, so its gradient is first gathered: explicitly,
+    since a gather that XLA inserts where `shard_map` ends has no name of its own from jax 0.12 on.
     """
     missing, axes = _missing_rows(model, mesh), _sequence_axes(mesh)
 

@@ -35,16 +35,16 @@ log = logging.getLogger(__name__)
 
 
 class Trainer:
-    """Trains a model in `workdir`, and goes on where the last run there stopped.
+    """Trains a model in `workdir`, resuming from the newest sound checkpoint there.
 
-    Building one validates everything, opens the data, makes or restores the state, and only then writes. Where there
-    are many processes, each builds one, and they do the same in the same order. `state` is what is trained (`params`,
-    global arrays), `step` how many steps it has seen, `mesh` and `config` are what it is trained by.
+    The constructor validates everything, opens the data, makes or restores the state, and only then writes. With
+    several processes each builds one, and all call the same methods in the same order. `state` is the training state
+    (global arrays; `state.params`), `step` the number of finished steps; `mesh` and `config` are what it trains by.
 
     Args:
-      config: of `lss_jax.load_config`.
-      workdir: a folder, for checkpoints, metrics and the config; made where needed.
-      devices: what the mesh is made of; all there are, unless given.
+      config: from `lss_jax.load_config`.
+      workdir: the folder for checkpoints, metrics and the config; created if needed.
+      devices: the devices of the mesh; all there are by default.
 
     Raises:
       ConfigError: the config, the data or the workdir cannot work; nothing has been written.
@@ -61,7 +61,7 @@ class Trainer:
         self.mesh = mesh_of(config, devices)
         self.kernel = kernel_on(config.attention, self.mesh)
         self.model, self.task = build_model(config), make_task(config)
-        self._blocks = self.mesh.devices.flat[0].platform == "cpu"
+        self._waits_for_steps = self.mesh.devices.flat[0].platform == "cpu"
         self._optimizer = make_optimizer(config.optim)
         self._schedule = make_schedule(config.optim)
         self._train_step: Callable | None = None
@@ -82,30 +82,31 @@ class Trainer:
             self._metrics = MetricsWriter(workdir, self.step) if is_first() else None
 
     def compile(self) -> float:
-        """Compiles the training step, unless that is done already; returns the seconds that it took."""
+        """Compiles the training step, unless it is compiled already; returns the seconds taken."""
         started = time.perf_counter()
         if self._train_step is None:
             self._train_step = trace_train_step(self.model, self.mesh).lower().compile()
         return time.perf_counter() - started
 
     def fit(self, may_start: Callable[[int], bool] = lambda step: True) -> Iterator[Record]:
-        """Trains up to `optim.steps`; yields a record each time that there is one, after writing it.
+        """Trains up to `optim.steps`; yields each metrics record after writing it.
 
-        It can be left at any record and called again, and stops before a step that `may_start` does not let pass.
-        Ctrl-C (a notebook's interrupt) is a KeyboardInterrupt after the step in hand, with all that belongs to it, and
-        `fit` can be called again. A second one comes at once; if there is no state then, build another Trainer, which
-        goes on from the last checkpoint. On CPU every step is waited for: queued steps of simulated devices block one
+        The caller may leave the loop at any record and call `fit` again. Training stops before a step (counted from 1)
+        for which `may_start` is false. On CPU each step is waited for: queued steps of simulated devices block one
         another in XLA's thread pool.
 
         Raises:
           RunError: too many steps were not finite, a checkpoint cannot be written, or the data has changed.
+          KeyboardInterrupt: Ctrl-C (a notebook's interrupt), after the running step and its records and checkpoint;
+            `fit` can then be called again. A second Ctrl-C interrupts at once: if that loses the state, build another
+            Trainer, which resumes from the last checkpoint.
         """
         self.compile()
         try:
             with closing(prefetched(self.training_batch, self.step, self.config.optim.steps)) as batches:
                 yield from self._fit(batches, may_start)
         finally:
-            self._profile.stop()  # if the run ends within it, for whatever reason
+            self._profile.stop()  # if the run ends while a profile is being taken
 
     def _fit(self, batches: Iterator[Any], may_start: Callable[[int], bool]) -> Iterator[Record]:
         assert self._train_step is not None
@@ -124,7 +125,7 @@ class Trainer:
                     self.state, metrics = self._train_step(self.state, next(batches))
                     self._skips.add(step, metrics)
                     self.step = step
-                    if logs or self._blocks or self._profile.borders(step):
+                    if logs or self._waits_for_steps or self._profile.borders(step):
                         jax.block_until_ready(self.state)
                         self._settle()
                 steps_timed, seconds = steps_timed + 1, seconds + time.perf_counter() - started
@@ -139,10 +140,10 @@ class Trainer:
                 self._write(records)
                 if last or step % config.checkpoint_every == 0:
                     self.save()
-            yield from records  # with everything done, so that nothing is lost if nobody comes back
+            yield from records  # after all else, so that nothing is lost if the caller leaves here
 
     def evaluate(self, split: str, batches: int | None = None) -> Record:
-        """Loss over the first `batches` batches of a split, None for all of it."""
+        """The metrics over the first `batches` batches of a split, None for all of them."""
         step = {"step": self.step, "split": split}
         return step | evaluate_split(self.task, self._eval_step, self.state.params, self.splits[split], split, batches)
 
@@ -151,10 +152,10 @@ class Trainer:
         return self.splits["train"].training_batch(step)
 
     def save(self) -> None:
-        """Starts saving the state as it is now; `close` waits for it.
+        """Starts saving the state as it is now; `close` waits until it is saved.
 
         Raises:
-          RunError: it cannot be saved, or should not be: the data is not what the run started with.
+          RunError: the state cannot be saved, or the data is not what the run started with.
         """
         self._settle()
         self._source.check()
@@ -162,7 +163,7 @@ class Trainer:
         self._checkpoints.save(self.step, notes, params=self.state.params, opt_state=self.state.opt_state)
 
     def close(self) -> None:
-        """Waits for what is still being written."""
+        """Waits for the last checkpoint and closes the files."""
         self._checkpoints.close()
         if self._metrics:
             self._metrics.close()
@@ -192,7 +193,7 @@ class Trainer:
         return jax.make_array_from_callback((), placed, lambda _: np.array(self.step, np.int32))
 
     def _settle(self) -> None:
-        """Tells of the steps that were skipped, and ends the run after too many in a row."""
+        """Logs the steps skipped since the last call; raises a RunError after too many in a row."""
         for skipped in self._skips.settle():
             log.warning("%s: update skipped (%d in a row, %d in all)", skipped, skipped.in_a_row, skipped.total)
             if skipped.in_a_row >= self.config.optim.max_skipped:
