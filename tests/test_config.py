@@ -11,7 +11,7 @@ from helpers import small_config
 from jax.sharding import AbstractMesh, AxisType
 
 from configs import base
-from lss_jax.cli import override
+from lss_jax.config.loading import override
 from lss_jax.config.rules import mesh_sizes, validate
 from lss_jax.config.schema import ConfigError, MeshConfig, from_dict
 from lss_jax.data.batch import batch_like

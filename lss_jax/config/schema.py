@@ -4,7 +4,6 @@ import dataclasses
 import difflib
 import typing
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any, Literal
 
 
@@ -196,22 +195,3 @@ def changes(saved: Config, config: Config) -> dict[str, tuple[Any, Any]]:
     """What differs between the config of a run that goes on and its new one: key to (then, now)."""
     before, after = flat(dataclasses.asdict(saved)), flat(dataclasses.asdict(config))
     return {key: (before[key], after[key]) for key in after if before[key] != after[key]}
-
-
-def check_same_model(saved: Config, config: Config, workdir: Path) -> None:
-    """Refuses to go on with a checkpoint's parameters in a model that they do not fit.
-
-    Raises:
-      ConfigError: each key that differs and shapes the parameters.
-    """
-    names = ("family", "vocab", "layers", "width", "heads", "kv_heads", "mlp_width", "positions", "tied_head")
-    shaping = [f"model.{name}" for name in names] + ["data.seq_len"] * (config.model.positions == "learned")
-    different = {key: pair for key, pair in changes(saved, config).items() if key in shaping}
-    if different:
-        raise ConfigError(
-            "\n".join(
-                f"workdir {workdir} holds a run with {key}={then!r}, not {now!r}, and its parameters do not fit; "
-                f"choose another --workdir, or go on with --config.{key}={then}"
-                for key, (then, now) in different.items()
-            )
-        )

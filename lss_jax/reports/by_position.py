@@ -25,7 +25,7 @@ from lss_jax.parallel.layout import Layout, layout_on
 from lss_jax.parallel.mesh import shardings
 from lss_jax.reports.figures import Curve, Plot
 from lss_jax.storage.metrics import bits_per_byte
-from lss_jax.storage.workdir import check_workdir
+from lss_jax.training.compatibility import check_workdir
 from lss_jax.training.evaluation import Split, losses_on, restore_params
 from lss_jax.training.state import kept_specs
 from lss_jax.training.step import make_position_step

@@ -26,7 +26,8 @@ from lss_jax.parallel.mesh import like, shardings
 from lss_jax.runtime.distributed import is_first
 from lss_jax.storage.checkpoint import restore_newest_sound
 from lss_jax.storage.metrics import Record, bits_per_byte
-from lss_jax.storage.workdir import check_workdir, saved_config
+from lss_jax.storage.workdir import saved_config
+from lss_jax.training.compatibility import check_workdir
 from lss_jax.training.state import kept_specs
 from lss_jax.training.step import make_eval_step
 
