@@ -1,6 +1,6 @@
 """Sequence-parallel transformer training in JAX: the LSS Transformer (arXiv 2311.02382).
 
-What one calls has a name here; the rest is in the modules (README, "The package").
+The public functions are exported here; the rest is in the modules (README, "The package").
 
 >>> import tempfile
 >>> import lss_jax

@@ -46,7 +46,7 @@ from experiments.paper.programs import (
     table,
     write,
 )
-from lss_jax.inspection.topology import devices_of
+from lss_jax.runtime import distributed
 
 NAME = "head_to_head"
 PAPER = {"time": 5.6, "memory": 10.2}
@@ -240,7 +240,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5, help="timed steps of each program (default: 5)")
     parser.add_argument("--only", choices=("measured", "compiled"), help="do this part again, keep the other")
     arguments = parser.parse_args()
-    devices_of("cpu:8")
+    distributed.start_on_cpu(8)
     results = read(NAME)
     if arguments.only != "compiled":
         results["measured"] = [row for devices in (2, 4, 8) for row in measured(devices, arguments.rounds)]

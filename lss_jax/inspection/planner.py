@@ -1,8 +1,8 @@
-"""The longest sequence of each mesh and strategy, and what it sends."""
+"""The longest sequence that fits on each mesh with each strategy, and the bytes that a step of it sends."""
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, cast
 
 import jax
@@ -16,32 +16,29 @@ from lss_jax.inspection.contract import predicted, sent
 from lss_jax.inspection.memory import Memory, memory_of
 from lss_jax.models import Model, build_model
 from lss_jax.parallel.layout import layout_on
-from lss_jax.parallel.mesh import AXES, SEQ, named_axes
+from lss_jax.parallel.mesh import AXES, SEQ, make_mesh, named_axes
+from lss_jax.training.step import trace_train_step
 
-TILE = 128  # lengths are multiples of so many tokens, and of what the mesh cuts them into
-
-
+TILE = 128  # lengths are multiples of this, and of the number of segments (or chunks) that the mesh makes of them
 LONGEST = 2**31 - 1  # positions are int32
-
-
-CLOSE = 0.05  # lengths that differ by less are as good as one another, and traffic decides
+CLOSE = 0.05  # lengths within this fraction of the longest count as equal, and traffic decides
 
 
 class Cost(NamedTuple):
-    """Of a training step at one length, on one device, in bytes."""
+    """Costs of a training step at one length, in bytes per device."""
 
     seq_len: int
     memory: Memory
     sent: float
 
 
-class Cut(NamedTuple):
-    """A mesh with a strategy, and what it can do."""
+class Candidate(NamedTuple):
+    """A mesh with a strategy, and its costs."""
 
     sizes: MeshSizes
     strategy: str
     own: Cost  # at the config's length, whether it fits or not
-    longest: Cost
+    longest: Cost  # at the longest that fits
 
 
 class Impossible(NamedTuple):
@@ -52,22 +49,22 @@ class Impossible(NamedTuple):
     reason: str
 
 
-def plan(config: Config, devices: int, memory: int) -> tuple[list[Cut], list[Impossible]]:
-    """All cuts, the best first, and what is impossible.
+def plan(config: Config, devices: int, memory: int) -> tuple[list[Candidate], list[Impossible]]:
+    """All candidates, the best first, and what is impossible.
 
     Raises:
       ConfigError: the config is wrong on any mesh.
     """
     validate(dataclasses.replace(config, mesh=MeshConfig(1, 1, 1)), 1)
     model = build_model(config)
-    cuts, impossible = [], []
+    candidates, impossible = [], []
     for sizes in meshes(devices):
-        for strategy in STRATEGIES if sizes[1] > 1 else [config.attention.strategy]:  # uncut they are the same
+        for strategy in STRATEGIES if sizes[1] > 1 else [config.attention.strategy]:  # on one device they are the same
             try:
-                cuts.append(evaluate(model, sizes, strategy, memory))
+                candidates.append(evaluate(model, sizes, strategy, memory))
             except ConfigError as error:
                 impossible.append(Impossible(sizes, strategy, str(error).split("\n")[0].split(";")[0]))
-    return ranked(cuts), impossible
+    return ranked(candidates), impossible
 
 
 def meshes(devices: int) -> Iterator[MeshSizes]:
@@ -77,13 +74,13 @@ def meshes(devices: int) -> Iterator[MeshSizes]:
         yield from ((data, seq, devices // data // seq) for seq in divisors if devices // data % seq == 0)
 
 
-def evaluate(model: Model, sizes: MeshSizes, strategy: str, memory: int) -> Cut:
-    """What a cut costs, at the config's length and at the longest that fits.
+def evaluate(model: Model, sizes: MeshSizes, strategy: str, memory: int) -> Candidate:
+    """Costs on this mesh with this strategy, at the config's length and at the longest that fits in `memory` bytes.
 
     Raises:
       ConfigError: it breaks a rule of the config, or not even the shortest sequence fits.
     """
-    config, mesh = on_cut(model.config, sizes, strategy), AbstractMesh(sizes, AXES)
+    config, mesh = on_mesh(model.config, sizes, strategy), AbstractMesh(sizes, AXES)
     validate(config, math.prod(sizes))
 
     def at(seq_len: int) -> Model:
@@ -102,11 +99,11 @@ def evaluate(model: Model, sizes: MeshSizes, strategy: str, memory: int) -> Cut:
         raise ConfigError(f"{step:,} tokens need {needed}, more than --memory={shown_size(memory)}; use more devices")
     longest = tiles * step
     validate(at(longest).config, math.prod(sizes))
-    return Cut(sizes, strategy, cost(config.data.seq_len), cost(longest))
+    return Candidate(sizes, strategy, cost(config.data.seq_len), cost(longest))
 
 
-def on_cut(config: Config, sizes: MeshSizes, strategy: str) -> Config:
-    """The config on a mesh with a strategy; without what is for another one."""
+def on_mesh(config: Config, sizes: MeshSizes, strategy: str) -> Config:
+    """The config on this mesh with this strategy, without the options of another strategy."""
     attention = dataclasses.replace(config.attention, strategy=cast(Any, strategy))
     if strategy != "lss":
         attention = dataclasses.replace(attention, gather_groups=1, regather=False)
@@ -124,7 +121,7 @@ def at_length(model: Model, seq_len: int) -> Model:
 
 
 def largest(holds: Callable[[int], bool], limit: int) -> int:
-    """The largest number up to `limit` for which `holds` is true, if it is so for all smaller ones; 0 if for none."""
+    """The largest number up to `limit` for which `holds` is true, 0 if there is none; it must be true for all below."""
     high = 1
     while high <= limit and holds(high):
         high *= 2
@@ -135,19 +132,31 @@ def largest(holds: Callable[[int], bool], limit: int) -> int:
     return low
 
 
-def ranked(cuts: list[Cut]) -> list[Cut]:
-    """Of those that come close to the longest sequence the one that sends least per token first; the rest by length."""
-    longest = max((cut.longest.seq_len for cut in cuts), default=0)
+def ranked(candidates: list[Candidate]) -> list[Candidate]:
+    """Candidates close to the longest sequence by bytes sent per token, least first; then the others by length."""
+    longest = max((candidate.longest.seq_len for candidate in candidates), default=0)
 
-    def order(cut: Cut) -> tuple[bool, float]:
-        length, _, moved = cut.longest
+    def order(candidate: Candidate) -> tuple[bool, float]:
+        length, _, moved = candidate.longest
         close = length >= (1 - CLOSE) * longest
         return not close, moved / length if close else -length
 
-    return sorted(cuts, key=order)
+    return sorted(candidates, key=order)
 
 
-def chosen(config: Config, cut: Cut) -> Config:
-    """The config of a cut at its longest."""
-    config = on_cut(config, cut.sizes, cut.strategy)
-    return dataclasses.replace(config, data=dataclasses.replace(config.data, seq_len=cut.longest.seq_len))
+def chosen(config: Config, candidate: Candidate) -> Config:
+    """The config of a candidate at its longest sequence."""
+    config = on_mesh(config, candidate.sizes, candidate.strategy)
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, seq_len=candidate.longest.seq_len))
+
+
+def compiled_memory(config: Config, candidate: Candidate, devices: Sequence[jax.Device]) -> int:
+    """Bytes per device that the candidate's step takes at its longest sequence, compiled for these devices.
+
+    Raises:
+      jax.errors.JaxRuntimeError: the compiler reports that it does not fit.
+    """
+    model = build_model(chosen(config, candidate))
+    analysis = trace_train_step(model, make_mesh(candidate.sizes, devices)).lower().compile().memory_analysis()
+    assert analysis is not None, "CPU and TPU compilers give one"
+    return analysis.argument_size_in_bytes + analysis.temp_size_in_bytes
