@@ -1,6 +1,6 @@
 """Sequence-parallel transformer training in JAX: the LSS Transformer (arXiv 2311.02382).
 
-What one calls has a name here; the rest is in the modules (README, "The package").
+The public functions are exported here; the rest is in the modules (README, "The package").
 
 >>> import tempfile
 >>> import lss_jax
@@ -27,11 +27,11 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from lss_jax.attention.flax_attention import attention_fn
     from lss_jax.attention.global_attention import dot_product_attention
-    from lss_jax.cli import load_config
     from lss_jax.generation.generate import generate_text
     from lss_jax.inspection.audit import audit_step
     from lss_jax.parallel.mesh import make_mesh
     from lss_jax.runtime.distributed import start
+    from lss_jax.storage.workdir import load_config
     from lss_jax.training.evaluation import evaluate_run
     from lss_jax.training.trainer import Trainer
 
@@ -42,7 +42,7 @@ HOMES = {
     "dot_product_attention": "attention.global_attention",
     "evaluate_run": "training.evaluation",
     "generate_text": "generation.generate",
-    "load_config": "cli",
+    "load_config": "storage.workdir",
     "make_mesh": "parallel.mesh",
     "start": "runtime.distributed",
 }

@@ -5,16 +5,14 @@ import json
 from pathlib import Path
 from typing import Any
 
-from ml_collections import ConfigDict
-
 from lss_jax import cli
-from lss_jax.config.schema import ConfigError, from_dict
+from lss_jax.config.schema import ConfigError
 from lss_jax.reports.by_position import evaluate_by_position, parse_lengths, plot_of, table_of
 from lss_jax.reports.figures import png_of
 from lss_jax.reports.runs import BY_POSITION
 from lss_jax.runtime import distributed
 from lss_jax.storage.metrics import add_record
-from lss_jax.storage.workdir import saved_config, write_whole
+from lss_jax.storage.workdir import write_whole
 from lss_jax.tasks import make_task
 from lss_jax.tasks.task import Task
 from lss_jax.training.evaluation import evaluate_run
@@ -44,16 +42,15 @@ def main() -> int:
         "--lengths", metavar="L,L", help="with --by-position: windows of these lengths (default: data.seq_len)"
     )
     cli.add_launch(parser)
-    arguments, values = cli.parse(parser, lambda arguments: ConfigDict(saved_config(Path(arguments.workdir))))
-    config, workdir = from_dict(values), Path(arguments.workdir)
-    task = make_task(config)
+    arguments, config = cli.parse(parser, cli.config_of_run)
+    workdir, task = Path(arguments.workdir), make_task(config)
     check(arguments, task)
     with cli.start(arguments, config):
         if arguments.by_position:
             lengths = parse_lengths(arguments.lengths) if arguments.lengths else [config.data.seq_len]
             result = evaluate_by_position(config, workdir, arguments.split, lengths, arguments.batches)
             if distributed.is_first():
-                keep(task, result, workdir)
+                save(task, result, workdir)
                 print(table_of(task, result))
             return 0
         record = evaluate_run(workdir, arguments.split, arguments.batches, config=config)
@@ -78,7 +75,7 @@ def check(arguments: argparse.Namespace, task: Task) -> None:
         )
 
 
-def keep(task: Task, result: dict[str, Any], workdir: Path) -> None:
+def save(task: Task, result: dict[str, Any], workdir: Path) -> None:
     """Writes the result and its figure into the workdir."""
     path = workdir / f"{BY_POSITION}_{result['split']}.json"
     figure = png_of(plot_of(task, {f"windows of {window['length']:,}": window for window in result["windows"]}))

@@ -14,8 +14,8 @@ from lss_jax.storage.workdir import write_whole
 def main() -> int:
     parser = argparse.ArgumentParser(
         prog="python -m lss_jax.report",
-        description="Write one HTML page about a run: curves, throughput, what its training step was compiled to, and "
-        "its config; with --compare about several runs on the same data, and what differs. It needs no server and "
+        description="Write one HTML page about a run: curves, throughput, what the compiler made of its training step, "
+        "and its config; with --compare about several runs on the same data, and what differs. It needs no server and "
         "fetches nothing.",
         allow_abbrev=False,
     )

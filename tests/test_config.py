@@ -11,13 +11,14 @@ from helpers import make_loss_and_gradient, small_config
 from jax.sharding import AbstractMesh, AxisType
 
 from configs import base
-from lss_jax.cli import override
+from lss_jax.config.loading import override
 from lss_jax.config.rules import mesh_sizes, validate
 from lss_jax.config.schema import ConfigError, MeshConfig, from_dict
 from lss_jax.data.batch import batch_like
 from lss_jax.models import build_model, parameter_count
 from lss_jax.parallel.layout import layout_on
 from lss_jax.parallel.mesh import AXES, make_mesh
+from lss_jax.training.compatibility import shaping
 from lss_jax.training.optimizer import decayed, make_optimizer, make_schedule
 from lss_jax.training.state import init_state
 
@@ -79,7 +80,8 @@ BAD = {
     "mesh.seq=-1": r"mesh.data=-1, mesh.seq=-1, mesh.model=1: each size must",
     "mesh.seq=3": r"needs a multiple of 3 devices, but 8 are found; .*JAX_NUM_CPU_DEVICES=3",
     "mesh.seq=5 mesh.data=1": r"mesh.data=1, mesh.seq=5, mesh.model=1 needs 5 devices, but 8 are found",
-    "mesh.model=8": r"model.heads=4 is not divisible by mesh.model=8, which cuts it; use model.heads=8 or a mesh.model",
+    "mesh.model=8": r"model.heads=4 is not divisible by mesh.model=8, which shards it; "
+    r"use model.heads=8 or a mesh.model",
     "mesh.model=4 model.kv_heads=2": r"model.kv_heads=2 is not divisible by mesh.model=4, .*; use model.kv_heads=4",
     "mesh.model=4 model.mlp_width=30": r"model.mlp_width=30 is not divisible by mesh.model=4, .*model.mlp_width=32",
     "mesh.model=4 model.vocab=258 model.vocab_parallel=True": r"model.vocab=258 is not divisible by mesh.model=4",
@@ -175,6 +177,22 @@ def test_missing_mistyped_and_foreign_keys_are_told():
     assert "unknown config key 'modell'; did you mean 'model'?" in told
     assert "config key 'model.width' is missing" in told
     assert "seed='0' is of type str; give a value of type int" in told
+
+
+@pytest.mark.parametrize(
+    ("saved", "changed", "keys"),
+    [
+        ({}, {"optim__steps": 30, "mesh__seq": 4, "model__remat": "block", "model__vocab_parallel": True}, []),
+        ({}, {"model__vocab": 300, "optim__steps": 30}, ["model.vocab"]),
+        ({}, {"model__positions": "rope", "data__seq_len": 24}, ["model.positions", "data.seq_len"]),
+        ({"model__positions": "rope"}, {"data__seq_len": 24, "model__rope_base": 500.0}, []),
+        ({"model__positions": "rope"}, {"model__positions": "learned", "data__seq_len": 24}, ["model.positions"]),
+        ({}, {"model__heads": 5, "model__kv_heads": 4}, ["model.heads"]),
+        ({}, {"model__layers": -1}, ["model.layers"]),
+    ],
+)
+def test_a_key_binds_a_run_if_it_changes_shapes_of_parameters(saved, changed, keys):
+    assert list(shaping(small_config(**saved), small_config(**{**saved, **changed}))) == keys
 
 
 def test_decay_spares_norms_and_biases():

@@ -31,6 +31,9 @@ def test_examples_of_the_readme_run():
 
 
 def test_what_one_calls_has_an_example():
-    assert {"lss_jax", "lss_jax.cli", "lss_jax.attention.global_attention", "lss_jax.attention.flax_attention"} <= set(
-        DOCTESTS
-    )
+    assert {
+        "lss_jax",
+        "lss_jax.storage.workdir",
+        "lss_jax.attention.global_attention",
+        "lss_jax.attention.flax_attention",
+    } <= set(DOCTESTS)

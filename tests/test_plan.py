@@ -33,8 +33,8 @@ def test_the_largest_that_holds():
 
 def test_what_is_planned_fits_and_one_more_step_does_not():
     memory = parse_size("64MiB")
-    cuts, impossible = plan(small_config(), 8, memory)
-    assert cuts and all(cut.longest.memory.total <= memory for cut in cuts)
+    candidates, impossible = plan(small_config(), 8, memory)
+    assert candidates and all(candidate.longest.memory.total <= memory for candidate in candidates)
     assert any("ulysses" in one.reason for one in impossible)
 
 
@@ -42,7 +42,7 @@ def test_thousands_of_devices(tmp_path):
     done = run_plan("--devices", "4096", "--memory", "16GiB", "--json", str(tmp_path / "plan.json"))
     assert done.returncode == 0, done.stderr
     assert "recommended: " in done.stdout and "python -m lss_jax.train" in done.stdout
-    assert json.loads((tmp_path / "plan.json").read_text())["cuts"]
+    assert json.loads((tmp_path / "plan.json").read_text())["candidates"]
 
 
 @pytest.mark.parametrize(
@@ -50,7 +50,7 @@ def test_thousands_of_devices(tmp_path):
     [
         (("--devices", "8", "--memory", "16"), "error: --memory=16 is no size; write it like 16GiB"),
         (("--devices", "0", "--memory", "16GiB"), "error: --devices=0 must be at least 1"),
-        (("--devices", "8", "--memory", "1MiB"), "error: no way to cut --devices=8"),
+        (("--devices", "8", "--memory", "1MiB"), "error: no mesh of --devices=8 is possible: "),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(arguments, message):

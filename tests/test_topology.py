@@ -1,5 +1,7 @@
 """Topologies that are not there, and which kernel is for which devices."""
 
+import contextlib
+import os
 from types import SimpleNamespace
 
 import jax
@@ -8,7 +10,7 @@ from helpers import mesh_of, small_config
 
 from lss_jax.attention.placement import kernel_on
 from lss_jax.config.schema import ConfigError
-from lss_jax.inspection.topology import devices_of
+from lss_jax.inspection.topology import cpu_devices_of, devices_of
 from lss_jax.parallel.mesh import AXES
 
 
@@ -19,9 +21,9 @@ from lss_jax.parallel.mesh import AXES
         ("tpu:v7:2x2", "with a TPU of v4, v5e, v5p, v6e or a GPU of h100, a100"),
         ("tpu:v5p:4x4", "are linked along 3 axes; write 4x4x4"),
         ("gpu:h100:none", "unknown"),
-        ("gpu:h100:12", "12 is not a multiple of 8 GPUs to a host"),
+        ("gpu:h100:12", "12 is not a multiple of 8 GPUs per host"),
         ("cpu:0", "unknown"),
-        ("cpu:4096", "this process simulates 8 devices"),
+        ("cpu:4096", "this process simulates 8 devices; start it with JAX_PLATFORMS=cpu JAX_NUM_CPU_DEVICES=4096"),
     ],
 )
 def test_an_impossible_topology_is_refused(topology, message):
@@ -31,6 +33,19 @@ def test_an_impossible_topology_is_refused(topology, message):
 
 def test_simulated_devices_are_those_at_hand():
     assert devices_of("cpu:3") == jax.devices()[:3]
+
+
+@pytest.mark.parametrize("topology", ["cpu:3", "cpu:4096", "tpu:v5p:2x2x2", "gpu:h100:8"])
+def test_asking_for_devices_leaves_the_process_as_it_is(topology):
+    before = (jax.config.jax_platforms, jax.config.jax_num_cpu_devices, dict(os.environ))
+    with contextlib.suppress(ConfigError):  # nothing may be installed that compiles for it
+        devices_of(topology)
+    assert (jax.config.jax_platforms, jax.config.jax_num_cpu_devices, dict(os.environ)) == before
+
+
+def test_a_process_simulates_the_devices_of_a_topology_or_one():
+    wanted = {"cpu:16": 16, "tpu:v5p:2x2x2": 1, "gpu:h100:8": 1, "cpu:no": 1}
+    assert {topology: cpu_devices_of(topology) for topology in wanted} == wanted
 
 
 def fake_mesh(**of_device) -> SimpleNamespace:

@@ -27,7 +27,7 @@ from lss_jax.attention.mask import causal
 from lss_jax.attention.placement import fused_on
 from lss_jax.attention.setting import Setting
 from lss_jax.attention.strategies import make_attend
-from lss_jax.inspection.topology import devices_of
+from lss_jax.inspection.topology import cpu_devices_of, devices_of
 from lss_jax.parallel.dropout import Dropout
 from lss_jax.parallel.layout import Layout
 from lss_jax.parallel.mesh import SEQ, cut_axes, make_mesh, over_cut_axes
@@ -65,6 +65,7 @@ def main() -> int:
     )
     arguments = parser.parse_args()
     if arguments.topology:
+        distributed.start_on_cpu(max(map(cpu_devices_of, arguments.topology)))
         rows = [row for topology in arguments.topology for row in compiled_rows(topology)]
         report(rows, "compiled")
     else:

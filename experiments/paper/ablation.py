@@ -34,8 +34,8 @@ from lss_jax.attention import lss
 from lss_jax.attention.setting import COMMUNICATED, Setting
 from lss_jax.inspection import contract, hlo, operations
 from lss_jax.inspection.contract import sent
-from lss_jax.inspection.topology import devices_of
 from lss_jax.parallel.mesh import cut_axes, named_axes
+from lss_jax.runtime import distributed
 from lss_jax.training import step
 
 NAME = "ablation"
@@ -198,7 +198,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=7, help="timed steps of each variant (default: 7)")
     arguments = parser.parse_args()
-    devices = devices_of("cpu:8")
+    distributed.start_on_cpu(8)
+    devices = jax.devices()
     variants = {name: variant(name, devices) for name in VARIANTS}
     times = timed(variants, arguments.rounds)
     rows = [{"name": name, **figures(one), **times[name]} for name, one in variants.items()]

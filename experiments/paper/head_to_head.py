@@ -43,7 +43,7 @@ from experiments.paper.programs import (
     read,
     write,
 )
-from lss_jax.inspection.topology import devices_of
+from lss_jax.runtime import distributed
 
 NAME = "head_to_head"
 SMALL: Row = {"model.layers": 4, "model.width": 256, "model.dtype": "float32"}
@@ -121,7 +121,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5, help="timed steps of each program (default: 5)")
     parser.add_argument("--only", choices=("measured", "compiled"), help="run this part, leave the other as it is")
     arguments = parser.parse_args()
-    devices_of("cpu:8")
+    distributed.start_on_cpu(8)
     results = read(NAME)
     if arguments.only != "compiled":
         results["measured"] = [row for devices in (2, 4, 8) for row in measured(devices, arguments.rounds)]

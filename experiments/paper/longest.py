@@ -22,9 +22,9 @@ from experiments.paper.programs import BLOCKWISE, DENSE, Mesh, Row, config_of, t
 from lss_jax.config.schema import ConfigError
 from lss_jax.inspection.memory import shortfall
 from lss_jax.inspection.planner import evaluate
-from lss_jax.inspection.topology import devices_of
 from lss_jax.models import build_model
 from lss_jax.parallel.mesh import make_mesh
+from lss_jax.runtime import distributed
 from lss_jax.training.step import trace_train_step
 
 NAME = "longest"
@@ -145,7 +145,7 @@ def plot(rows: list[Row]) -> Figure:
 
 def main() -> None:
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
-    devices_of(f"cpu:{COMPILED}")
+    distributed.start_on_cpu(COMPILED)
     rows: list[dict[str, Any]] = [row for devices in DEVICES for row in longest(devices)]
     write(NAME, rows, render, plot)
 

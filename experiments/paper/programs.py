@@ -55,7 +55,7 @@ def chips(count: int) -> Sequence[jax.Device]:
     reports.
     """
     if count == 6:
-        devices_of("tpu:v5p:2x2x1")  # the settings that libtpu needs
+        devices_of("tpu:v5p:2x2x1")  # loads libtpu with the settings that it needs here
         shape: dict[str, Any] = {"topology_name": "v5p:2x3x1", "chips_per_host_bounds": (2, 3, 1)}
         return topologies.get_topology_desc(platform="tpu", **shape).devices
     return devices_of(f"tpu:v5p:{TORUS[count]}")

@@ -21,6 +21,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from experiments.paper.programs import BLOCKWISE, DENSE, TOKENS, Row, chips, compiled, config_of, table, write
+from lss_jax.runtime import distributed
 
 NAME = "weak_scaling"
 PAPER = "161%"
@@ -113,6 +114,7 @@ def plot(rows: list[Row]) -> Figure:
 
 def main() -> None:
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
+    distributed.start_on_cpu(1)
     rows: list[dict[str, Any]] = programs()
     write(NAME, rows, render, plot)
 

@@ -22,9 +22,10 @@ from jax.sharding import AbstractMesh, Mesh
 from experiments.planner.cases import SETS, config_of, sizes_of, tpu_sample
 from lss_jax.config.schema import Config
 from lss_jax.inspection.memory import memory_of
-from lss_jax.inspection.topology import devices_of
+from lss_jax.inspection.topology import cpu_devices_of, devices_of
 from lss_jax.models import build_model
 from lss_jax.parallel.mesh import AXES, make_mesh
+from lss_jax.runtime import distributed
 from lss_jax.training.step import trace_train_step
 
 HERE = Path(__file__).parent
@@ -71,6 +72,7 @@ def main() -> None:
     parser.add_argument("--topology", default="cpu:32", help="the devices to compile for (default: %(default)s)")
     parser.add_argument("--set", choices=SETS, help="one set of programs alone (default: all of them)")
     arguments = parser.parse_args()
+    distributed.start_on_cpu(cpu_devices_of(arguments.topology))
     devices, kind = devices_of(arguments.topology), arguments.topology.partition(":")[0]
     sets = SETS if kind == "cpu" else {arguments.topology: tpu_sample()}
     if arguments.set:

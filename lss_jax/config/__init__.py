@@ -1,1 +1,1 @@
-"""The config: schema and rules."""
+"""The config: schema, rules and loading."""

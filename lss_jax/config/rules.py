@@ -11,7 +11,7 @@ def mesh_sizes(mesh: MeshConfig, device_count: int) -> MeshSizes:
     """Sizes (data, seq, model) over `device_count` devices; -1 fills one axis.
 
     Raises:
-      ConfigError: the mesh does not take exactly the devices there are.
+      ConfigError: a size is out of range, or the product of the sizes is not the number of devices.
     """
     sizes = [mesh.data, mesh.seq, mesh.model]
     shown = f"mesh.data={mesh.data}, mesh.seq={mesh.seq}, mesh.model={mesh.model}"
@@ -90,7 +90,7 @@ def _out_of_range(config: Config) -> Iterator[str]:
 
 
 def less_than_1(values: Mapping[str, int]) -> Iterator[str]:
-    """Of counts by the names of their keys, those that are none."""
+    """Errors for counts below 1, by their keys."""
     yield from (f"{key}={value} must be at least 1" for key, value in values.items() if value < 1)
 
 
@@ -141,7 +141,7 @@ def _cross_field(config: Config) -> Iterator[str]:
 
 
 def attention_problems(attention: AttentionConfig, heads: int, kv_heads: int) -> Iterator[str]:
-    """Where heads do not fit, or a strategy or a kernel cannot do what another can, on any mesh."""
+    """Errors in the options of heads, strategy and kernel that no mesh can mend."""
     strategy, kernel, groups = attention.strategy, attention.kernel, attention.gather_groups
     if heads > 0 and kv_heads > 0 and heads % kv_heads:
         yield (
@@ -175,12 +175,12 @@ def attention_problems(attention: AttentionConfig, heads: int, kv_heads: int) ->
 def _mesh_problems(config: Config, sizes: MeshSizes) -> Iterator[str]:
     data, seq, model = sizes
     batch, accumulate = config.data.batch_size, config.optim.accumulate
-    cut = {key: getattr(config.model, key) for key in ("heads", "kv_heads", "mlp_width")}
-    cut |= {"vocab": config.model.vocab} if config.model.vocab_parallel else {}
-    uneven = {key: value for key, value in cut.items() if value % model}
+    sharded = {key: getattr(config.model, key) for key in ("heads", "kv_heads", "mlp_width")}
+    sharded |= {"vocab": config.model.vocab} if config.model.vocab_parallel else {}
+    uneven = {key: value for key, value in sharded.items() if value % model}
     for key, value in uneven.items():
         yield (
-            f"model.{key}={value} is not divisible by mesh.model={model}, which cuts it; "
+            f"model.{key}={value} is not divisible by mesh.model={model}, which shards it; "
             f"use model.{key}={_next_multiple(value, model)} or a mesh.model that divides it"
         )
     if not uneven:
@@ -193,7 +193,7 @@ def _mesh_problems(config: Config, sizes: MeshSizes) -> Iterator[str]:
 
 
 def strategy_on_mesh(attention: AttentionConfig, heads: int, kv_heads: int, seq: int, model: int) -> Iterator[str]:
-    """What a strategy asks of the heads that a device has; `model` divides them."""
+    """Errors for heads that a strategy cannot divide among `seq` devices, after `model` has sharded them."""
     groups = attention.gather_groups
     if attention.strategy == "ulysses" and heads % (seq * model):
         by = f"mesh.seq={seq}" + (f" times mesh.model={model}" if model > 1 else "")

@@ -4,7 +4,6 @@ import dataclasses
 import difflib
 import typing
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any, Literal
 
 
@@ -13,7 +12,7 @@ class ConfigError(ValueError):
 
 
 class RunError(RuntimeError):
-    """What ends a run under way, through no fault of the config: what happened, what is safe, what to do."""
+    """An error that ends a run although its config is right: what happened, what is safe, what to do."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,7 +117,7 @@ def from_dict(values: Mapping[str, Any]) -> Config:
 
 
 def typed(kind: type[Section], values: Mapping[str, Any]) -> Section:
-    """The same for one section: its typed form, from its own keys.
+    """The typed form of one section, from a mapping of its own keys.
 
     Raises:
       ConfigError: as `from_dict`.
@@ -131,7 +130,7 @@ def typed(kind: type[Section], values: Mapping[str, Any]) -> Section:
 
 
 def unknown_key(key: str, known: list[str]) -> str:
-    """What to say of a dotted `key` that is not among the `known` ones."""
+    """The error for a dotted `key` that is not among the `known` ones, with the nearest of them."""
     if any(name.startswith(f"{key}.") for name in known):
         return f"config key {key!r} is a group of keys; set {key}.NAME instead"
     by_leaf = [name for name in known if name.rpartition(".")[2] == key.rpartition(".")[2]]
@@ -179,10 +178,10 @@ def _leaf(kind: Any, value: Any, key: str, problems: list[str]) -> Any:
 
 
 def gather_problems(*checks: Callable[[], object]) -> None:
-    """Runs all checks, so that the problems of all are told at once.
+    """Runs all checks and reports the problems of all at once.
 
     Raises:
-      ConfigError: what any of them raised, in their order.
+      ConfigError: the problems of all checks, in their order.
     """
     found = []
     for check in checks:
@@ -195,25 +194,6 @@ def gather_problems(*checks: Callable[[], object]) -> None:
 
 
 def changes(saved: Config, config: Config) -> dict[str, tuple[Any, Any]]:
-    """What differs between the config of a run that goes on and its new one: key to (then, now)."""
+    """The keys that differ between the saved config of a run and its new one, each to (then, now)."""
     before, after = flat(dataclasses.asdict(saved)), flat(dataclasses.asdict(config))
     return {key: (before[key], after[key]) for key in after if before[key] != after[key]}
-
-
-def check_same_model(saved: Config, config: Config, workdir: Path) -> None:
-    """Refuses to go on with a checkpoint's parameters in a model that they do not fit.
-
-    Raises:
-      ConfigError: each key that differs and shapes the parameters.
-    """
-    names = ("family", "vocab", "layers", "width", "heads", "kv_heads", "mlp_width", "positions", "tied_head")
-    shaping = [f"model.{name}" for name in names] + ["data.seq_len"] * (config.model.positions == "learned")
-    different = {key: pair for key, pair in changes(saved, config).items() if key in shaping}
-    if different:
-        raise ConfigError(
-            "\n".join(
-                f"workdir {workdir} holds a run with {key}={then!r}, not {now!r}, and its parameters do not fit; "
-                f"choose another --workdir, or go on with --config.{key}={then}"
-                for key, (then, now) in different.items()
-            )
-        )

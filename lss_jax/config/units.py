@@ -8,10 +8,10 @@ UNITS = {"MiB": 2**20, "GiB": 2**30, "TiB": 2**40, "MB": 10**6, "GB": 10**9, "TB
 
 
 def parse_size(written: str) -> int:
-    """Bytes of `16GiB`, `80GB` or `512MiB`.
+    """Parses `16GiB`, `80GB` or `512MiB` into bytes.
 
     Raises:
-      ConfigError: it is no size, or has no unit.
+      ConfigError: it is not a number with a unit, or zero.
     """
     match = re.fullmatch(rf"(\d+(?:\.\d+)?) ?({'|'.join(UNITS)})", written)
     if not match or not float(match[1]):
@@ -20,6 +20,6 @@ def parse_size(written: str) -> int:
 
 
 def shown_size(count: float) -> str:
-    """Bytes for the eye."""
+    """Formats bytes with a unit, as in `1.50 GiB`."""
     unit = next(unit for unit in ("TiB", "GiB", "MiB") if count >= UNITS[unit] or unit == "MiB")
     return f"{count / UNITS[unit]:,.2f} {unit}"

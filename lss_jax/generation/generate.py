@@ -11,7 +11,8 @@ from lss_jax.config.schema import Config, from_dict, gather_problems
 from lss_jax.generation.decode import Generation, check_request
 from lss_jax.generation.sampling import Sampling
 from lss_jax.models import build_model
-from lss_jax.storage.workdir import check_workdir, saved_config
+from lss_jax.storage.workdir import saved_config
+from lss_jax.training.compatibility import check_workdir
 from lss_jax.training.evaluation import restore_params
 
 

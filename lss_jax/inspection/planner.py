@@ -1,8 +1,8 @@
-"""Plans a run: for each mesh and strategy the longest sequence that fits, and the bytes sent."""
+"""The longest sequence that fits on each mesh with each strategy, and the bytes that a step of it sends."""
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, cast
 
 import jax
@@ -16,15 +16,16 @@ from lss_jax.inspection.contract import predicted, sent
 from lss_jax.inspection.memory import Memory, memory_of
 from lss_jax.models import Model, build_model
 from lss_jax.parallel.layout import layout_on
-from lss_jax.parallel.mesh import AXES
+from lss_jax.parallel.mesh import AXES, make_mesh
+from lss_jax.training.step import trace_train_step
 
-TILE = 128  # planned lengths are multiples of so many tokens, and of what their sharding needs
+TILE = 128  # lengths are multiples of this, and of the number of segments (or chunks) that the mesh makes of them
 LONGEST = 2**31 - 1  # positions are int32
-CLOSE = 0.05  # lengths within this of the longest count as equally good, and traffic decides
+CLOSE = 0.05  # lengths within this fraction of the longest count as equal, and traffic decides
 
 
 class Cost(NamedTuple):
-    """The bytes per device that a training step at one length needs and sends."""
+    """Costs of a training step at one length, in bytes per device."""
 
     seq_len: int
     memory: Memory
@@ -32,12 +33,12 @@ class Cost(NamedTuple):
 
 
 class Candidate(NamedTuple):
-    """A mesh with a strategy that is possible, and its costs."""
+    """A mesh with a strategy, and its costs."""
 
     sizes: MeshSizes
     strategy: str
     own: Cost  # at the config's length, whether it fits or not
-    longest: Cost
+    longest: Cost  # at the longest that fits
 
 
 class Impossible(NamedTuple):
@@ -49,9 +50,7 @@ class Impossible(NamedTuple):
 
 
 def plan(config: Config, devices: int, memory: int) -> tuple[list[Candidate], list[Impossible]]:
-    """Evaluates every mesh of so many devices with every strategy: the possible ones, best first, and the others.
-
-    `memory` is that of a device, in bytes.
+    """All candidates, the best first, and what is impossible.
 
     Raises:
       ConfigError: the config is wrong on any mesh.
@@ -60,7 +59,7 @@ def plan(config: Config, devices: int, memory: int) -> tuple[list[Candidate], li
     model = build_model(config)
     candidates, impossible = [], []
     for sizes in meshes(devices):
-        for strategy in STRATEGIES if sizes[1] > 1 else [config.attention.strategy]:  # unsharded they are the same
+        for strategy in STRATEGIES if sizes[1] > 1 else [config.attention.strategy]:  # on one device they are the same
             try:
                 candidates.append(evaluate(model, sizes, strategy, memory))
             except ConfigError as error:
@@ -76,12 +75,12 @@ def meshes(devices: int) -> Iterator[MeshSizes]:
 
 
 def evaluate(model: Model, sizes: MeshSizes, strategy: str, memory: int) -> Candidate:
-    """The costs of a mesh with a strategy, at the model's own length and at the longest that fits `memory` bytes.
+    """Costs on this mesh with this strategy, at the config's length and at the longest that fits in `memory` bytes.
 
     Raises:
       ConfigError: it breaks a rule of the config, or not even the shortest sequence fits.
     """
-    config, mesh = config_on(model.config, sizes, strategy), AbstractMesh(sizes, AXES)
+    config, mesh = on_mesh(model.config, sizes, strategy), AbstractMesh(sizes, AXES)
     validate(config, math.prod(sizes))
 
     def at(seq_len: int) -> Model:
@@ -103,8 +102,8 @@ def evaluate(model: Model, sizes: MeshSizes, strategy: str, memory: int) -> Cand
     return Candidate(sizes, strategy, cost(config.data.seq_len), cost(longest))
 
 
-def config_on(config: Config, sizes: MeshSizes, strategy: str) -> Config:
-    """The config on a mesh with a strategy, without the options of other strategies."""
+def on_mesh(config: Config, sizes: MeshSizes, strategy: str) -> Config:
+    """The config on this mesh with this strategy, without the options of another strategy."""
     attention = dataclasses.replace(config.attention, strategy=cast(Any, strategy))
     if strategy != "lss":
         attention = dataclasses.replace(attention, gather_groups=1, regather=False)
@@ -122,7 +121,7 @@ def at_length(model: Model, seq_len: int) -> Model:
 
 
 def largest(holds: Callable[[int], bool], limit: int) -> int:
-    """The largest number up to `limit` for which `holds`, which must be monotone, is true; 0 if for none."""
+    """The largest number up to `limit` for which `holds` is true, 0 if there is none; it must be true for all below."""
     high = 1
     while high <= limit and holds(high):
         high *= 2
@@ -134,7 +133,7 @@ def largest(holds: Callable[[int], bool], limit: int) -> int:
 
 
 def ranked(candidates: list[Candidate]) -> list[Candidate]:
-    """Sorts: those within `CLOSE` of the longest sequence first, by bytes sent per token; the rest by length."""
+    """Candidates close to the longest sequence by bytes sent per token, least first; then the others by length."""
     longest = max((candidate.longest.seq_len for candidate in candidates), default=0)
 
     def order(candidate: Candidate) -> tuple[bool, float]:
@@ -146,6 +145,18 @@ def ranked(candidates: list[Candidate]) -> list[Candidate]:
 
 
 def chosen(config: Config, candidate: Candidate) -> Config:
-    """The config on a candidate's mesh, at its longest length."""
-    config = config_on(config, candidate.sizes, candidate.strategy)
+    """The config of a candidate at its longest sequence."""
+    config = on_mesh(config, candidate.sizes, candidate.strategy)
     return dataclasses.replace(config, data=dataclasses.replace(config.data, seq_len=candidate.longest.seq_len))
+
+
+def compiled_memory(config: Config, candidate: Candidate, devices: Sequence[jax.Device]) -> int:
+    """Bytes per device that the candidate's step takes at its longest sequence, compiled for these devices.
+
+    Raises:
+      jax.errors.JaxRuntimeError: the compiler reports that it does not fit.
+    """
+    model = build_model(chosen(config, candidate))
+    analysis = trace_train_step(model, make_mesh(candidate.sizes, devices)).lower().compile().memory_analysis()
+    assert analysis is not None, "CPU and TPU compilers give one"
+    return analysis.argument_size_in_bytes + analysis.temp_size_in_bytes

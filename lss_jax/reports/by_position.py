@@ -24,9 +24,9 @@ from lss_jax.models import Model, Params, build_model
 from lss_jax.parallel.layout import Layout, layout_on
 from lss_jax.parallel.mesh import shardings
 from lss_jax.reports.figures import Curve, Plot
-from lss_jax.storage.workdir import check_workdir
 from lss_jax.tasks import Task, make_task
 from lss_jax.tasks.task import means_of, values_of
+from lss_jax.training.compatibility import check_workdir
 from lss_jax.training.evaluation import restore_params, sums_on
 from lss_jax.training.state import param_specs
 from lss_jax.training.step import make_position_step

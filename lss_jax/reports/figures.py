@@ -1,4 +1,4 @@
-"""Figures of curves, for a file or for a page. Matplotlib is imported here alone, and late: training needs none."""
+"""Figures of curves, for a file or a page. Matplotlib is imported here alone, and late: training works without it."""
 
 import html
 import io
@@ -8,24 +8,24 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-INK = "#101112"  # of text and axes; on a page the page's own
+INK = "#101112"  # color of text and axes; on a page, the page's own
 COLORS = ("#3b82c4", "#c2661c", "#2f9460", "#9467bd", "#d64545", "#7f7f7f")  # at least 3:1 on white and on near-black
 STROKES = ("-", "--", "-.", (0, (1, 1)))  # curves differ in these too, for eyes and printers without colors
 SIZE = (4.6, 2.9)  # inches: at the width of a phone its letters can still be read
 
 
 class Curve(NamedTuple):
-    """Points in the order of `x`; where `y` is not finite the line is broken. `style` numbers its color and stroke."""
+    """A line through points in the order of `x`, broken where `y` is not finite; `style` numbers color and stroke."""
 
     label: str
     x: list[float]
     y: list[float]
     style: int
-    dots: bool = False  # at every point
+    dots: bool = False  # one at every point
 
 
 class Plot(NamedTuple):
-    """Curves over one pair of axes, and places on the x axis that are marked in a style."""
+    """Curves over one pair of axes, and marks: vertical lines, each at an x and in a style."""
 
     x_label: str
     y_label: str
@@ -36,12 +36,12 @@ class Plot(NamedTuple):
 
 
 def png_of(plot: Plot) -> bytes:
-    """For a file of its own, on white."""
+    """The plot as a PNG file, on white."""
     return _saved(plot, "png", dpi=200)
 
 
 def svg_of(plot: Plot, described: str) -> str:
-    """To be put into a page: text stays text, ink is the page's, and nothing in it points outside."""
+    """The plot as an SVG element of a page: text stays text, ink is the page's, and nothing refers to another file."""
     svg = _saved(plot, "svg", transparent=True).decode()
     svg = re.sub(r"<metadata>.*?</metadata>|(?<=<g) id=\"[^\"]*\"", "", svg, flags=re.DOTALL)
     found = re.fullmatch(r'.*?<svg [^>]*?(viewBox="[^"]*")[^>]*>(.*)', svg, re.DOTALL)

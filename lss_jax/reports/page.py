@@ -5,7 +5,7 @@ from html import escape
 
 from lss_jax.reports.figures import Plot, svg_of
 
-POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"  # a browser would refuse what we forgot
+POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"  # the browser blocks any accidental fetch
 
 STYLE = """
 :root { color-scheme: light dark; --paper: #ffffff; --ink: #16191d; --quiet: #565c64; --line: #d5d9de }
@@ -26,7 +26,7 @@ td { overflow-wrap: anywhere; min-width: 4rem }
 
 
 def page(title: str, parts: Iterable[str]) -> str:
-    """The whole document."""
+    """The whole HTML document."""
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">\n'
@@ -38,17 +38,17 @@ def page(title: str, parts: Iterable[str]) -> str:
 
 
 def section(heading: str, *parts: str) -> str:
-    """Parts under a heading."""
+    """A section: parts under a heading."""
     return "\n".join(["<section>", f"<h2>{escape(heading)}</h2>", *parts, "</section>"])
 
 
 def paragraph(text: str) -> str:
-    """Plain text."""
+    """A paragraph of plain text."""
     return f'<p class="quiet">{escape(text)}</p>'
 
 
 def figures(*drawn: tuple[Plot, str]) -> str:
-    """Plots with their captions, side by side where there is room."""
+    """Plots with their captions, side by side if there is room."""
     return "\n".join(
         [
             '<div class="figures">',
@@ -62,7 +62,7 @@ def figures(*drawn: tuple[Plot, str]) -> str:
 
 
 def table(caption: str, header: Sequence[str], rows: Iterable[Sequence[str]], words: int = 0) -> str:
-    """Rows under a header: their names, then so many columns of words, then numbers."""
+    """A table: a column of names, `words` columns of words, then numbers."""
 
     def cells(row: Sequence[str], first: str, other: str) -> str:
         tags = [first, *[f'{other} class="word"'] * words, *[other] * len(row)]

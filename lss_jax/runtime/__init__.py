@@ -1,1 +1,1 @@
-"""Processes: start-up, watch, interrupts."""
+"""Processes: start-up, peers, signals and interrupts."""

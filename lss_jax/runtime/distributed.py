@@ -1,4 +1,4 @@
-"""Process start-up, alone or as one of many, and what the processes of a run tell one another outside of XLA."""
+"""Process start-up, alone or as one of many, and agreement between the processes of a run."""
 
 import os
 import socket
@@ -18,29 +18,27 @@ COLLECTIVE_TIMEOUT = "--xla_cpu_collective_call_terminate_timeout_seconds"
 
 
 class Launch(NamedTuple):
-    """How this process is started; None where the launcher (Slurm, Open MPI, Kubernetes, Cloud TPU) says it, if any."""
+    """How this process is launched; None where the launcher, if any, provides it (Slurm, Open MPI, Kubernetes, TPU)."""
 
-    coordinator: str | None  # HOST:PORT that process 0 listens at
+    coordinator: str | None  # HOST:PORT where process 0 listens
     processes: int | None
     process: int | None
     heartbeat_timeout: int  # seconds
 
 
 def start(launch: Launch | None = None) -> Alone | Peers:
-    """Readies this process and finds the run's devices and other processes; call it before JAX is asked for a device.
+    """Initializes this process and finds the run's devices and other processes; call it before JAX finds devices.
 
-    Without an accelerator each process runs on 8 simulated CPU devices, unless the user says how many in `XLA_FLAGS` or
-    `JAX_NUM_CPU_DEVICES`. Simulated devices take turns on the real cores, so the last one may come to a collective
-    long after the first: XLA's limit of 40 s, after which it aborts, is raised to 20 minutes.
+    Without an accelerator each process runs on 8 simulated CPU devices, unless `XLA_FLAGS` or `JAX_NUM_CPU_DEVICES`
+    sets another number.
 
     Raises:
-      ConfigError: JAX finds no devices of the kind that `JAX_PLATFORMS` asks for, or the launch is not well described.
+      ConfigError: JAX finds no devices of the kind that `JAX_PLATFORMS` asks for, or the launch options are invalid.
     """
     flags = os.environ.get("XLA_FLAGS", "")
     if "xla_force_host_platform_device_count" not in flags and "JAX_NUM_CPU_DEVICES" not in os.environ:
         jax.config.update("jax_num_cpu_devices", SIMULATED_DEVICES)
-    if COLLECTIVE_TIMEOUT not in flags:
-        os.environ["XLA_FLAGS"] = f"{flags} {COLLECTIVE_TIMEOUT}=1200".strip()
+    _wait_for_slow_collectives()
     many = launch is not None and _join(launch)
     try:
         jax.devices()
@@ -52,21 +50,45 @@ def start(launch: Launch | None = None) -> Alone | Peers:
     return Peers(_client(), jax.process_index(), jax.process_count(), launch.heartbeat_timeout)
 
 
+def start_on_cpu(devices: int) -> None:
+    """Initializes this process to compile for other devices: it uses the CPU alone, as `devices` simulated devices.
+
+    Accelerators of this machine are left alone, and constants of traced programs lie on the CPU. Call it before JAX
+    finds devices.
+
+    Raises:
+      RuntimeError: JAX has found another number of simulated devices already.
+    """
+    jax.config.update("jax_num_cpu_devices", devices)
+    jax.config.update("jax_platforms", "cpu")
+    _wait_for_slow_collectives()
+
+
+def _wait_for_slow_collectives() -> None:
+    """Raises XLA's limit for collectives on CPU from 40 s to 20 minutes, unless the user has set it.
+
+    Simulated devices share the real cores, so the last one may reach a collective long after the first.
+    """
+    flags = os.environ.get("XLA_FLAGS", "")
+    if COLLECTIVE_TIMEOUT not in flags:
+        os.environ["XLA_FLAGS"] = f"{flags} {COLLECTIVE_TIMEOUT}=1200".strip()
+
+
 def _join(launch: Launch) -> bool:
-    """Joins the other processes; False if there is no word of any."""
+    """Joins the other processes; returns False if neither the options nor a launcher name any."""
     _check(launch)
     timeout = 5 * launch.heartbeat_timeout
     late = threading.Timer(timeout - 2, leave, (f"not all processes of the run came together within {timeout} s",))
     late.daemon = True
     late.start()  # a little earlier than JAX, which then aborts the process
-    jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM from us
+    jax.config.update("jax_enable_preemption_service", False)  # it would handle SIGTERM itself
     try:
         jax.distributed.initialize(
             launch.coordinator,
             launch.processes,
             launch.process,
             initialization_timeout=timeout,
-            heartbeat_timeout_seconds=2 * launch.heartbeat_timeout,  # JAX then aborts; our peers are to say it first
+            heartbeat_timeout_seconds=2 * launch.heartbeat_timeout,  # JAX then aborts; Peers reports it first
         )
     except ValueError as error:
         if launch.coordinator is None and "coordinator_address should be defined" in str(error):
@@ -109,22 +131,22 @@ def _client() -> Any:
 
 
 def is_first() -> bool:
-    """Whether this is process 0, which alone writes what is not an array."""
+    """Whether this is process 0, the only one that writes files other than arrays."""
     return jax.process_index() == 0
 
 
 def all_agree(value: bool) -> bool:
-    """Whether it is true in every process; all must ask."""
+    """Whether `value` is true in every process; all processes must call it."""
     return bool(np.all(multihost_utils.process_allgather(np.array(value))))
 
 
 def from_first(number: int) -> int:
-    """The number of process 0 (int32); all must ask."""
+    """The `number` that process 0 has (int32); all processes must call it."""
     return int(multihost_utils.broadcast_one_to_all(np.int32(number)))
 
 
 def after_first(action: Callable[[], None]) -> None:
-    """Does it in process 0 alone, and has the others wait for it."""
+    """Runs `action` in process 0 alone, while the others wait; all processes must call it."""
     if is_first():
         action()
     multihost_utils.sync_global_devices("after process 0")

@@ -1,4 +1,4 @@
-"""Ctrl-C in a notebook's cell or at a prompt, where something must be done whole or not at all."""
+"""Ctrl-C in a notebook's cell or at a prompt, delayed while a block must run as a whole."""
 
 import signal
 import threading
@@ -9,11 +9,11 @@ from types import FrameType
 
 @contextmanager
 def held_back() -> Iterator[None]:
-    """Has Ctrl-C wait for the end of the block, where `KeyboardInterrupt` is raised; a second one comes at once.
+    """Delays Ctrl-C to the end of the block, where `KeyboardInterrupt` is raised; a second one is raised at once.
 
-    Without it, a step that has been given the state (a donated buffer) could be left before it gives the next one back.
-    Whatever handles the signal otherwise handles it here, only later. Signals come to the main thread alone, so
-    elsewhere there is nothing to do.
+    Without it, a step that has taken the state (a donated buffer) could be interrupted before it returns the next one.
+    A signal handler of the user's is delayed in the same way. Signals reach the main thread alone, so in other threads
+    there is nothing to do.
     """
     before = signal.getsignal(signal.SIGINT)
     if threading.current_thread() is not threading.main_thread() or not callable(before):

@@ -2,7 +2,7 @@
 
 `DIR/STEP/` holds what Orbax writes for each item (`params`, `opt_state`) and a manifest: our own checksum of every
 array and the run's notes, under a seal. Orbax renames the whole folder into place when all of it is written, so a
-killed save leaves nothing that looks like a checkpoint. What is restored is summed again: damage of any kind is found.
+killed save leaves nothing that looks like a checkpoint. Restored arrays are checked against their checksums.
 """
 
 import json
@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 
 
 class Restored(NamedTuple):
-    """A checkpoint that was found sound: its items, and the notes that were saved with them."""
+    """A sound checkpoint: its items, and the notes saved with them."""
 
     step: int
     items: dict[str, Any]
@@ -40,7 +40,7 @@ class Damage(Exception):
 
 
 def newest_step(folder: Path, below: int = 2**31 - 1) -> int | None:
-    """The newest finished checkpoint under `folder` before step `below`, sound or not, as process 0 sees it."""
+    """The step of the newest finished checkpoint under `folder` before `below`, sound or not, as process 0 sees it."""
     names = [entry.name for entry in folder.iterdir()] if folder.is_dir() else []
     steps = [int(name) for name in names if name.isdigit() and int(name) < below]
     step = from_first(max(steps, default=-1))
@@ -48,9 +48,9 @@ def newest_step(folder: Path, below: int = 2**31 - 1) -> int | None:
 
 
 def restore_newest_sound(folder: Path, **shapes: Any) -> Restored | None:
-    """The newest checkpoint that passes its checks, with a warning that names the damaged ones; None if there are none.
+    """Restores the newest checkpoint that passes its checks, and warns of damaged ones; None if there is none at all.
 
-    Each item comes like its tree of `ShapeDtypeStruct`s, whose shardings say where to put it.
+    Each item is restored with the shapes, dtypes and shardings of its tree of `ShapeDtypeStruct`s.
 
     Raises:
       ConfigError: there are checkpoints, but none of them is sound.
@@ -77,12 +77,12 @@ def _listed(folder: Path, damaged: dict[int, str]) -> str:
 
 
 def _restored(folder: Path, step: int, shapes: dict[str, Any], damaged: dict[int, str]) -> Restored | None:
-    """The checkpoint of a step if every process finds it sound; if not, notes in `damaged` what is wrong."""
+    """Restores the checkpoint of a step if every process finds it sound; if not, records the reason in `damaged`."""
     reason = "another process cannot read it"
     found: Restored | None = None
     try:
         found = _read(folder / str(step), step, shapes)
-    except Exception as error:  # a broken file makes Orbax and the libraries below it raise anything at all
+    except Exception as error:  # a broken file makes Orbax and the libraries below it raise anything
         reason = f"{type(error).__name__}: {' '.join(str(error).split())}"[:200]
     if all_agree(found is not None):
         assert found is not None
@@ -95,7 +95,7 @@ def _restored(folder: Path, step: int, shapes: dict[str, Any], damaged: dict[int
 
 
 def newest_notes(folder: Path) -> dict[str, Any] | None:
-    """The notes of the newest checkpoint under `folder` that has them whole; its arrays are not looked at."""
+    """The notes of the newest checkpoint under `folder` with an intact manifest; its arrays are not read."""
     step = newest_step(folder)
     while step is not None:
         with suppress(OSError, ValueError, KeyError, TypeError, Damage):
@@ -112,7 +112,7 @@ def _manifest(folder: Path, step: int) -> dict[str, Any]:
 
 
 def _read(folder: Path, step: int, shapes: dict[str, Any]) -> Restored:
-    """What the files say. Each process reads its own part and waits for nobody, so that one may fail alone."""
+    """Reads a checkpoint, in each process its own shards; none waits for another, so that one may fail alone."""
     manifest = _manifest(folder, step)
     items = {
         name: ocp.StandardCheckpointHandler().restore((folder / name).absolute(), args=ocp.args.StandardRestore(tree))
@@ -122,7 +122,7 @@ def _read(folder: Path, step: int, shapes: dict[str, Any]) -> Restored:
 
 
 def _differing(found: Restored) -> list[str]:
-    """The arrays whose checksum is not the saved one."""
+    """The names of arrays whose checksum is not the saved one."""
     saved, now = found.notes["checksums"], checksums(found.items)
     return [name for name in now if saved.get(name) != now[name]]
 
@@ -135,7 +135,7 @@ def _seal(manifest: dict[str, Any]) -> int:
 class CheckpointWriter:
     """Writes the checkpoints of one run in the background and keeps the newest `kept`.
 
-    `resumed_step` is the step that the run goes on from: later checkpoints, which are damaged, are set aside.
+    `resumed_step` is the step that the run resumes from: later checkpoints, which are damaged, are renamed.
     """
 
     def __init__(self, folder: Path, kept: int, resumed_step: int):
@@ -149,10 +149,10 @@ class CheckpointWriter:
             self._manager = ocp.CheckpointManager(folder.absolute(), options=options)
 
     def save(self, step: int, notes: dict[str, Any], **items: Any) -> None:
-        """Starts saving trees of global arrays; a step that is already saved is left alone.
+        """Starts saving trees of global arrays; does nothing if the step is saved already.
 
         Raises:
-          RunError: this save cannot be started, or the one before has failed.
+          RunError: this save cannot be started, or the previous one has failed.
         """
         if step == self._manager.latest_step():
             return
@@ -165,7 +165,7 @@ class CheckpointWriter:
     def check(self) -> None:
         """Raises a RunError if a save in the background has failed.
 
-        Orbax's own `check_for_errors` is silent about that: its background thread has already taken the error away.
+        Orbax's own `check_for_errors` does not report it: its background thread has already consumed the error.
         """
         if not self._manager.is_saving_in_progress():
             self.wait()
@@ -176,12 +176,12 @@ class CheckpointWriter:
             self._manager.wait_until_finished()
 
     def close(self) -> None:
-        """The same, for the last time."""
+        """Waits like `wait`, then closes Orbax's manager: nothing can be saved afterwards."""
         self.wait()
         self._manager.close()
 
     def newest(self) -> str:
-        """The newest finished checkpoint, for a message."""
+        """A clause that names the newest finished checkpoint, for error messages."""
         steps = [int(entry.name) for entry in self._folder.iterdir() if entry.name.isdigit()]
         return (
             f"the last sound checkpoint is {self._folder / str(max(steps))}" if steps else "there is no checkpoint yet"
@@ -201,21 +201,21 @@ class CheckpointWriter:
 
 
 def _remove_unfinished(folder: Path) -> None:
-    """Removes half a checkpoint, which on a full disk is in the way, until it has stayed away for a second.
+    """Removes unfinished checkpoints, which fill up the disk, until none has reappeared for a second.
 
-    Orbax ends a save at its first error, and the threads that write its other parts make their folders anew. What
-    cannot be removed is left after ten seconds: the next run removes it.
+    Orbax ends a save at its first error, while threads that write the other items create their folders again. What
+    cannot be removed within ten seconds is left to the next run.
     """
     started = removed = time.monotonic()
     while time.monotonic() < min(removed + 1.0, started + 10.0):
-        for half in folder.glob(f"*{UNFINISHED}*"):
-            shutil.rmtree(half, ignore_errors=True)
+        for unfinished in folder.glob(f"*{UNFINISHED}*"):
+            shutil.rmtree(unfinished, ignore_errors=True)
             removed = time.monotonic()
         time.sleep(0.05)
 
 
 def _set_aside(folder: Path, resumed_step: int) -> None:
-    """Renames the checkpoints of later steps, so that those steps can be saved again and a person can look at these."""
+    """Renames checkpoints of later steps, so that those steps can be saved again and a person can inspect these."""
     for entry in folder.iterdir() if folder.is_dir() else ():
         if entry.name.isdigit() and int(entry.name) > resumed_step:
             aside = entry.with_name(DAMAGED + entry.name)

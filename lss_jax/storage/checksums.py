@@ -1,7 +1,7 @@
-"""Checksums of global arrays: the same on every mesh and for every number of processes, and none needs an array whole.
+"""Checksums of global arrays, equal on every mesh and for every number of processes; no array is gathered for them.
 
-An element counts by its bits and its place, and the counts are added up modulo 2**32, twice over. A sum does not care
-how the array is cut, and any change of a single element changes it for certain.
+Each element gives a hash of its bits and its index, and the hashes are added up modulo 2**32, with two salts. The sums
+do not depend on how the array is sharded, and any change of a single element changes them for certain.
 """
 
 import functools
@@ -19,7 +19,7 @@ UNSIGNED = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}  # by the size of an ele
 
 
 def checksums(tree: Any) -> dict[str, str]:
-    """The checksum of every array of a tree (64 bits, as hexadecimal digits), under its path."""
+    """The checksum of every array of a tree (64 bits, in hexadecimal), by its path."""
     leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
     arrays = [leaf for _, leaf in leaves]
     sums = jax.device_get(_summing(arrays[0].sharding.mesh)(arrays))
@@ -35,10 +35,10 @@ def _summing(mesh: Mesh) -> jax.stages.Wrapped:
 
 def _checksum(array: jax.Array) -> jax.Array:
     bits = jax.lax.bitcast_convert_type(array, UNSIGNED[array.dtype.itemsize]).astype(jnp.uint32)
-    place = jnp.uint32(0)
+    index = jnp.uint32(0)
     for axis, size in enumerate(array.shape):
-        place = place * jnp.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, array.shape, axis)
-    return jnp.stack([jnp.sum(mixed(bits ^ mixed(place + jnp.uint32(salt))), dtype=jnp.uint32) for salt in SALTS])
+        index = index * jnp.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, array.shape, axis)
+    return jnp.stack([jnp.sum(mixed(bits ^ mixed(index + jnp.uint32(salt))), dtype=jnp.uint32) for salt in SALTS])
 
 
 def _name(path: Any) -> str:

@@ -18,9 +18,10 @@ from lss_jax.parallel.mesh import like, shardings
 from lss_jax.runtime.distributed import is_first
 from lss_jax.storage.checkpoint import restore_newest_sound
 from lss_jax.storage.metrics import Record
-from lss_jax.storage.workdir import check_workdir, saved_config
+from lss_jax.storage.workdir import saved_config
 from lss_jax.tasks import Task, make_task
 from lss_jax.tasks.task import means_of, values_of
+from lss_jax.training.compatibility import check_workdir
 from lss_jax.training.state import param_specs
 from lss_jax.training.step import make_eval_step
 

@@ -28,7 +28,7 @@ def make_schedule(config: OptimConfig) -> optax.Schedule:
 def make_optimizer(config: OptimConfig) -> optax.GradientTransformationExtraArgs:
     """Clip by global norm, then AdamW (Loshchilov & Hutter 2019, arXiv 1711.05101) with decay on matrices alone.
 
-    `update` takes the gradient's `norm`, if it is known already.
+    `update` takes the gradient's global `norm` as a keyword, if it is known already.
     """
     return optax.chain(
         clip_by_norm(config.clip_norm),
@@ -43,7 +43,7 @@ def make_optimizer(config: OptimConfig) -> optax.GradientTransformationExtraArgs
 
 
 def clip_by_norm(largest: float) -> optax.GradientTransformationExtraArgs:
-    """As `optax.clip_by_global_norm`, which would take the norm, and the sums over devices in it, a second time."""
+    """Like `optax.clip_by_global_norm`, but takes a known `norm`, whose sums over devices are then not repeated."""
 
     def update(gradient: Any, state: Any, params: Any = None, *, norm: Any = None, **_: Any) -> tuple[Any, Any]:
         norm = optax.tree.norm(gradient) if norm is None else norm
@@ -53,5 +53,5 @@ def clip_by_norm(largest: float) -> optax.GradientTransformationExtraArgs:
 
 
 def decayed(params: Any) -> Any:
-    """Which parameters decay: all but norms and biases, told by name, since stacked layers give every bias two axes."""
+    """A mask of the parameters that decay: all but norms and biases, by name, since stacked biases have two axes."""
     return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key not in NOT_DECAYED, params)

@@ -7,7 +7,7 @@ import jax
 
 
 class Skipped(NamedTuple):
-    """A step without an update, and how many there have been."""
+    """A step whose update was skipped, and the counts up to it."""
 
     step: int
     loss: float
@@ -20,9 +20,9 @@ class Skipped(NamedTuple):
 
 
 class Skips:
-    """Counts them. Metrics stay on their devices until `settle`, so that steps can be queued.
+    """Counts skipped steps. Metrics stay on their devices until `settle`, so that steps can be queued.
 
-    `total` and `in_a_row` are what was counted before, when a run goes on.
+    `total` and `in_a_row` are the counts so far, of a run that resumes.
     """
 
     def __init__(self, total: int, in_a_row: int):
@@ -30,7 +30,7 @@ class Skips:
         self._pending: list[tuple[int, dict[str, jax.Array]]] = []
 
     def add(self, step: int, metrics: dict[str, jax.Array]) -> None:
-        """Takes note of a step that has been started."""
+        """Adds the metrics of a step that has started."""
         self._pending.append((step, metrics))
 
     def settle(self) -> list[Skipped]:

@@ -21,9 +21,10 @@ from lss_jax.runtime.distributed import after_first, is_first
 from lss_jax.runtime.interrupt import held_back
 from lss_jax.storage.checkpoint import CheckpointWriter, Restored, newest_step, restore_newest_sound
 from lss_jax.storage.metrics import MetricsWriter, Record
-from lss_jax.storage.workdir import check_workdir, check_writable, keep_config
+from lss_jax.storage.workdir import check_writable, keep_config
 from lss_jax.tasks import make_task
 from lss_jax.tasks.task import values_of
+from lss_jax.training.compatibility import check_workdir
 from lss_jax.training.evaluation import evaluate_split
 from lss_jax.training.optimizer import make_optimizer, make_schedule
 from lss_jax.training.profile import STEP, Profile

@@ -94,8 +94,8 @@ def test_a_second_interrupt_ends_the_process_at_once():
 import time
 import jax
 import numpy as np
-from lss_jax.peers import Alone
-from lss_jax.train import stopping_on_signals
+from lss_jax.runtime.peers import Alone
+from lss_jax.runtime.signals import stopping_on_signals
 
 def long_step(x):
     print("step ", flush=True)

@@ -1,0 +1,60 @@
+"""Whether the checkpoints of a run fit the model of a new config."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from lss_jax.config.schema import Config, ConfigError, changes, from_dict
+from lss_jax.models import Params, build_model
+from lss_jax.storage.workdir import saved_config
+
+
+def check_workdir(config: Config, workdir: Path) -> dict[str, tuple[Any, Any]]:
+    """Refuses a config whose model the run's checkpoints do not fit; returns what else differs, key to (then, now).
+
+    Raises:
+      ConfigError: there is no run in `workdir`, or its parameters have other shapes; one line per key that shapes them.
+    """
+    saved = from_dict(saved_config(workdir))
+    differing = changes(saved, config)
+    misfits = shaping(saved, config)
+    if misfits:
+        raise ConfigError(
+            "\n".join(
+                f"workdir {workdir} holds a run with {key}={then!r}, not {now!r}, and its parameters do not fit; "
+                f"choose another --workdir, or go on with --config.{key}={then}"
+                for key, (then, now) in misfits.items()
+            )
+        )
+    return differing
+
+
+def shaping(saved: Config, config: Config) -> dict[str, tuple[Any, Any]]:
+    """The keys that give the two configs' parameters different shapes, each to (then, now); empty if shapes are equal.
+
+    A key counts if changing it alone, from its saved value to the new one, changes shapes or leaves no valid model. If
+    only several keys together do that, all that differ count.
+    """
+    differing, before = changes(saved, config), shapes_of(saved)
+    if not differing or shapes_of(config) == before:
+        return {}
+    alone = {key: pair for key, pair in differing.items() if shapes_of(with_value(saved, key, pair[1])) != before}
+    return alone or differing
+
+
+def shapes_of(config: Config) -> Params | None:
+    """The parameters' global shapes and dtypes (nothing is allocated), None if no model can be built of this config."""
+    try:
+        return build_model(config).shapes
+    except (ValueError, TypeError, ArithmeticError):  # sizes that no rule has checked yet
+        return None
+
+
+def with_value(config: Config, key: str, value: Any) -> Config:
+    """The config with the value of one dotted key replaced."""
+    section, _, name = key.rpartition(".")
+    if not section:
+        return dataclasses.replace(config, **{name: value})
+    inner = dataclasses.replace(getattr(config, section), **{name: value})
+    changed: dict[str, Any] = {section: inner}
+    return dataclasses.replace(config, **changed)
