@@ -1,4 +1,4 @@
-"""Where the bytes come from: the standard library's own sources, enwik8, or any text file."""
+"""Sources of bytes: the standard library's own sources, enwik8, or any text file."""
 
 import hashlib
 import os
@@ -13,7 +13,7 @@ import numpy as np
 
 from lss_jax.config.schema import ConfigError, DataConfig, RunError
 
-WHOLE = 2**28  # bytes; of a longer file so many are hashed, in evenly spaced blocks
+WHOLE = 2**28  # bytes; of a longer file this many are hashed, in evenly spaced blocks
 BLOCK = 2**12
 
 # enwik8 (Mahoney 2006): the first 10^8 bytes of the English Wikipedia dump of 2006-03-03.

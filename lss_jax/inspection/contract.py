@@ -218,7 +218,7 @@ def _padded(config: Config, mesh: Mesh | AbstractMesh) -> bool:
 
 
 def _sharding_axes(mesh: Mesh | AbstractMesh, *axes: str) -> tuple[str, ...]:
-    """Those of the axes that have more than one device, in the mesh's order."""
+    """The given axes without those of size 1, in the mesh's order."""
     return tuple(axis for axis in cut_axes(mesh) if axis in axes)
 
 
