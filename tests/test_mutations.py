@@ -7,9 +7,8 @@ not even trace: `check_vma=True` proves that no average was forgotten.
 import jax
 import jax.numpy as jnp
 import pytest
-from helpers import sampled
+from helpers import check_against_oracle, sampled
 from jax.sharding import PartitionSpec as P
-from test_training_step import check_against_oracle
 
 import lss_jax.training.step
 from lss_jax.parallel.gradients import double_sum

@@ -5,8 +5,7 @@ import json
 
 import jax
 import pytest
-from helpers import small_config
-from test_run import TEXT, change
+from helpers import TEXT, change, small_config
 
 from lss_jax.config.rules import validate
 from lss_jax.config.schema import ConfigError

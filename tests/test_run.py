@@ -1,20 +1,17 @@
 """Whole runs, in this process: resume, other meshes, metrics, and bad workdirs."""
 
-import dataclasses
 import json
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
-from helpers import small_config
+from helpers import TEXT, change, small_config
 
 from lss_jax.config.schema import ConfigError
 from lss_jax.storage.metrics import MetricsWriter, console_line, duration, read_records
 from lss_jax.storage.workdir import saved_config
 from lss_jax.training.trainer import Trainer
-
-TEXT = bytes(np.random.default_rng(0).choice(list(b"abcdefgh     \n"), 6000))
 
 
 @pytest.fixture
@@ -22,15 +19,6 @@ def config(tmp_path):
     (tmp_path / "text").write_bytes(TEXT)
     changes = {"log_every": 2, "eval_every": 4, "eval_batches": 2, "checkpoint_every": 5, "optim__steps": 10}
     return small_config(mesh__seq=4, data__source="text", data__path=str(tmp_path / "text"), **changes)
-
-
-def change(config, **changes):
-    """`change(config, optim__steps=5)`"""
-    for key, value in changes.items():
-        section, _, name = key.rpartition("__")
-        inner = dataclasses.replace(getattr(config, section), **{name: value}) if section else value
-        config = dataclasses.replace(config, **{section or name: inner})
-    return config
 
 
 def run(config, workdir, stop_after=None, devices=None):

@@ -4,17 +4,28 @@ from functools import cache, partial
 
 import jax
 import numpy as np
-import optax
 import oracle
 import pytest
-from helpers import MESHES, assert_close, batch_on, mesh_of, model_on, random_bytes, relative_error, sampled
+from helpers import (
+    MESHES,
+    assert_close,
+    batch_on,
+    check_against_oracle,
+    mesh_of,
+    model_on,
+    perturbed_params,
+    random_bytes,
+    relative_error,
+    sampled,
+    windows_of,
+)
 from jax.sharding import PartitionSpec as P
 
 from lss_jax.data.batch import IGNORED
 from lss_jax.models.losses import cross_entropy, cross_entropy_of_shares
 from lss_jax.parallel.dropout import AFTER_ATTENTION, AFTER_MLP, ATTENTION, EMBEDDING, LAYER, Dropout
 from lss_jax.parallel.mesh import MODEL
-from lss_jax.training.optimizer import decayed, make_optimizer, make_schedule
+from lss_jax.training.optimizer import make_optimizer
 from lss_jax.training.state import init_state
 from lss_jax.training.step import make_eval_step, make_loss_and_gradient, make_train_step
 
@@ -59,23 +70,6 @@ HYBRID_VARIANTS = {
 }
 HYBRID_SAMPLE = {"remat and regather", "rope, prefix and window", "vocabulary, untied, sinusoidal"}
 HYBRID_SAMPLE |= {"vocabulary, documents in microbatches"}
-
-
-def perturbed_params(model, seed=1):
-    """Initial parameters, with every zero and one of them moved, so that no gradient is zero by symmetry."""
-    random = np.random.default_rng(seed)
-    params = jax.tree.map(np.asarray, model.init(jax.random.key(seed)))
-    return jax.tree.map(lambda leaf: leaf + 0.1 * random.standard_normal(leaf.shape, np.float32), params)
-
-
-def check_against_oracle(data, seq, model=1, bound=1e-5, source=None, **changes):
-    model, mesh = model_on(data, seq, model, **changes)
-    params = perturbed_params(model)
-    starts_B = None if source is None else np.arange(8) * model.config.data.seq_len
-    batch = batch_on(mesh, model.config, data=source, starts_B=starts_B)
-    loss, gradient = jax.jit(make_loss_and_gradient(model, mesh))(params, batch, 0)
-    expected_loss, expected = oracle.loss_and_gradient(params, batch, model.config)
-    assert_close({"loss": loss, "gradient": gradient}, {"loss": expected_loss, "gradient": expected}, bound)
 
 
 @pytest.mark.parametrize(("data", "seq"), MESHES)
@@ -153,19 +147,15 @@ def test_bfloat16_stays_near_the_float32_oracle(mesh):
 
 @cache
 def oracle_curve(steps):
-    """Losses of `steps` AdamW steps with the oracle's gradients, and the final parameters."""
-    model, mesh = model_on(1, 1)
-    optim = model.config.optim
-    params = jax.tree.map(np.asarray, model.init(jax.random.key(model.config.seed)))
-    optimizer = optax.chain(
-        optax.clip_by_global_norm(optim.clip_norm),
-        optax.adamw(make_schedule(optim), optim.beta1, optim.beta2, weight_decay=optim.weight_decay, mask=decayed),
-    )
-    opt_state, losses = optimizer.init(params), []
+    """Losses of `steps` steps of the oracle, and the final parameters."""
+    model, _ = model_on(1, 1)
+    config = model.config
+    params = jax.tree.map(np.asarray, model.init(jax.random.key(config.seed)))
+    moments, losses = (jax.tree.map(np.zeros_like, params),) * 2, []
     for step in range(steps):
-        loss, gradient = oracle.loss_and_gradient(params, batch_on(mesh, model.config, seed=step), model.config)
-        updates, opt_state = optimizer.update(gradient, opt_state, params)
-        params = optax.apply_updates(params, updates)
+        in_float32 = jax.tree.map(np.float32, params)
+        loss, gradient = oracle.loss_and_gradient(in_float32, windows_of(config, seed=step), config)
+        params, moments = oracle.adamw(params, gradient, moments, step, config.optim)
         losses.append(float(loss))
     return losses, params
 
@@ -210,9 +200,9 @@ def test_moments_in_shares_give_the_same_parameters(sizes):
 def test_evaluation_equals_the_oracle(mesh, vocab_parallel):
     model, mesh = model_on(*mesh, model__vocab_parallel=vocab_parallel)
     params = perturbed_params(model)
-    batch = batch_on(mesh, model.config, data=random_bytes(200), starts_B=np.arange(8) * 48)
-    sums = make_eval_step(model, mesh)(params, batch)
-    expected, _ = oracle.loss_and_gradient(params, batch, model.config)
+    windows = oracle.Windows(random_bytes(200), np.arange(8) * 48)
+    sums = make_eval_step(model, mesh)(params, batch_on(mesh, model.config, 0, *windows))
+    expected, _ = oracle.loss_and_gradient(params, windows, model.config)
     assert float(sums.tokens) == 199
     assert relative_error(sums.mean(), expected) < 1e-5
 
@@ -291,7 +281,7 @@ def test_dropout_depends_on_seed_and_step_and_spares_evaluation():
     of_seed = float(jax.jit(make_loss_and_gradient(other, mesh))(params, batch, 0)[0])
     assert of_step[0] == of_step[1]
     assert len({*of_step, of_seed}) == 3
-    expected, _ = oracle.loss_and_gradient(params, batch, model.config)
+    expected, _ = oracle.loss_and_gradient(params, windows_of(model.config), model.config)
     assert relative_error(make_eval_step(model, mesh)(params, batch).mean(), expected) < 1e-5
 
 

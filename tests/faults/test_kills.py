@@ -94,7 +94,7 @@ def test_a_second_interrupt_ends_the_process_at_once():
 import time
 import jax
 import numpy as np
-from lss_jax.peers import Alone
+from lss_jax.runtime.peers import Alone
 from lss_jax.train import stopping_on_signals
 
 def long_step(x):
