@@ -10,7 +10,7 @@ if (
 ):  # equal programs are compiled once, by all workers and subprocesses together
     COMPILED = tempfile.TemporaryDirectory(prefix="lss_jax-tests-")
     os.environ["JAX_COMPILATION_CACHE_DIR"] = COMPILED.name
-os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.5"
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
 COMPILE_FAST = "--xla_backend_optimization_level=0"  # small programs, many: compiling is the cost
 if version("jaxlib").startswith("0.10."):  # later ones do not know this flag, which takes compiling to a third
     COMPILE_FAST += " --xla_cpu_use_fusion_emitters=false"

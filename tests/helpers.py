@@ -59,9 +59,13 @@ def model_on(data: int, seq: int, model: int = 1, **changes) -> tuple[Model, jax
     return build_model(config), mesh_of(data, seq, model)
 
 
-def sampled(values, sample):
-    """Parameters of a test; those outside the sample have the marker `grid`."""
-    return [pytest.param(value, marks=[] if value in sample else pytest.mark.grid) for value in values]
+def sampled(values, sample, rest=pytest.mark.grid, quick=()):
+    """Parameters of a test; those outside the sample have the marker `grid`, or another, and some inside it `quick`."""
+    assert all(value in sample for value in quick)
+    return [
+        pytest.param(value, marks=[pytest.mark.quick] * (value in quick) if value in sample else rest)
+        for value in values
+    ]
 
 
 def random_bytes(count: int = 20_000, seed: int = 0) -> np.ndarray:

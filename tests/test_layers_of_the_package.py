@@ -7,6 +7,10 @@ import ast
 import graphlib
 from pathlib import Path
 
+import pytest
+
+pytestmark = pytest.mark.quick
+
 PACKAGE = Path(__file__).parents[1] / "lss_jax"
 TESTS = Path(__file__).parent
 COMMANDS = "the commands at the top"

@@ -68,21 +68,22 @@ HYBRID_VARIANTS = {
     },
     "rope, prefix and window": {**VARIANTS["rope"], **VARIANTS["prefix and window"]},
 }
-HYBRID_SAMPLE = {"remat and regather", "rope, prefix and window", "vocabulary, untied, sinusoidal"}
-HYBRID_SAMPLE |= {"vocabulary, documents in microbatches"}
+HYBRID_SAMPLE = {"remat and regather", "vocabulary, untied, sinusoidal", "vocabulary, documents in microbatches"}
 
 
-@pytest.mark.parametrize(("data", "seq"), MESHES)
-def test_gradient_equals_the_oracle_on_every_mesh(data, seq):
-    check_against_oracle(data, seq)
+@pytest.mark.parametrize("mesh", sampled(MESHES, [(1, 1), (8, 1), (1, 8), (2, 3)], quick=[(1, 8)]), ids=str)
+def test_gradient_equals_the_oracle_on_every_mesh(mesh):
+    check_against_oracle(*mesh)
 
 
-@pytest.mark.parametrize("mesh", HYBRIDS)
+@pytest.mark.parametrize("mesh", sampled(HYBRIDS, [(1, 4, 2), (1, 1, 8)]), ids=str)
 def test_gradient_equals_the_oracle_on_every_hybrid(mesh):
     check_against_oracle(*mesh, model__heads=8)
 
 
-@pytest.mark.parametrize("variant", sampled(HYBRID_VARIANTS, HYBRID_SAMPLE))
+@pytest.mark.parametrize(
+    "variant", sampled(HYBRID_VARIANTS, HYBRID_SAMPLE, quick=["vocabulary, documents in microbatches"])
+)
 def test_gradient_equals_the_oracle_for_every_model_on_a_hybrid(variant):
     heads = {"model__kv_heads": 2} if variant == "mqa" else {}  # one key/value head cannot be cut
     check_against_oracle(2, 2, 2, **{**HYBRID_VARIANTS[variant], **heads})
@@ -98,8 +99,7 @@ def test_gradient_equals_the_oracle_for_every_strategy_and_layout_on_hybrids(mes
     check_against_oracle(*mesh, **heads, **changes, model__vocab_parallel=mesh[2] == 2)
 
 
-SAMPLE = {"rope", "untied", "gqa", "remat and regather", "groups", "sinusoidal", "prefix and window"}
-SAMPLE |= {"documents in microbatches", "wide"}
+SAMPLE = {"rope", "gqa", "remat and regather", "groups", "prefix and window", "documents in microbatches"}
 
 
 @pytest.mark.parametrize("variant", sampled(VARIANTS, SAMPLE))
@@ -107,28 +107,40 @@ def test_gradient_equals_the_oracle_for_every_model(variant):
     check_against_oracle(2, 4, **VARIANTS[variant])
 
 
-@pytest.mark.parametrize("layout", ["contiguous", "zigzag"])
-@pytest.mark.parametrize("strategy", ["lss", "ring", "ulysses"])
-@pytest.mark.parametrize(("data", "seq"), [(2, 4), (2, 3)])
-def test_gradient_equals_the_oracle_for_every_strategy_and_layout(data, seq, strategy, layout):
+OF_STRATEGIES = [
+    ((2, seq), strategy, layout)
+    for seq in (4, 3)
+    for strategy in ("lss", "ring", "ulysses")
+    for layout in ("contiguous", "zigzag")
+]
+
+
+ONE_MESH_TO_A_LAYOUT = [case for case in OF_STRATEGIES if (case[0] == (2, 3)) == (case[2] == "zigzag")]
+QUICK = [((2, 3), "ring", "zigzag"), ((2, 3), "ulysses", "zigzag")]
+
+
+@pytest.mark.parametrize("case", sampled(OF_STRATEGIES, ONE_MESH_TO_A_LAYOUT, quick=QUICK), ids=str)
+def test_gradient_equals_the_oracle_for_every_strategy_and_layout(case):
     """With learned positions, fewer key/value heads than devices, and a length that neither 4 nor 3 divides."""
+    (data, seq), strategy, layout = case
     changes = {"model__heads": 12, "model__width": 48, "model__kv_heads": 2, "data__seq_len": 41}
     check_against_oracle(data, seq, attention__strategy=strategy, attention__layout=layout, **changes)
 
 
-@pytest.mark.parametrize("strategy", ["lss", "ring", "ulysses"])
+@pytest.mark.parametrize("strategy", sampled(["lss", "ring", "ulysses"], ["ring", "ulysses"]))
 def test_gradient_equals_the_oracle_for_packed_documents(strategy):
     check_against_oracle(2, 4, attention__strategy=strategy, data__separator="a", data__seq_len=41)
 
 
-@pytest.mark.parametrize("seq_len", sampled([3, 7, 9, 47], [3, 47]))
+@pytest.mark.parametrize("seq_len", sampled([3, 7, 9, 47], [3]))
 def test_any_length_on_eight_devices(seq_len):
     """Shorter than the mesh, and with segments that are all padding."""
     check_against_oracle(1, 8, data__seq_len=seq_len)
 
 
-@pytest.mark.parametrize(("data", "seq", "accumulate"), [(1, 1, 4), (2, 4, 2), (1, 8, 8)])
-def test_accumulated_gradient_equals_the_oracle(data, seq, accumulate):
+@pytest.mark.parametrize("case", sampled([(1, 1, 4), (2, 4, 2), (1, 8, 8)], [(2, 4, 2)]), ids=str)
+def test_accumulated_gradient_equals_the_oracle(case):
+    data, seq, accumulate = case
     check_against_oracle(data, seq, optim__accumulate=accumulate)
 
 
@@ -196,9 +208,9 @@ def test_moments_in_shares_give_the_same_parameters(sizes):
     assert here[1] < 1.05 * here[0] / (sizes[0] * sizes[1])
 
 
-@pytest.mark.parametrize(("mesh", "vocab_parallel"), [((2, 4), False), ((2, 2, 2), True)])
-def test_evaluation_equals_the_oracle(mesh, vocab_parallel):
-    model, mesh = model_on(*mesh, model__vocab_parallel=vocab_parallel)
+@pytest.mark.parametrize("mesh", sampled([(2, 4), (2, 2, 2)], [(2, 2, 2)]), ids=str)
+def test_evaluation_equals_the_oracle(mesh):
+    model, mesh = model_on(*mesh, model__vocab_parallel=len(mesh) == 3)
     params = perturbed_params(model)
     windows = oracle.Windows(random_bytes(200), np.arange(8) * 48)
     sums = make_eval_step(model, mesh)(params, batch_on(mesh, model.config, 0, *windows))
@@ -244,7 +256,7 @@ def curve_with_dropout(*mesh, **changes):
 @pytest.mark.parametrize(
     ("mesh", "changes"),
     [
-        ((1, 8), {"attention__gather_groups": 2}),
+        pytest.param((1, 8), {"attention__gather_groups": 2}, marks=pytest.mark.grid),
         ((2, 4), {"attention__strategy": "ring", "model__remat": "block"}),
         ((2, 2, 2), {"model__remat": "block", "model__vocab_parallel": True}),
         pytest.param((1, 1), {}, marks=pytest.mark.grid),
