@@ -2,6 +2,7 @@
 
 import os
 import tempfile
+from importlib.metadata import version
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 if (
@@ -9,8 +10,11 @@ if (
 ):  # equal programs are compiled once, by all workers and subprocesses together
     COMPILED = tempfile.TemporaryDirectory(prefix="lss_jax-tests-")
     os.environ["JAX_COMPILATION_CACHE_DIR"] = COMPILED.name
-os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.5"
-os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")  # small programs, many: compiling is the cost
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
+COMPILE_FAST = "--xla_backend_optimization_level=0"  # small programs, many: compiling is the cost
+if version("jaxlib").startswith("0.10."):  # later ones do not know this flag, which takes compiling to a third
+    COMPILE_FAST += " --xla_cpu_use_fusion_emitters=false"
+os.environ.setdefault("XLA_FLAGS", COMPILE_FAST)
 
 import jax
 import pytest

@@ -1,7 +1,10 @@
 """What many tests need: small configs, meshes on some of the devices, batches, and errors by parameter name."""
 
+import dataclasses
+
 import jax
 import numpy as np
+import oracle
 import pytest
 
 from configs import base
@@ -26,6 +29,7 @@ SMALL = {
     "optim.steps": 20,
     "mesh.data": -1,
 }
+TEXT = bytes(np.random.default_rng(0).choice(list(b"abcdefgh     \n"), 6000))
 
 
 def small_config(**changes) -> Config:
@@ -34,6 +38,15 @@ def small_config(**changes) -> Config:
     values.update_from_flattened_dict(SMALL)
     values.update_from_flattened_dict({key.replace("__", "."): value for key, value in changes.items()})
     return from_dict(values)
+
+
+def change(config: Config, **changes) -> Config:
+    """`change(config, optim__steps=5)`"""
+    for key, value in changes.items():
+        section, _, name = key.rpartition("__")
+        inner = dataclasses.replace(getattr(config, section), **{name: value}) if section else value
+        config = dataclasses.replace(config, **{section or name: inner})
+    return config
 
 
 def mesh_of(data: int, seq: int, model: int = 1) -> jax.sharding.Mesh:
@@ -57,15 +70,29 @@ def make_loss_and_gradient(model: Model, mesh: jax.sharding.Mesh):
     return loss_and_gradient
 
 
-def sampled(values, sample):
-    """Parameters of a test; those outside the sample have the marker `grid`."""
-    return [pytest.param(value, marks=[] if value in sample else pytest.mark.grid) for value in values]
+def sampled(values, sample, rest=pytest.mark.grid, quick=()):
+    """Parameters of a test; those outside the sample have the marker `grid`, or another, and some inside it `quick`."""
+    assert all(value in sample for value in quick)
+    return [
+        pytest.param(value, marks=[pytest.mark.quick] * (value in quick) if value in sample else rest)
+        for value in values
+    ]
 
 
 def random_bytes(count: int = 20_000, seed: int = 0) -> np.ndarray:
     """Bytes with something to learn in them: each is near the one before."""
     steps = np.random.default_rng(seed).integers(-3, 4, count)
     return (np.cumsum(steps) % 256).astype(np.uint8)
+
+
+def windows_of(
+    config: Config, seed: int = 0, data: np.ndarray | None = None, starts_B: np.ndarray | None = None
+) -> oracle.Windows:
+    """Windows of `data` at `starts_B`, or at random places."""
+    data = random_bytes() if data is None else data
+    if starts_B is None:
+        starts_B = np.random.default_rng(seed).integers(0, len(data) - config.data.seq_len - 1, config.data.batch_size)
+    return oracle.Windows(data, starts_B)
 
 
 def batch_on(
@@ -75,13 +102,10 @@ def batch_on(
     data: np.ndarray | None = None,
     starts_B: np.ndarray | None = None,
 ) -> Batch:
-    """Windows of `data` at `starts_B`, or at random places."""
-    data = random_bytes() if data is None else data
-    seq_len, rows = config.data.seq_len, config.data.batch_size
-    if starts_B is None:
-        starts_B = np.random.default_rng(seed).integers(0, len(data) - seq_len - 1, rows)
+    """The same windows as the loader reads them."""
+    data, starts_B = windows_of(config, seed, data, starts_B)
     documents = document_edges(data, config.data.separator)
-    return read_batch(data, starts_B, seq_len, mesh, layout_on(config, mesh), documents)
+    return read_batch(data, starts_B, config.data.seq_len, mesh, layout_on(config, mesh), documents)
 
 
 def relative_error(found, expected) -> float:
@@ -102,3 +126,22 @@ def errors_by_name(found, expected) -> dict[str, float]:
 def assert_close(found, expected, bound: float) -> None:
     too_far = {name: error for name, error in errors_by_name(found, expected).items() if not error < bound}
     assert not too_far, f"relative error not under {bound}: {too_far}"
+
+
+def perturbed_params(model: Model, seed: int = 1):
+    """Initial parameters, with every zero and one of them moved, so that no gradient is zero by symmetry."""
+    random = np.random.default_rng(seed)
+    params = jax.tree.map(np.asarray, model.init(jax.random.key(seed)))
+    return jax.tree.map(lambda leaf: leaf + 0.1 * random.standard_normal(leaf.shape, np.float32), params)
+
+
+def check_against_oracle(data: int, seq: int, model: int = 1, bound: float = 1e-5, source=None, **changes) -> None:
+    """Loss and each gradient by name; `source` is cut into consecutive windows."""
+    family, mesh = model_on(data, seq, model, **changes)
+    config, params = family.config, perturbed_params(family)
+    starts_B = None if source is None else np.arange(8) * config.data.seq_len
+    windows = windows_of(config, data=source, starts_B=starts_B)
+    batch = batch_on(mesh, config, data=windows.data, starts_B=windows.starts_B)
+    loss, gradient = jax.jit(make_loss_and_gradient(family, mesh))(params, batch, 0)
+    expected_loss, expected = oracle.loss_and_gradient(params, windows, config)
+    assert_close({"loss": loss, "gradient": gradient}, {"loss": expected_loss, "gradient": expected}, bound)

@@ -1,8 +1,20 @@
-"""The oracle: the same model written once more, plainly, for one device. It shares no code with `lss_jax`."""
+"""The oracle: text, model, optimizer and dropout written once more, plainly, for one device.
+
+It shares no code with `lss_jax`, which a test enforces: windows come from the bytes themselves, not from the loader.
+"""
+
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+
+class Windows(NamedTuple):
+    """A batch before any loader: the whole text, and where each row's window of it starts."""
+
+    data: np.ndarray
+    starts_B: np.ndarray
 
 
 def logits(params, tokens_BL, seen_BLL, model):
@@ -34,37 +46,105 @@ def nats(params, tokens_BL, targets_BL, seen_BLL, model):
     return -jnp.where(counted, chosen, 0.0)
 
 
-def loss_and_gradient(params, batch, config):
-    """On host copies of global arrays, put in natural order and without padding, on one device."""
-    params, inputs = jax.tree.map(np.asarray, params), plain_inputs(batch, config)
+def loss_and_gradient(params, windows, config):
+    """On host copies of global arrays, on one device."""
+    params, inputs = jax.tree.map(np.asarray, params), plain_inputs(windows, config)
     with jax.default_device(jax.devices()[0]):
         return _loss_and_gradient(params, *inputs, config.model)
 
 
-def by_position(params, batch, config):
-    """Sums over the batch of nats and of targets that are not -1, `[2, L]`, in natural order."""
-    params, (tokens_BL, targets_BL, seen_BLL) = jax.tree.map(np.asarray, params), plain_inputs(batch, config)
+def by_position(params, windows, config):
+    """Sums over the batch of nats and of targets that are not -1, `[2, L]`."""
+    params, (tokens_BL, targets_BL, seen_BLL) = jax.tree.map(np.asarray, params), plain_inputs(windows, config)
     with jax.default_device(jax.devices()[0]):
         nats_BL = _nats(params, tokens_BL, targets_BL, seen_BLL, config.model)
     return np.stack((np.asarray(nats_BL, np.float64).sum(0), (targets_BL >= 0).sum(0)))
 
 
-def plain_inputs(batch, config):
-    """Tokens, targets and what each token sees."""
-    batch = jax.tree.map(np.asarray, batch)
-    order = np.argsort(batch.positions)[: config.data.seq_len]
-    tokens_BL, targets_BL = batch.tokens[:, order], batch.targets[:, order]
-    i, j = np.ogrid[: len(order), : len(order)]
+def plain_inputs(windows, config):
+    """Tokens, targets and what each token sees.
+
+    A target is the next byte; -1 where the text has ended, where the next byte begins a document, and in the prefix.
+    """
+    data, L = windows.data, config.data.seq_len
+    place_BM = windows.starts_B[:, None] + np.arange(L + 1)
+    there_BM = place_BM < len(data)
+    byte_BM = np.where(there_BM, data[np.minimum(place_BM, len(data) - 1)], 0).astype(np.int32)
+    tokens_BL, targets_BL = byte_BM[:, :-1], np.where(there_BM[:, 1:], byte_BM[:, 1:], -1)
+    i, j = np.ogrid[:L, :L]
     prefix, window = config.attention.prefix, config.attention.window
     seen_BLL = ((j <= i) | (j < prefix))[None]
     if window:
         seen_BLL = seen_BLL & (j > i - window)
-    if batch.documents is not None:
-        begin_BL = batch.documents[0][:, order]
-        seen_BLL = seen_BLL & (begin_BL[:, :, None] == begin_BL[:, None, :])
+    if config.data.separator:
+        document = document_of_bytes(data.tobytes(), config.data.separator.encode())
+        document_BM = document[np.minimum(place_BM, len(data))]
+        seen_BLL = seen_BLL & (document_BM[:, :-1, None] == document_BM[:, None, :-1])
+        targets_BL = np.where(document_BM[:, 1:] == document_BM[:, :-1], targets_BL, -1)
     if prefix:
-        targets_BL = np.where(np.arange(len(order)) + 1 < prefix, -1, targets_BL)
+        targets_BL = np.where(np.arange(L) + 1 < prefix, -1, targets_BL)
     return tokens_BL, targets_BL, seen_BLL
+
+
+def document_of_bytes(text: bytes, separator: bytes) -> np.ndarray:
+    """The number of each byte's document, and of the byte after the last: each document ends with the separator."""
+    documents = text.split(separator)
+    lengths = [len(document) + len(separator) for document in documents[:-1]] + [len(documents[-1]) + 1]
+    return np.repeat(np.arange(len(lengths)), lengths)
+
+
+def learning_rate(step: int, optim) -> float:
+    """Linear from 0 up to its peak over the warm-up, then half a cosine down to a tenth of it at the last step."""
+    if step < optim.warmup_steps:
+        return optim.learning_rate * step / optim.warmup_steps
+    done = (step - optim.warmup_steps) / (optim.steps - optim.warmup_steps)
+    return optim.learning_rate * (0.1 + 0.9 * (1 + np.cos(np.pi * done)) / 2)
+
+
+def adamw(params, gradient, moments, step: int, optim) -> tuple[Any, Any]:
+    """Parameters and moments after step `step`, the first being 0, in float64.
+
+    Loshchilov & Hutter 2019 (arXiv 1711.05101), algorithm 2, on a gradient no longer than `clip_norm`. Matrices and
+    tables decay, biases and norms do not.
+    """
+    first, second = moments
+    gradient = jax.tree.map(lambda g: np.asarray(g, np.float64), gradient)
+    length = np.sqrt(sum((g**2).sum() for g in jax.tree.leaves(gradient)))
+    gradient = jax.tree.map(lambda g: g * min(1.0, optim.clip_norm / length), gradient)
+    first = jax.tree.map(lambda m, g: optim.beta1 * m + (1 - optim.beta1) * g, first, gradient)
+    second = jax.tree.map(lambda v, g: optim.beta2 * v + (1 - optim.beta2) * g**2, second, gradient)
+
+    def moved(path, p, m, v):
+        decay = optim.weight_decay if path[-1].key.startswith(("kernel", "table")) else 0.0
+        m, v = m / (1 - optim.beta1 ** (step + 1)), v / (1 - optim.beta2 ** (step + 1))
+        return p - learning_rate(step, optim) * (m / (np.sqrt(v) + 1e-8) + decay * p)
+
+    return jax.tree_util.tree_map_with_path(moved, params, first, second), (first, second)
+
+
+def dropout_factors(rate: float, key: int, rows: int, heads: int, length: int) -> np.ndarray:
+    """What dropout multiplies each attention weight by, `[B, H, L, L]`: 0, or a bit more than 1.
+
+    A weight is dropped if the hash of its row, query, head and key, in this order, is among the lowest.
+    """
+    row, head, query, of_key = np.ogrid[:rows, :heads, :length, :length]
+    kept = hashed(key, row, query, head, of_key) >= np.uint32(np.float32(rate) * 2.0**32)
+    return np.where(kept, np.float32(1) / (np.float32(1) - np.float32(rate)), np.float32(0))
+
+
+def hashed(key: int, *coordinates) -> np.ndarray:
+    """32 bits: each coordinate in turn through the finalizer of MurmurHash3."""
+
+    def mixed(x):
+        x = np.asarray(x).astype(np.uint32) + np.uint32(0x9E3779B9)
+        x = (x ^ (x >> np.uint32(16))) * np.uint32(0x85EBCA6B)
+        x = (x ^ (x >> np.uint32(13))) * np.uint32(0xC2B2AE35)
+        return x ^ (x >> np.uint32(16))
+
+    found = np.full(1, key, np.uint32)  # an array, which overflows in silence
+    for coordinate in coordinates:
+        found = mixed(found ^ mixed(np.atleast_1d(coordinate)))
+    return found
 
 
 _loss_and_gradient = jax.jit(jax.value_and_grad(loss), static_argnums=4)

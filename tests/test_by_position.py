@@ -9,9 +9,17 @@ from pathlib import Path
 import numpy as np
 import oracle
 import pytest
-from helpers import batch_on, model_on, relative_error, sampled, small_config
-from test_run import TEXT, change
-from test_training_step import perturbed_params
+from helpers import (
+    TEXT,
+    batch_on,
+    change,
+    model_on,
+    perturbed_params,
+    relative_error,
+    sampled,
+    small_config,
+    windows_of,
+)
 
 from lss_jax.config.schema import ConfigError
 from lss_jax.evaluate import check
@@ -54,13 +62,14 @@ def test_every_position_equals_the_oracle(case):
     sizes, changes = CASES[case]
     model, mesh = model_on(*sizes, **changes)
     params, length = perturbed_params(model), model.config.data.seq_len
-    batch = batch_on(mesh, model.config, data=np.frombuffer(TEXT[:300], np.uint8), starts_B=np.arange(8) * length)
+    windows = oracle.Windows(np.frombuffer(TEXT[:300], np.uint8), np.arange(8) * length)
+    batch = batch_on(mesh, model.config, 0, *windows)
     sums = make_position_step(model, mesh)(params, batch)
     layout = layout_on(model.config, mesh)
     part = layout.padded(length) // layout.devices // layout.parts
     assert sums.nats.addressable_shards[0].data.shape == (part,), "no device has more than its own positions"
     found = in_natural_order(sums, layout, length)
-    expected = oracle.by_position(params, batch, model.config)
+    expected = oracle.by_position(params, windows, model.config)
     np.testing.assert_array_equal(found.tokens, expected[1])
     assert relative_error(found.nats, expected[0]) < 1e-5
     plain = make_eval_step(model, mesh)(params, batch)
@@ -77,7 +86,8 @@ def test_shorter_windows_take_the_first_rows_of_the_table(sizes):
     batch = batch_on(mesh, short.config)
     found = in_natural_order(make_position_step(short, mesh)(cut, batch), layout_on(short.config, mesh), 20)
     table_LE = params["positions"]["table_LE"]
-    expected = oracle.by_position({**params, "positions": {"table_LE": table_LE[:20]}}, batch, short.config)
+    shorter = {**params, "positions": {"table_LE": table_LE[:20]}}
+    expected = oracle.by_position(shorter, windows_of(short.config), short.config)
     assert relative_error(found.nats, expected[0]) < 1e-5
 
 

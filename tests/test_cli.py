@@ -87,7 +87,7 @@ BAD = {
 }
 
 
-@pytest.mark.parametrize("changes", BAD)
+@pytest.mark.parametrize("changes", sampled(BAD, list(BAD)[:1]))  # all in one process: faults/test_bad_input.py
 def test_bad_input_is_one_line_and_exit_code_2(tmp_path, changes):
     failed = call(train(tmp_path / "run", *changes.split()))
     assert failed.returncode == 2

@@ -29,6 +29,7 @@ def load(name):
     return from_dict(runpy.run_path(str(Path(__file__).parents[1] / "configs" / f"{name}.py"))["get_config"]())
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_every_config_is_well_formed(path):
     config = load(path.stem)
@@ -122,6 +123,7 @@ BAD = {
 }
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("changes", BAD)
 def test_bad_values_are_told_with_rule_and_remedy(changes):
     pairs = dict(change.split("=", 1) for change in changes.split(" "))
@@ -129,6 +131,7 @@ def test_bad_values_are_told_with_rule_and_remedy(changes):
         validate(small_config(**{key: eval(value) for key, value in pairs.items()}), 8)
 
 
+@pytest.mark.quick
 def test_all_problems_are_told_at_once():
     with pytest.raises(ConfigError) as error:
         validate(small_config(**{"log_every": 0, "model.width": 30, "data.batch_size": 3, "mesh.seq": 4}), 8)

@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 import pytest
+from helpers import sampled
 
 ROOT = Path(__file__).parents[1]
 DOCTESTS = sorted(
@@ -16,7 +17,7 @@ DOCTESTS = sorted(
 PROGRAMS = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
 
 
-@pytest.mark.parametrize("module", DOCTESTS)
+@pytest.mark.parametrize("module", sampled(DOCTESTS, set(DOCTESTS) - {"lss_jax"}))  # it trains, as does test_api.py
 def test_examples_of_a_module_print_what_they_say(module):
     failed, attempted = doctest.testmod(importlib.import_module(module))
     assert attempted and not failed

@@ -145,10 +145,11 @@ def texts_of(generation) -> list[bytes]:
 
 
 @pytest.mark.parametrize("layout", sampled(["contiguous", "zigzag"], ["zigzag"]))
-def test_greedy_text_is_the_same_on_every_mesh_and_the_cache_is_cut(layout):
+@pytest.mark.parametrize("meshes", sampled([(1, 2, 3, 8), (1, 8)], [(1, 8)]), ids=str)
+def test_greedy_text_is_the_same_on_every_mesh_and_the_cache_is_cut(layout, meshes):
     """2, 3 and 8 devices divide 48 prompt tokens, also twice, and 24 more."""
     prompt, found, of_one = random_bytes(48).tobytes(), {}, 0
-    for devices in (1, 2, 3, 8):
+    for devices in meshes:
         text = generation((1, devices), [prompt], 24, attention__layout=layout, model__positions="rope")
         found[devices] = texts_of(text)
         of_one = of_one or text.cache_bytes
@@ -156,7 +157,7 @@ def test_greedy_text_is_the_same_on_every_mesh_and_the_cache_is_cut(layout):
     layers, heads, head_width, slots = 2, 4, 8, 48 + 24
     assert of_one == layers * 2 * heads * slots * head_width * 4 + slots * 4
     assert len(found[1][0]) == 24 and len(set(found[1][0])) > 8, "something is said"
-    assert found[1] == found[2] == found[3] == found[8]
+    assert all(texts == found[1] for texts in found.values())
 
 
 PROMPTS = [b"import jax", b"def f(x):", b"import jax", "Zoë".encode(), b"#"]  # no number of devices divides five

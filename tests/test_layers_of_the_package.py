@@ -1,10 +1,18 @@
-"""Folders import only from folders below them, files of a folder in no circle, and nothing imports configs or tests."""
+"""Folders import only from folders below them, files of a folder in no circle, and nothing imports configs or tests.
+
+Of the tests: none imports another, and the oracle imports nothing that it judges.
+"""
 
 import ast
 import graphlib
 from pathlib import Path
 
+import pytest
+
+pytestmark = pytest.mark.quick
+
 PACKAGE = Path(__file__).parents[1] / "lss_jax"
+TESTS = Path(__file__).parent
 COMMANDS = "the commands at the top"
 FLOORS = [  # from the top
     COMMANDS,
@@ -64,3 +72,13 @@ def test_folders_import_from_below():
 def test_files_of_a_folder_import_in_no_circle():
     graph = {module: imported(path) & FILES.keys() for module, path in FILES.items() if module != "lss_jax"}
     graphlib.TopologicalSorter(graph).prepare()  # raises a CycleError that names the circle
+
+
+def test_tests_import_no_other_test():
+    for path in TESTS.rglob("*.py"):
+        others = {name for name in imported(path) if name.rpartition(".")[2].startswith("test_")}
+        assert not others, f"{path} imports {others}: what two tests need lives in a module of its own"
+
+
+def test_the_oracle_shares_no_code_with_what_it_judges():
+    assert {name.partition(".")[0] for name in imported(TESTS / "oracle.py")} == {"jax", "numpy", "typing"}

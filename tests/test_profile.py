@@ -5,8 +5,7 @@ import json
 
 import jax
 import pytest
-from helpers import small_config
-from test_run import TEXT, change
+from helpers import TEXT, change, small_config
 
 from lss_jax.config.rules import validate
 from lss_jax.config.schema import ConfigError
@@ -87,6 +86,7 @@ def test_without_steps_there_is_no_folder(config, tmp_path):
     assert not (tmp_path / "run" / "profile").exists()
 
 
+@pytest.mark.faults
 def test_a_trace_that_cannot_be_written_ends_no_run(config, tmp_path, caplog):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "profile").write_text("in the way")

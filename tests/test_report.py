@@ -12,8 +12,7 @@ from pathlib import Path
 
 import jax
 import pytest
-from helpers import small_config
-from test_run import TEXT, change
+from helpers import TEXT, change, small_config
 
 from lss_jax import report
 from lss_jax.config.schema import ConfigError

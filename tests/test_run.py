@@ -1,36 +1,46 @@
 """Whole runs, in this process: resume, other meshes, metrics, and bad workdirs."""
 
-import dataclasses
 import json
+import shutil
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
-from helpers import small_config
+from helpers import TEXT, change, small_config
 
 from lss_jax.config.schema import ConfigError
 from lss_jax.storage.metrics import MetricsWriter, console_line, duration, read_records
 from lss_jax.storage.workdir import saved_config
 from lss_jax.training.trainer import Trainer
 
-TEXT = bytes(np.random.default_rng(0).choice(list(b"abcdefgh     \n"), 6000))
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    text = tmp_path_factory.mktemp("run") / "text"
+    text.write_bytes(TEXT)
+    changes = {"log_every": 2, "eval_every": 4, "eval_batches": 2, "checkpoint_every": 5, "optim__steps": 10}
+    return small_config(mesh__seq=4, data__source="text", data__path=str(text), **changes)
+
+
+@pytest.fixture(scope="module")
+def whole(config, tmp_path_factory):
+    """The folder of an uninterrupted run, which is not to be changed, and its final state."""
+    workdir = tmp_path_factory.mktemp("whole")
+    return workdir, run(config, workdir)
+
+
+@pytest.fixture(scope="module")
+def stopped(config, tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("stopped")
+    run(config, workdir, stop_after=2)
+    return workdir
 
 
 @pytest.fixture
-def config(tmp_path):
-    (tmp_path / "text").write_bytes(TEXT)
-    changes = {"log_every": 2, "eval_every": 4, "eval_batches": 2, "checkpoint_every": 5, "optim__steps": 10}
-    return small_config(mesh__seq=4, data__source="text", data__path=str(tmp_path / "text"), **changes)
-
-
-def change(config, **changes):
-    """`change(config, optim__steps=5)`"""
-    for key, value in changes.items():
-        section, _, name = key.rpartition("__")
-        inner = dataclasses.replace(getattr(config, section), **{name: value}) if section else value
-        config = dataclasses.replace(config, **{section or name: inner})
-    return config
+def interrupted(stopped, tmp_path):
+    """The folder of a run that stopped after step 2: a copy of its own for each test."""
+    return shutil.copytree(stopped, tmp_path / "interrupted")
 
 
 def run(config, workdir, stop_after=None, devices=None):
@@ -56,16 +66,17 @@ def assert_equal(a, b):
     jax.tree.map(np.testing.assert_array_equal, a, b)
 
 
-def test_an_interrupted_run_ends_like_an_uninterrupted_one(config, tmp_path):
-    whole = run(config, tmp_path / "whole")
+@pytest.mark.quick
+def test_an_interrupted_run_ends_like_an_uninterrupted_one(config, tmp_path, whole):
+    folder, state = whole
     run(config, tmp_path / "parts", stop_after=2)
     run(config, tmp_path / "parts", stop_after=6)
     parts = run(config, tmp_path / "parts")
-    assert_equal(parts, whole)
-    assert curve(tmp_path / "parts") == curve(tmp_path / "whole")
-    assert curve(tmp_path / "parts", "valid") == curve(tmp_path / "whole", "valid")
-    assert [step for step, _ in curve(tmp_path / "whole")] == [2, 4, 6, 8, 10]
-    assert [step for step, _ in curve(tmp_path / "whole", "valid")] == [4, 8, 10]
+    assert_equal(parts, state)
+    assert curve(tmp_path / "parts") == curve(folder)
+    assert curve(tmp_path / "parts", "valid") == curve(folder, "valid")
+    assert [step for step, _ in curve(folder)] == [2, 4, 6, 8, 10]
+    assert [step for step, _ in curve(folder, "valid")] == [4, 8, 10]
 
 
 @pytest.mark.parametrize(
@@ -78,14 +89,13 @@ def test_an_interrupted_run_ends_like_an_uninterrupted_one(config, tmp_path):
         ((2, 2, 2), {"optim__shard_state": True}),
     ],
 )
-def test_another_mesh_goes_on_with_the_same_curve(config, tmp_path, sizes, changes):
+def test_another_mesh_goes_on_with_the_same_curve(config, tmp_path, whole, sizes, changes):
     """Also one that cuts weights, another share of the vocabulary, or moments."""
-    run(config, tmp_path / "whole")
     run(config, tmp_path / "parts", stop_after=4)
     data, seq, model = sizes
     other = change(change(config, mesh__data=data, mesh__seq=seq, mesh__model=model), **changes)
     run(other, tmp_path / "parts", devices=jax.devices()[: data * seq * model])
-    found, expected = curve(tmp_path / "parts"), curve(tmp_path / "whole")
+    found, expected = curve(tmp_path / "parts"), curve(whole[0])
     assert [step for step, _ in found] == [step for step, _ in expected]
     np.testing.assert_allclose([loss for _, loss in found], [loss for _, loss in expected], rtol=1e-5)
 
@@ -109,16 +119,16 @@ def test_a_prefix_longer_than_a_split_is_refused(config, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_a_finished_run_has_nothing_left_to_do_and_can_be_prolonged(config, tmp_path):
-    done = run(config, tmp_path / "run")
+def test_a_finished_run_has_nothing_left_to_do_and_can_be_prolonged(config, tmp_path, whole):
+    folder, done = whole
+    shutil.copytree(folder, tmp_path / "run")
     assert_equal(run(config, tmp_path / "run"), done)
     longer = run(change(config, optim__steps=12), tmp_path / "run")
     assert longer.step == 12
     assert [step for step, _ in curve(tmp_path / "run")] == [2, 4, 6, 8, 10, 12]
 
 
-def test_a_trainer_can_be_left_and_called_again(config, tmp_path):
-    whole = run(config, tmp_path / "whole")
+def test_a_trainer_can_be_left_and_called_again(config, tmp_path, whole):
     trainer = Trainer(config, tmp_path / "parts")
     for record in trainer.fit():
         if record["step"] == 6:
@@ -129,8 +139,8 @@ def test_a_trainer_can_be_left_and_called_again(config, tmp_path):
             break  # at the training record: the evaluation that is due is made and written all the same
     list(trainer.fit())
     trainer.close()
-    assert_equal(jax.tree.map(np.asarray, trainer.state), whole)
-    assert curve(tmp_path / "parts", "valid") == curve(tmp_path / "whole", "valid")
+    assert_equal(jax.tree.map(np.asarray, trainer.state), whole[1])
+    assert curve(tmp_path / "parts", "valid") == curve(whole[0], "valid")
 
 
 def test_old_checkpoints_are_deleted_and_hold_global_shapes_alone(config, tmp_path):
@@ -143,15 +153,15 @@ def test_old_checkpoints_are_deleted_and_hold_global_shapes_alone(config, tmp_pa
         assert_equal(plain.restore(saved / item, jax.tree.map(np.zeros_like, state[item])), state[item])
 
 
-def test_metrics_have_the_promised_keys(config, tmp_path):
-    run(config, tmp_path / "run")
-    for record in read_records(tmp_path / "run" / "metrics.jsonl"):
+def test_metrics_have_the_promised_keys(whole):
+    folder, _ = whole
+    for record in read_records(folder / "metrics.jsonl"):
         keys = {"step", "split", "loss", "bits_per_byte"}
         if record["split"] == "train":
             keys |= {"learning_rate", "grad_norm", "tokens_per_second", "step_seconds", "skipped"}
         assert set(record) == keys
         assert record["bits_per_byte"] == pytest.approx(record["loss"] / np.log(2))
-    assert list((tmp_path / "run" / "tensorboard").glob("events.out.tfevents.*"))
+    assert list((folder / "tensorboard").glob("events.out.tfevents.*"))
 
 
 def test_metrics_after_the_checkpoint_are_dropped_and_half_lines_too(tmp_path):
@@ -173,18 +183,17 @@ def test_console_lines_tell_rate_and_time_left():
     assert [duration(s) for s in (4, 184, 7500)] == ["4s", "3m04s", "2h05m"]
 
 
-def test_a_workdir_of_another_model_is_refused_untouched(config, tmp_path):
-    run(config, tmp_path / "run", stop_after=2)
-    before = contents(tmp_path / "run")
+def test_a_workdir_of_another_model_is_refused_untouched(config, interrupted):
+    before = contents(interrupted)
     other = change(config, model__width=64, model__heads=8, data__seq_len=24)
     with pytest.raises(ConfigError) as error:
-        Trainer(other, tmp_path / "run")
+        Trainer(other, interrupted)
     told = str(error.value).split("\n")
     assert len(told) == 3
     assert "holds a run with model.width=32, not 64, and its parameters do not fit" in told[0]
     assert told[0].endswith("choose another --workdir, or go on with --config.model.width=32")
     assert "data.seq_len=48, not 24" in told[2], "the learned position table has a row per position"
-    assert contents(tmp_path / "run") == before
+    assert contents(interrupted) == before
 
 
 def test_a_workdir_without_a_checkpoint_takes_any_model(config, tmp_path):
@@ -194,9 +203,8 @@ def test_a_workdir_without_a_checkpoint_takes_any_model(config, tmp_path):
     assert trainer.step == 0
 
 
-def test_a_run_that_goes_on_tells_what_changed(config, tmp_path):
-    run(config, tmp_path / "run", stop_after=2)
-    trainer = Trainer(change(config, optim__steps=12, log_every=1), tmp_path / "run")
+def test_a_run_that_goes_on_tells_what_changed(config, interrupted):
+    trainer = Trainer(change(config, optim__steps=12, log_every=1), interrupted)
     trainer.close()
     assert trainer.changes == {"optim.steps": (10, 12), "log_every": (2, 1)}
 
@@ -221,12 +229,11 @@ def test_bad_input_leaves_nothing_behind(config, tmp_path):
     assert not (tmp_path / "new").exists()
 
 
-def test_a_damaged_checkpoint_is_one_error(config, tmp_path):
-    run(config, tmp_path / "run", stop_after=2)
-    for file in (tmp_path / "run" / "checkpoints" / "2" / "params").rglob("*"):
+def test_a_damaged_checkpoint_is_one_error(config, interrupted):
+    for file in (interrupted / "checkpoints" / "2" / "params").rglob("*"):
         if file.is_file():
             file.write_bytes(b"")
-    before = contents(tmp_path / "run")
+    before = contents(interrupted)
     with pytest.raises(ConfigError, match=r"no sound checkpoint is left: .*checkpoints/2 \(.*\); put one back"):
-        Trainer(change(config, optim__steps=12), tmp_path / "run")
-    assert contents(tmp_path / "run") == before
+        Trainer(change(config, optim__steps=12), interrupted)
+    assert contents(interrupted) == before

@@ -5,19 +5,21 @@ from functools import cache, partial
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import oracle
 import pytest
 from helpers import (
     MESHES,
     assert_close,
     batch_on,
+    check_against_oracle,
     make_loss_and_gradient,
     mesh_of,
     model_on,
+    perturbed_params,
     random_bytes,
     relative_error,
     sampled,
+    windows_of,
 )
 from jax.sharding import PartitionSpec as P
 
@@ -25,7 +27,7 @@ from lss_jax.data.batch import IGNORED
 from lss_jax.models.losses import cross_entropy, vocab_parallel_cross_entropy
 from lss_jax.parallel.dropout import AFTER_ATTENTION, AFTER_MLP, ATTENTION, EMBEDDING, LAYER, Dropout
 from lss_jax.parallel.mesh import MODEL
-from lss_jax.training.optimizer import decayed, make_optimizer, make_schedule
+from lss_jax.training.optimizer import make_optimizer
 from lss_jax.training.state import init_state
 from lss_jax.training.step import make_eval_step, make_train_step
 
@@ -68,38 +70,22 @@ HYBRID_VARIANTS = {
     },
     "rope, prefix and window": {**VARIANTS["rope"], **VARIANTS["prefix and window"]},
 }
-HYBRID_SAMPLE = {"remat and regather", "rope, prefix and window", "vocabulary, untied, sinusoidal"}
-HYBRID_SAMPLE |= {"vocabulary, documents in microbatches"}
+HYBRID_SAMPLE = {"remat and regather", "vocabulary, untied, sinusoidal", "vocabulary, documents in microbatches"}
 
 
-def perturbed_params(model, seed=1):
-    """Initial parameters, with every zero and one of them moved, so that no gradient is zero by symmetry."""
-    random = np.random.default_rng(seed)
-    params = jax.tree.map(np.asarray, model.init(jax.random.key(seed)))
-    return jax.tree.map(lambda leaf: leaf + 0.1 * random.standard_normal(leaf.shape, np.float32), params)
+@pytest.mark.parametrize("mesh", sampled(MESHES, [(1, 1), (8, 1), (1, 8), (2, 3)], quick=[(1, 8)]), ids=str)
+def test_gradient_equals_the_oracle_on_every_mesh(mesh):
+    check_against_oracle(*mesh)
 
 
-def check_against_oracle(data, seq, model=1, bound=1e-5, source=None, **changes):
-    model, mesh = model_on(data, seq, model, **changes)
-    params = perturbed_params(model)
-    starts_B = None if source is None else np.arange(8) * model.config.data.seq_len
-    batch = batch_on(mesh, model.config, data=source, starts_B=starts_B)
-    loss, gradient = jax.jit(make_loss_and_gradient(model, mesh))(params, batch, 0)
-    expected_loss, expected = oracle.loss_and_gradient(params, batch, model.config)
-    assert_close({"loss": loss, "gradient": gradient}, {"loss": expected_loss, "gradient": expected}, bound)
-
-
-@pytest.mark.parametrize(("data", "seq"), MESHES)
-def test_gradient_equals_the_oracle_on_every_mesh(data, seq):
-    check_against_oracle(data, seq)
-
-
-@pytest.mark.parametrize("mesh", HYBRIDS)
+@pytest.mark.parametrize("mesh", sampled(HYBRIDS, [(1, 4, 2), (1, 1, 8)]), ids=str)
 def test_gradient_equals_the_oracle_on_every_hybrid(mesh):
     check_against_oracle(*mesh, model__heads=8)
 
 
-@pytest.mark.parametrize("variant", sampled(HYBRID_VARIANTS, HYBRID_SAMPLE))
+@pytest.mark.parametrize(
+    "variant", sampled(HYBRID_VARIANTS, HYBRID_SAMPLE, quick=["vocabulary, documents in microbatches"])
+)
 def test_gradient_equals_the_oracle_for_every_model_on_a_hybrid(variant):
     heads = {"model__kv_heads": 2} if variant == "mqa" else {}  # one key/value head cannot be cut
     check_against_oracle(2, 2, 2, **{**HYBRID_VARIANTS[variant], **heads})
@@ -115,8 +101,7 @@ def test_gradient_equals_the_oracle_for_every_strategy_and_layout_on_hybrids(mes
     check_against_oracle(*mesh, **heads, **changes, model__vocab_parallel=mesh[2] == 2)
 
 
-SAMPLE = {"rope", "untied", "gqa", "remat and regather", "groups", "sinusoidal", "prefix and window"}
-SAMPLE |= {"documents in microbatches", "wide"}
+SAMPLE = {"rope", "gqa", "remat and regather", "groups", "prefix and window", "documents in microbatches"}
 
 
 @pytest.mark.parametrize("variant", sampled(VARIANTS, SAMPLE))
@@ -124,28 +109,40 @@ def test_gradient_equals_the_oracle_for_every_model(variant):
     check_against_oracle(2, 4, **VARIANTS[variant])
 
 
-@pytest.mark.parametrize("layout", ["contiguous", "zigzag"])
-@pytest.mark.parametrize("strategy", ["lss", "ring", "ulysses"])
-@pytest.mark.parametrize(("data", "seq"), [(2, 4), (2, 3)])
-def test_gradient_equals_the_oracle_for_every_strategy_and_layout(data, seq, strategy, layout):
+OF_STRATEGIES = [
+    ((2, seq), strategy, layout)
+    for seq in (4, 3)
+    for strategy in ("lss", "ring", "ulysses")
+    for layout in ("contiguous", "zigzag")
+]
+
+
+ONE_MESH_TO_A_LAYOUT = [case for case in OF_STRATEGIES if (case[0] == (2, 3)) == (case[2] == "zigzag")]
+QUICK = [((2, 3), "ring", "zigzag"), ((2, 3), "ulysses", "zigzag")]
+
+
+@pytest.mark.parametrize("case", sampled(OF_STRATEGIES, ONE_MESH_TO_A_LAYOUT, quick=QUICK), ids=str)
+def test_gradient_equals_the_oracle_for_every_strategy_and_layout(case):
     """With learned positions, fewer key/value heads than devices, and a length that neither 4 nor 3 divides."""
+    (data, seq), strategy, layout = case
     changes = {"model__heads": 12, "model__width": 48, "model__kv_heads": 2, "data__seq_len": 41}
     check_against_oracle(data, seq, attention__strategy=strategy, attention__layout=layout, **changes)
 
 
-@pytest.mark.parametrize("strategy", ["lss", "ring", "ulysses"])
+@pytest.mark.parametrize("strategy", sampled(["lss", "ring", "ulysses"], ["ring", "ulysses"]))
 def test_gradient_equals_the_oracle_for_packed_documents(strategy):
     check_against_oracle(2, 4, attention__strategy=strategy, data__separator="a", data__seq_len=41)
 
 
-@pytest.mark.parametrize("seq_len", sampled([3, 7, 9, 47], [3, 47]))
+@pytest.mark.parametrize("seq_len", sampled([3, 7, 9, 47], [3]))
 def test_any_length_on_eight_devices(seq_len):
     """Shorter than the mesh, and with segments that are all padding."""
     check_against_oracle(1, 8, data__seq_len=seq_len)
 
 
-@pytest.mark.parametrize(("data", "seq", "accumulate"), [(1, 1, 4), (2, 4, 2), (1, 8, 8)])
-def test_accumulated_gradient_equals_the_oracle(data, seq, accumulate):
+@pytest.mark.parametrize("case", sampled([(1, 1, 4), (2, 4, 2), (1, 8, 8)], [(2, 4, 2)]), ids=str)
+def test_accumulated_gradient_equals_the_oracle(case):
+    data, seq, accumulate = case
     check_against_oracle(data, seq, optim__accumulate=accumulate)
 
 
@@ -164,19 +161,15 @@ def test_bfloat16_stays_near_the_float32_oracle(mesh):
 
 @cache
 def oracle_curve(steps):
-    """Losses of `steps` AdamW steps with the oracle's gradients, and the final parameters."""
-    model, mesh = model_on(1, 1)
-    optim = model.config.optim
-    params = jax.tree.map(np.asarray, model.init(jax.random.key(model.config.seed)))
-    optimizer = optax.chain(
-        optax.clip_by_global_norm(optim.clip_norm),
-        optax.adamw(make_schedule(optim), optim.beta1, optim.beta2, weight_decay=optim.weight_decay, mask=decayed),
-    )
-    opt_state, losses = optimizer.init(params), []
+    """Losses of `steps` steps of the oracle, and the final parameters."""
+    model, _ = model_on(1, 1)
+    config = model.config
+    params = jax.tree.map(np.asarray, model.init(jax.random.key(config.seed)))
+    moments, losses = (jax.tree.map(np.zeros_like, params),) * 2, []
     for step in range(steps):
-        loss, gradient = oracle.loss_and_gradient(params, batch_on(mesh, model.config, seed=step), model.config)
-        updates, opt_state = optimizer.update(gradient, opt_state, params)
-        params = optax.apply_updates(params, updates)
+        in_float32 = jax.tree.map(np.float32, params)
+        loss, gradient = oracle.loss_and_gradient(in_float32, windows_of(config, seed=step), config)
+        params, moments = oracle.adamw(params, gradient, moments, step, config.optim)
         losses.append(float(loss))
     return losses, params
 
@@ -217,13 +210,13 @@ def test_moments_in_shares_give_the_same_parameters(sizes):
     assert here[1] < 1.05 * here[0] / (sizes[0] * sizes[1])
 
 
-@pytest.mark.parametrize(("mesh", "vocab_parallel"), [((2, 4), False), ((2, 2, 2), True)])
-def test_evaluation_equals_the_oracle(mesh, vocab_parallel):
-    model, mesh = model_on(*mesh, model__vocab_parallel=vocab_parallel)
+@pytest.mark.parametrize("mesh", sampled([(2, 4), (2, 2, 2)], [(2, 2, 2)]), ids=str)
+def test_evaluation_equals_the_oracle(mesh):
+    model, mesh = model_on(*mesh, model__vocab_parallel=len(mesh) == 3)
     params = perturbed_params(model)
-    batch = batch_on(mesh, model.config, data=random_bytes(200), starts_B=np.arange(8) * 48)
-    sums = make_eval_step(model, mesh)(params, batch)
-    expected, _ = oracle.loss_and_gradient(params, batch, model.config)
+    windows = oracle.Windows(random_bytes(200), np.arange(8) * 48)
+    sums = make_eval_step(model, mesh)(params, batch_on(mesh, model.config, 0, *windows))
+    expected, _ = oracle.loss_and_gradient(params, windows, model.config)
     assert float(sums.tokens) == 199
     assert relative_error(sums.mean(), expected) < 1e-5
 
@@ -265,7 +258,7 @@ def curve_with_dropout(*mesh, **changes):
 @pytest.mark.parametrize(
     ("mesh", "changes"),
     [
-        ((1, 8), {"attention__gather_groups": 2}),
+        pytest.param((1, 8), {"attention__gather_groups": 2}, marks=pytest.mark.grid),
         ((2, 4), {"attention__strategy": "ring", "model__remat": "block"}),
         ((2, 2, 2), {"model__remat": "block", "model__vocab_parallel": True}),
         pytest.param((1, 1), {}, marks=pytest.mark.grid),
@@ -302,7 +295,7 @@ def test_dropout_depends_on_seed_and_step_and_spares_evaluation():
     of_seed = float(jax.jit(make_loss_and_gradient(other, mesh))(params, batch, 0)[0])
     assert of_step[0] == of_step[1]
     assert len({*of_step, of_seed}) == 3
-    expected, _ = oracle.loss_and_gradient(params, batch, model.config)
+    expected, _ = oracle.loss_and_gradient(params, windows_of(model.config), model.config)
     assert relative_error(make_eval_step(model, mesh)(params, batch).mean(), expected) < 1e-5
 
 

@@ -166,9 +166,21 @@ def test_a_launcher_is_understood(tmp_path):
     ("options", "message"),
     [
         ("--coordinator localhost:1234", "give all three, or none to be found by the launcher"),
-        ("--coordinator localhost --processes 2 --process 1", "--coordinator must be HOST:PORT"),
-        ("--coordinator localhost:70000 --processes 2 --process 1", "a port from 1 to 65535"),
-        ("--coordinator localhost:1234 --processes 2 --process 2", "--process must be at least 0 and less than"),
+        pytest.param(
+            "--coordinator localhost --processes 2 --process 1",
+            "--coordinator must be HOST:PORT",
+            marks=pytest.mark.faults,
+        ),
+        pytest.param(
+            "--coordinator localhost:70000 --processes 2 --process 1",
+            "a port from 1 to 65535",
+            marks=pytest.mark.faults,
+        ),
+        pytest.param(
+            "--coordinator localhost:1234 --processes 2 --process 2",
+            "--process must be at least 0 and less than",
+            marks=pytest.mark.faults,
+        ),
     ],
 )
 def test_a_launch_that_cannot_work_is_refused(tmp_path, options, message):
