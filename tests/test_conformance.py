@@ -37,9 +37,11 @@ from hypothesis.extra import numpy as npst
 from oracle import dropout_factors
 from oracle import hashed as plain_hash
 
+from lss_jax.attention.collectives import stacked
 from lss_jax.attention.kernels import KERNELS, blockwise, tiles
+from lss_jax.attention.kernels.interface import Queries, Residuals
 from lss_jax.attention.mask import Intervals
-from lss_jax.attention.setting import Setting, stacked
+from lss_jax.attention.setting import Setting
 from lss_jax.attention.strategies import STRATEGIES
 from lss_jax.config.rules import validate
 from lss_jax.config.schema import ConfigError
@@ -386,11 +388,11 @@ def kernel_alone(shape: Shape, q_BlHK, k_BLGK, v_BLGK, do_BlHK, mask) -> Results
     setting = Setting(None, layout, shape.kernel, *shape.blocks, gather_groups=1, regather=False, interpret=True)
     kernel = KERNELS[shape.kernel]
     kv_N2BGlK = layout.segments(stacked(k_BLGK, v_BLGK), 3)
-    o_BlHK, saved = kernel.forward(q_BlHK, kv_N2BGlK, mask, None, setting)
-    known = (q_BlHK, kv_N2BGlK, mask, None, o_BlHK, saved)
-    dq_BlHK, dkv_N2BGKl = kernel.backward(*known, do_BlHK, setting)
+    queries = Queries(q_BlHK, mask, None)
+    output = kernel.forward(queries, kv_N2BGlK, setting)
+    dq_BlHK, dkv_N2BGKl = kernel.backward(Residuals(queries, kv_N2BGlK, output), do_BlHK, setting)
     dk_BLGK, dv_BLGK = layout.natural(dkv_N2BGKl, 5).transpose(0, 1, 4, 2, 3)
-    return Results(o_BlHK, dq_BlHK, dk_BLGK, dv_BLGK)
+    return Results(output.o_BlHK, dq_BlHK, dk_BLGK, dv_BLGK)
 
 
 @pytest.mark.parametrize(

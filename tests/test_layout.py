@@ -9,6 +9,7 @@ import pytest
 from helpers import mesh_of, relative_error, sampled
 from jax.sharding import PartitionSpec as P
 
+from lss_jax.attention.collectives import stacked
 from lss_jax.attention.kernels.blocks import (
     KeyBlocks,
     QueryCut,
@@ -19,7 +20,8 @@ from lss_jax.attention.kernels.blocks import (
     key_blocks,
     touched,
 )
-from lss_jax.attention.kernels.dense import attention_rows
+from lss_jax.attention.kernels.dense import dense_attention
+from lss_jax.attention.kernels.interface import Queries
 from lss_jax.attention.mask import (
     Intervals,
     bidirectional,
@@ -30,7 +32,6 @@ from lss_jax.attention.mask import (
     prefix_causal,
     window,
 )
-from lss_jax.attention.setting import stacked
 from lss_jax.parallel.layout import CHUNKS_PER_DEVICE, Layout
 from lss_jax.parallel.mesh import MODEL, SEQ, cut_axes, over_cut_axes
 
@@ -75,7 +76,7 @@ def test_intervals_are_half_open_and_in_natural_positions():
     random = np.random.default_rng(0)
     q, k, v = (random.standard_normal((2, 24, 4, 8), np.float32) for _ in range(3))
     start, end = np.arange(24) // 3, np.arange(24) // 2 + 12
-    found, _ = jax.jit(attention_rows)(q, stacked(k, v), Intervals(start, end))
+    found, _ = jax.jit(dense_attention)(Queries(q, Intervals(start, end), None), stacked(k, v))
     seen = (start[:, None] <= np.arange(24)) & (np.arange(24) < end[:, None])
     assert relative_error(found, jax.nn.dot_product_attention(q, k, v, mask=seen[None, None])) < 1e-5
 
@@ -238,5 +239,5 @@ def test_queries_are_cut_and_put_together_again(runs, run_length, size, block_he
 )
 def test_small_blocks_have_many_heads(length, heads, kv_heads, key_block, expected):
     """At most 64 queries and 32 keys of one head, or as many scores of several."""
-    cut = cut_queries((1, length, heads, 8), kv_heads, Layout("contiguous", 1), 64, 32, key_block)
+    cut = cut_queries((1, length, heads, kv_heads), Layout("contiguous", 1), (64, 32), key_block)
     assert cut.block_heads == expected

@@ -23,7 +23,7 @@ def computed_blocks(
     for position_l in jnp.asarray(layout.positions(length)).reshape(layout.devices, l):
         intervals = mask(position_l)
         rows = intervals.start.shape[0] if intervals.start.ndim == 2 else 1
-        queries = cut_queries((rows, l, 1, 1), 1, layout, block_queries, block_keys, keys.size)
+        queries = cut_queries((rows, l, 1, 1), layout, (block_queries, block_keys), keys.size)
         counts.append(visits(keys, queries, intervals.start, intervals.end))
     return np.array(counts)
 

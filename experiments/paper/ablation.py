@@ -31,7 +31,7 @@ from matplotlib.figure import Figure
 
 from experiments.paper.programs import BLOCKWISE, Row, Step, config_of, megabytes, table, write
 from lss_jax.attention import lss
-from lss_jax.attention.setting import COMMUNICATED, Setting
+from lss_jax.attention.residuals import COMMUNICATED
 from lss_jax.inspection import contract, hlo, operations
 from lss_jax.inspection.contract import sent
 from lss_jax.parallel.mesh import cut_axes, named_axes
@@ -51,21 +51,19 @@ SMALL: Row = {
 }
 
 
-def gathered_apart(kv_2BGlK: jax.Array, setting: Setting) -> jax.Array:
+def gathered_apart(kv_2BGlK: jax.Array, axis: str) -> jax.Array:
     """One all-gather for the keys and one for the values: `kv_N2BGlK`."""
-    return checkpoint_name(
-        jnp.stack([jax.lax.all_gather(x_BGlK, setting.axis) for x_BGlK in kv_2BGlK], axis=1), COMMUNICATED
-    )
+    return checkpoint_name(jnp.stack([jax.lax.all_gather(x_BGlK, axis) for x_BGlK in kv_2BGlK], axis=1), COMMUNICATED)
 
 
-def scattered_apart(dkv_N2BGKl: jax.Array, setting: Setting) -> jax.Array:
+def scattered_apart(dkv_N2BGKl: jax.Array, axis: str) -> jax.Array:
     """One reduce-scatter for the gradient of the keys and one for that of the values."""
-    return jnp.stack([jax.lax.psum_scatter(x_NBGKl, setting.axis) for x_NBGKl in jnp.moveaxis(dkv_N2BGKl, 1, 0)])
+    return jnp.stack([jax.lax.psum_scatter(x_NBGKl, axis) for x_NBGKl in jnp.moveaxis(dkv_N2BGKl, 1, 0)])
 
 
-def summed_everywhere(dkv_N2BGKl: jax.Array, setting: Setting) -> jax.Array:
+def summed_everywhere(dkv_N2BGKl: jax.Array, axis: str) -> jax.Array:
     """An all-reduce, of which each device uses its own segment."""
-    return jax.lax.psum(dkv_N2BGKl, setting.axis)[jax.lax.axis_index(setting.axis)]
+    return jax.lax.psum(dkv_N2BGKl, axis)[jax.lax.axis_index(axis)]
 
 
 def in_one_sum(partial: Any, specs: Any, mesh: Mesh) -> Any:
@@ -86,8 +84,8 @@ def in_one_sum(partial: Any, specs: Any, mesh: Mesh) -> Any:
 
 VARIANTS: dict[str, tuple[Row, dict[tuple[Any, str], Callable]]] = {
     "whole": ({}, {}),
-    "keys and values apart": ({}, {(lss, "_gathered"): gathered_apart, (lss, "_scattered"): scattered_apart}),
-    "all-reduce for reduce-scatter": ({}, {(lss, "_scattered"): summed_everywhere}),
+    "keys and values apart": ({}, {(lss, "all_gather"): gathered_apart, (lss, "psum_scatter"): scattered_apart}),
+    "all-reduce for reduce-scatter": ({}, {(lss, "psum_scatter"): summed_everywhere}),
     "one flat reduction of gradients": ({}, {(step, "double_sum"): in_one_sum}),
     "contiguous for zigzag": ({"attention.layout": "contiguous"}, {}),
 }

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from lss_jax.attention.collectives import stacked
 from lss_jax.attention.kernels.blocks import KeyBlocks, chunks_of_device, key_blocks
 from lss_jax.attention.kernels.blockwise import (
     Gradients,
@@ -22,21 +23,20 @@ from lss_jax.attention.kernels.blockwise import (
     nothing_yet,
     varying_like,
 )
-from lss_jax.attention.mask import Intervals
-from lss_jax.attention.setting import ATTENDED, Setting, stacked
+from lss_jax.attention.kernels.interface import Output, Queries
+from lss_jax.attention.residuals import ATTENDED
+from lss_jax.attention.setting import Setting
+from lss_jax.attention.strategy import Local
 from lss_jax.attention.traffic import Sizes, Traffic
-from lss_jax.parallel.dropout import Dropout, PairDropout
 
 
-def ring_attention(
-    q_BlHK: jax.Array, k_BlGK: jax.Array, v_BlGK: jax.Array, mask: Intervals, dropout: Dropout | None, setting: Setting
-) -> jax.Array:
-    """This segment's rows of attention, `o_BlHK`, from local `q, k, v`, inside `shard_map` over `setting.axis`.
+def ring_attention(local: Local, setting: Setting) -> jax.Array:
+    """This segment's attention `o_BlHK`, inside `shard_map` over `setting.axis`.
 
     Blocks of keys that the mask rules out cost no work; the pair travels all the same, since another device may see it.
     """
-    pair_dropout = dropout and dropout.of_heads(jnp.arange(q_BlHK.shape[2]))
-    return _ring(q_BlHK, stacked(k_BlGK, v_BlGK), mask, pair_dropout, setting)
+    dropout = local.dropout and local.dropout.of_heads(jnp.arange(local.q_BlHK.shape[2]))
+    return _ring(Queries(local.q_BlHK, local.mask, dropout), stacked(local.k_BlGK, local.v_BlGK), setting)
 
 
 def traffic(sizes: Sizes, setting: Setting) -> dict[str, list[Traffic]]:
@@ -46,19 +46,17 @@ def traffic(sizes: Sizes, setting: Setting) -> dict[str, list[Traffic]]:
     return {"forward": [pair], "backward": [pair, Traffic("collective-permute", N, sizes.pair, 4)]}
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _ring(
-    q_BlHK: jax.Array, kv_2BGlK: jax.Array, mask: Intervals, dropout: PairDropout | None, setting: Setting
-) -> jax.Array:
-    return _forward(q_BlHK, kv_2BGlK, mask, dropout, setting)[0]
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _ring(queries: Queries, kv_2BGlK: jax.Array, setting: Setting) -> jax.Array:
+    return _forward(queries, kv_2BGlK, setting)[0]
 
 
-def _forward(q_BlHK, kv_2BGlK, mask, dropout, setting):
+def _forward(queries, kv_2BGlK, setting):
     keys = _keys_in_turn(0, kv_2BGlK, setting)
-    cut, queries = cut_and_blocks(q_BlHK, mask, dropout, kv_2BGlK.shape[2], keys, setting)
+    cut, blocks = cut_and_blocks(queries, kv_2BGlK.shape[2], keys, setting)
 
     def attend(turn, kv_2BGlK, softmax):
-        return accumulate(queries, kv_2BGlK[None], _keys_in_turn(turn, kv_2BGlK, setting), softmax)
+        return accumulate(blocks, kv_2BGlK[None], _keys_in_turn(turn, kv_2BGlK, setting), softmax)
 
     def one_turn(turn, carry):
         kv_2BGlK, softmax = carry
@@ -66,22 +64,22 @@ def _forward(q_BlHK, kv_2BGlK, mask, dropout, setting):
         return arriving_2BGlK, attend(turn, kv_2BGlK, softmax)
 
     last = setting.layout.devices - 1
-    start = varying_like((kv_2BGlK, nothing_yet(queries)), (queries, kv_2BGlK))
+    start = varying_like((kv_2BGlK, nothing_yet(blocks)), (blocks, kv_2BGlK))
     kv_last_2BGlK, softmax = jax.lax.fori_loop(0, last, one_turn, start)
     o_igmK, lse_igm = finish(attend(last, kv_last_2BGlK, softmax))
-    o_BlHK, lse_igm = checkpoint_name((cut.join(o_igmK).astype(q_BlHK.dtype), lse_igm), ATTENDED)
-    return o_BlHK, (q_BlHK, kv_2BGlK, mask, dropout, o_BlHK, lse_igm)
+    output = checkpoint_name(Output(cut.join(o_igmK).astype(queries.q_BlHK.dtype), lse_igm), ATTENDED)
+    return output.o_BlHK, (queries, kv_2BGlK, output)
 
 
 def _backward(setting, saved, do_BlHK):
-    q_BlHK, kv_2BGlK, mask, dropout, o_BlHK, lse_igm = saved
+    queries, kv_2BGlK, output = saved
     keys = _keys_in_turn(0, kv_2BGlK, setting)
-    cut, queries = cut_and_blocks(q_BlHK, mask, dropout, kv_2BGlK.shape[2], keys, setting)
-    back = cotangents(cut, o_BlHK, do_BlHK, lse_igm)
+    cut, blocks = cut_and_blocks(queries, kv_2BGlK.shape[2], keys, setting)
+    given = cotangents(cut, output, do_BlHK)
 
     def attend(turn, kv_2BGlK, gradients):
         keys = _keys_in_turn(turn, kv_2BGlK, setting)
-        dq_igmK, dkv_12BGKl = differentiate(queries, kv_2BGlK[None], keys, back, gradients)
+        dq_igmK, dkv_12BGKl = differentiate(blocks, kv_2BGlK[None], keys, cotangents=given, gradients=gradients)
         return Gradients(dq_igmK, _send_on(dkv_12BGKl, setting))  # to where its keys are by then
 
     def one_turn(turn, carry):
@@ -90,11 +88,12 @@ def _backward(setting, saved, do_BlHK):
         return arriving_2BGlK, attend(turn, kv_2BGlK, gradients)
 
     last = setting.layout.devices - 1
-    start = varying_like((kv_2BGlK, no_gradients(queries, kv_2BGlK[None])), (queries, kv_2BGlK, back))
+    start = varying_like((kv_2BGlK, no_gradients(blocks, kv_2BGlK[None])), (blocks, kv_2BGlK, given))
     kv_last_2BGlK, gradients = jax.lax.fori_loop(0, last, one_turn, start)
     dq_igmK, dkv_12BGKl = attend(last, kv_last_2BGlK, gradients)  # after N sends every gradient is at home
     dkv_2BGlK = dkv_12BGKl[0].swapaxes(3, 4)
-    return cut.join(dq_igmK).astype(q_BlHK.dtype), dkv_2BGlK.astype(kv_2BGlK.dtype), None, None
+    dq_BlHK = cut.join(dq_igmK).astype(do_BlHK.dtype)
+    return queries._replace(q_BlHK=dq_BlHK, mask=None, dropout=None), dkv_2BGlK.astype(kv_2BGlK.dtype)
 
 
 _ring.defvjp(_forward, _backward)

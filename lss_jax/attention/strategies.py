@@ -12,6 +12,7 @@ import jax
 from lss_jax.attention import lss, ring, ulysses
 from lss_jax.attention.mask import Intervals
 from lss_jax.attention.setting import Setting
+from lss_jax.attention.strategy import Local
 from lss_jax.parallel.dropout import Dropout
 from lss_jax.parallel.scopes import ATTENTION, MASK
 
@@ -40,6 +41,6 @@ def make_attend(strategy: str, mask: Intervals, setting: Setting) -> Attend:
 
     @jax.named_scope(ATTENTION)
     def attend(q_BlHK: jax.Array, k_BlGK: jax.Array, v_BlGK: jax.Array, dropout: Dropout | None = None) -> jax.Array:
-        return STRATEGIES[strategy].attention(q_BlHK, k_BlGK, v_BlGK, mask, dropout, setting)
+        return STRATEGIES[strategy].attention(Local(q_BlHK, k_BlGK, v_BlGK, mask, dropout), setting)
 
     return attend

@@ -11,30 +11,30 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from lss_jax.attention.collectives import stacked
 from lss_jax.attention.kernels import KERNELS
+from lss_jax.attention.kernels.interface import Queries, Residuals
 from lss_jax.attention.mask import Intervals
-from lss_jax.attention.setting import ATTENDED, COMMUNICATED, Setting, stacked
+from lss_jax.attention.residuals import ATTENDED, COMMUNICATED
+from lss_jax.attention.setting import Setting
+from lss_jax.attention.strategy import Local
 from lss_jax.attention.traffic import Sizes, Traffic
-from lss_jax.parallel.dropout import Dropout, PairDropout
 
 
-def ulysses_attention(
-    q_BlHK: jax.Array, k_BlGK: jax.Array, v_BlGK: jax.Array, mask: Intervals, dropout: Dropout | None, setting: Setting
-) -> jax.Array:
-    """This segment's rows of attention, `o_BlHK`, from local `q, k, v`, inside `shard_map` over `setting.axis`.
+def ulysses_attention(local: Local, setting: Setting) -> jax.Array:
+    """This segment's attention `o_BlHK`, inside `shard_map` over `setting.axis`.
 
-    `mask` is that of the whole sequence in natural order, from `whole_mask`. `N` must divide `H`. Where it does not
-    divide `G`, each key/value head travels as often as it takes for every device to get those of its query heads.
+    `local.mask` is that of the whole sequence in natural order, from `whole_mask`. `N` must divide `H`. Where it does
+    not divide `G`, each key/value head travels as often as it takes for every device to get those of its query heads.
     """
-    copies = math.lcm(k_BlGK.shape[2], setting.layout.devices) // k_BlGK.shape[2]
-    k_BlgK, v_BlgK = (jnp.repeat(x_BlGK, copies, axis=2) for x_BlGK in (k_BlGK, v_BlGK))
+    N, (_, l, H, _), G = setting.layout.devices, local.q_BlHK.shape, local.k_BlGK.shape[2]
+    k_BlgK, v_BlgK = (jnp.repeat(x_BlGK, math.lcm(G, N) // G, axis=2) for x_BlGK in (local.k_BlGK, local.v_BlGK))
     pair_dropout = None
-    if dropout is not None:
+    if local.dropout is not None:
         here = jax.lax.axis_index(setting.axis) if setting.axis else 0
-        heads = q_BlHK.shape[2] // setting.layout.devices
-        length = q_BlHK.shape[1] * setting.layout.devices
-        pair_dropout = dropout._replace(position_l=jnp.arange(length)).of_heads(here * heads + jnp.arange(heads))
-    return _exchanged(q_BlHK, k_BlgK, v_BlgK, mask, pair_dropout, setting)
+        of_whole = local.dropout._replace(position_l=jnp.arange(l * N))
+        pair_dropout = of_whole.of_heads(here * (H // N) + jnp.arange(H // N))
+    return _exchanged(Queries(local.q_BlHK, local.mask, pair_dropout), k_BlgK, v_BlgK, setting)
 
 
 def traffic(sizes: Sizes, setting: Setting) -> dict[str, list[Traffic]]:
@@ -53,24 +53,26 @@ def whole_mask(mask: Intervals, setting: Setting) -> Intervals:
     return Intervals(*setting.layout.natural(stacked_N2l, stacked_N2l.ndim - 1))
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(5,))
-def _exchanged(q_BlHK, k_BlgK, v_BlgK, mask, dropout: PairDropout | None, setting: Setting) -> jax.Array:
-    return _forward(q_BlHK, k_BlgK, v_BlgK, mask, dropout, setting)[0]
+@partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _exchanged(queries: Queries, k_BlgK: jax.Array, v_BlgK: jax.Array, setting: Setting) -> jax.Array:
+    """`queries` are this segment's, all heads; their mask and dropout are the whole sequence's, this device's heads."""
+    return _forward(queries, k_BlgK, v_BlgK, setting)[0]
 
 
-def _forward(q_BlHK, k_BlgK, v_BlgK, mask, dropout, setting):
-    q_BLhK, k_BLhK, v_BLhK = checkpoint_name(_to_heads((q_BlHK, k_BlgK, v_BlgK), setting), COMMUNICATED)
-    kv_12BhLK = stacked(k_BLhK, v_BLhK)[None]
-    o_BLhK, kept = KERNELS[setting.kernel].forward(q_BLhK, kv_12BhLK, mask, dropout, setting.uncut)
-    o_BlHK = checkpoint_name(_to_sequence((o_BLhK,), setting)[0], ATTENDED)
-    return o_BlHK, (q_BLhK, kv_12BhLK, mask, dropout, o_BLhK, kept)
+def _forward(queries, k_BlgK, v_BlgK, setting):
+    q_BLhK, k_BLhK, v_BLhK = checkpoint_name(_to_heads((queries.q_BlHK, k_BlgK, v_BlgK), setting), COMMUNICATED)
+    queries, kv_12BhLK = queries._replace(q_BlHK=q_BLhK), stacked(k_BLhK, v_BLhK)[None]
+    output = KERNELS[setting.kernel].forward(queries, kv_12BhLK, setting.uncut)
+    o_BlHK = checkpoint_name(_to_sequence((output.o_BlHK,), setting)[0], ATTENDED)
+    return o_BlHK, Residuals(queries, kv_12BhLK, output)
 
 
-def _backward(setting, saved, do_BlHK):
+def _backward(setting, residuals, do_BlHK):
     do_BLhK = _to_heads((do_BlHK,), setting)[0]
-    dq_BLhK, dkv_12BhKL = KERNELS[setting.kernel].backward(*saved, do_BLhK, setting.uncut)
+    dq_BLhK, dkv_12BhKL = KERNELS[setting.kernel].backward(residuals, do_BLhK, setting.uncut)
     dk_BLhK, dv_BLhK = dkv_12BhKL[0].astype(do_BlHK.dtype).transpose(0, 1, 4, 2, 3)
-    return *_to_sequence((dq_BLhK, dk_BLhK, dv_BLhK), setting), None, None
+    dq_BlHK, dk_BlgK, dv_BlgK = _to_sequence((dq_BLhK, dk_BLhK, dv_BLhK), setting)
+    return residuals.queries._replace(q_BlHK=dq_BlHK, mask=None, dropout=None), dk_BlgK, dv_BlgK
 
 
 _exchanged.defvjp(_forward, _backward)

@@ -17,9 +17,9 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from lss_jax.attention.collectives import stacked
 from lss_jax.attention.mask import Intervals
 from lss_jax.attention.placement import setting_on
-from lss_jax.attention.setting import stacked
 from lss_jax.attention.strategies import make_attend
 from lss_jax.config.schema import Config, ConfigError
 from lss_jax.generation.cache import CACHE_SPECS, Cache, attend_to_cache, fill, write

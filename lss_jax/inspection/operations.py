@@ -15,6 +15,7 @@ from jax.sharding import AbstractMesh, Mesh
 
 from lss_jax.attention.kernels.blocks import chunks_of_all, cut_queries, key_blocks, visits
 from lss_jax.attention.kernels.blockwise import blocks_of_keys
+from lss_jax.attention.kernels.interface import Queries
 from lss_jax.attention.kernels.targets import TARGETS
 from lss_jax.attention.kernels.tiles import facts, plan_of
 from lss_jax.attention.mask import Intervals
@@ -74,13 +75,14 @@ def _scores(mask: Intervals, sizes: Sizes, setting: Setting, rings: bool) -> int
         return B * H * l * l * layout.devices
     if setting.kernel in TARGETS:
         dtype = jnp.bfloat16 if itemsize == 2 else jnp.float32
-        q_BlHK = jax.ShapeDtypeStruct((B, l, H, K), dtype)
+        q_BlHK: Any = jax.ShapeDtypeStruct((B, l, H, K), dtype)
         kv_N2BGlK = jax.ShapeDtypeStruct((layout.devices, 2, B, G, l, K), dtype)
-        plan = plan_of(q_BlHK, kv_N2BGlK, None, setting, TARGETS[setting.kernel])
-        tables, _ = facts(plan, mask, None)
+        queries = Queries(q_BlHK, mask, None)  # of which the shape and the dtype are enough
+        plan = plan_of(queries, kv_N2BGlK, setting, TARGETS[setting.kernel])
+        tables, _ = facts(plan, queries)
         return int((tables.stop_Bj - tables.first_Bj).sum()) * H * plan.queries.size * plan.key_size
     keys = key_blocks(chunks_of_all(layout, l), setting.block_keys) if rings else blocks_of_keys(l, setting)
-    queries = cut_queries((B, l, H, K), G, setting.layout, setting.block_queries, setting.block_keys, keys.size)
+    queries = cut_queries((B, l, H, G), layout, (setting.block_queries, setting.block_keys), keys.size)
     return visits(keys, queries, mask.start, mask.end) * queries.block_heads * (H // G) * queries.size * keys.size
 
 

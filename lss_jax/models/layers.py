@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
-from lss_jax.attention.setting import ATTENDED, COMMUNICATED
+from lss_jax.attention.residuals import ATTENDED, COMMUNICATED
 from lss_jax.attention.strategies import Attend
 from lss_jax.config.schema import ModelConfig
 from lss_jax.models.embeddings import INIT_STDDEV, Rope

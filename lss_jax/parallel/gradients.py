@@ -1,10 +1,12 @@
 """The gradient law (the paper's double gradient averaging).
 
 A gradient is summed over exactly those mesh axes that its parameter's spec does not name: first `seq`, inside the
-sequence group, then `data`, across the data groups. A learned position table is cut like the sequence, each device owns
-the rows of its tokens, and so it takes part in the second sum alone, with no special case. Dividing by the global token
-count afterwards makes the two sums the two averages. Where a segment is cut in turn, over `model`, a sum over its parts
-comes before both, for the weights that the model group shares.
+sequence group, then `data`, across the data groups. A learned position table is sharded like the sequence, each device
+owns the rows of its tokens, and so it takes part in the second sum alone, with no special case. Where a segment is
+sharded in turn, over `model`, a sum over its parts comes before both, for the weights that the model group shares.
+
+The division that makes averages of sums is in the training step (`training/step.py`): by the global number of counted
+tokens, after both sums. That number goes through the same sums, with the gradients.
 
 Inside `shard_map` with `check_vma=True` differentiating with respect to a parameter that does not vary over an axis
 would insert a sum over that axis unasked. So the parameters are first made varying, and the sums below are all there
@@ -14,45 +16,39 @@ are; should one be missing, tracing fails.
 from typing import Any
 
 import jax
-from jax.flatten_util import ravel_pytree
 from jax.sharding import Mesh, PartitionSpec
 
+from lss_jax.parallel.buckets import in_buckets
 from lss_jax.parallel.mesh import DATA, MODEL, SEQ, cut_axes, named_axes
 from lss_jax.parallel.scopes import GRADIENTS
 
 
-def varying(params: Any, specs: Any, mesh: Mesh) -> Any:
-    """Local `params` as values that vary over every cut axis, so that their gradients stay local, partial sums."""
+def reduction_axes(spec: PartitionSpec, mesh: Mesh) -> tuple[str, ...]:
+    """The axes over which a gradient is summed: those that shard the step, but not its parameter."""
+    return tuple(axis for axis in cut_axes(mesh) if axis not in named_axes(spec))
 
-    def cast(param: jax.Array, spec: PartitionSpec) -> jax.Array:
-        return jax.lax.pcast(param, _missing(spec, mesh), to="varying")
 
-    return jax.tree.map(cast, params, specs)
+def finished(partial: jax.Array, axes: tuple[str, ...]) -> jax.Array:
+    """A device's partial gradient summed over `axes`, one all-reduce each, in the order of the law."""
+    if MODEL in axes:
+        partial = jax.lax.psum(partial, MODEL)  # before the averages: the parts of one segment
+    if SEQ in axes:
+        partial = jax.lax.psum(partial, SEQ)  # first average: the segments of one sequence
+    if DATA in axes:
+        partial = jax.lax.psum(partial, DATA)  # second average: the sequences of one batch
+    return partial
 
 
 @jax.named_scope(GRADIENTS)
 def double_sum(partial: Any, specs: Any, mesh: Mesh) -> Any:
-    """Local, partial gradients (and any sums that ride along) to finished ones: an all-reduce per axis.
-
-    What has the same sums to take travels as one vector, since XLA combines many separate sums as it sees fit. The few
-    vectors that are left, two or three, it combines where they take the same sum.
-    """
-    leaves, treedef = jax.tree.flatten(partial)
-    missing = [_missing(spec, mesh) for spec in jax.tree.leaves(specs)]
-    for axes in dict.fromkeys(missing):
-        group = [index for index, others in enumerate(missing) if others == axes]
-        vector, unravel = ravel_pytree([leaves[index] for index in group])
-        if MODEL in axes:
-            vector = jax.lax.psum(vector, MODEL)  # before the averages: the parts of one segment
-        if SEQ in axes:
-            vector = jax.lax.psum(vector, SEQ)  # first average: the segments of one sequence
-        if DATA in axes:
-            vector = jax.lax.psum(vector, DATA)  # second average: the sequences of one batch
-        for index, leaf in zip(group, unravel(vector), strict=True):
-            leaves[index] = leaf
-    return jax.tree.unflatten(treedef, leaves)
+    """Local, partial gradients (and any sums that ride along) to finished ones, a few vectors at a time."""
+    return in_buckets(finished, partial, [reduction_axes(spec, mesh) for spec in jax.tree.leaves(specs)])
 
 
-def _missing(spec: PartitionSpec, mesh: Mesh) -> tuple[str, ...]:
-    """The cut axes that a spec does not name: over these a gradient is summed."""
-    return tuple(axis for axis in cut_axes(mesh) if axis not in named_axes(spec))
+def varying(params: Any, specs: Any, mesh: Mesh) -> Any:
+    """Local `params` as values that vary over the axes of their sums: their gradients stay local, partial sums."""
+
+    def cast(param: jax.Array, spec: PartitionSpec) -> jax.Array:
+        return jax.lax.pcast(param, reduction_axes(spec, mesh), to="varying")
+
+    return jax.tree.map(cast, params, specs)

@@ -158,14 +158,15 @@ class QueryCut(NamedTuple):
 
 
 def cut_queries(
-    shape_BlHK: tuple[int, ...], kv_heads: int, layout: Layout, block_queries: int, block_keys: int, key_block: int
+    shape_BlHG: tuple[int, int, int, int], layout: Layout, largest: tuple[int, int], key_block: int
 ) -> QueryCut:
-    """Equal blocks of at most `block_queries` local queries, to meet blocks of `key_block` keys.
+    """Equal blocks of local queries, no larger than the `largest` (queries, keys), to meet blocks of `key_block` keys.
 
     Where both are smaller than they may be, a block has as many key/value heads as give it the scores that one head
     would have in the largest blocks.
     """
-    B, l, H, _ = shape_BlHK
+    B, l, H, kv_heads = shape_BlHG
+    block_queries, block_keys = largest
     runs = 1 if too_short(l // layout.chunks_per_device, block_queries) else layout.chunks_per_device
     size = even(l // runs, block_queries)[1]
     room = block_queries * block_keys // (size * key_block * (H // kv_heads))

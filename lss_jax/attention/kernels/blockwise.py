@@ -24,39 +24,28 @@ from lss_jax.attention.kernels.blocks import (
     too_short,
     touched,
 )
+from lss_jax.attention.kernels.interface import Output, Queries, Residuals
 from lss_jax.attention.mask import Intervals
-from lss_jax.attention.setting import ATTENDED, Setting
-from lss_jax.parallel.dropout import PairDropout, dropped
+from lss_jax.attention.residuals import ATTENDED
+from lss_jax.attention.setting import Setting
+from lss_jax.parallel.dropout import dropped
 
 
-def forward(
-    q_BlHK: jax.Array, kv_N2BGlK: jax.Array, mask: Intervals, dropout: PairDropout | None, setting: Setting
-) -> tuple[jax.Array, jax.Array]:
-    """Attention rows `o_BlHK` over the keys and values of all segments, and the log-sum-exp of each.
-
-    A query that sees nothing has a row of zeros.
-    """
+def forward(queries: Queries, kv_N2BGlK: jax.Array, setting: Setting) -> Output:
+    """Attention over the keys and values of all segments."""
     kv_n2BGsK, keys = _ordered(kv_N2BGlK, setting)
-    cut, queries = cut_and_blocks(q_BlHK, mask, dropout, kv_N2BGlK.shape[3], keys, setting)
-    o_igmK, lse_igm = finish(accumulate(queries, kv_n2BGsK, keys, nothing_yet(queries)))
-    return checkpoint_name((cut.join(o_igmK).astype(q_BlHK.dtype), lse_igm), ATTENDED)
+    cut, blocks = cut_and_blocks(queries, kv_N2BGlK.shape[3], keys, setting)
+    o_igmK, lse_igm = finish(accumulate(blocks, kv_n2BGsK, keys, nothing_yet(blocks)))
+    return checkpoint_name(Output(cut.join(o_igmK).astype(queries.q_BlHK.dtype), lse_igm), ATTENDED)
 
 
-def backward(
-    q_BlHK: jax.Array,
-    kv_N2BGlK: jax.Array,
-    mask: Intervals,
-    dropout: PairDropout | None,
-    o_BlHK: jax.Array,
-    lse_igm: jax.Array,
-    do_BlHK: jax.Array,
-    setting: Setting,
-) -> tuple[jax.Array, jax.Array]:
-    """`dq_BlHK`, and this device's share of `dkv_N2BGKl` in float32."""
+def backward(residuals: Residuals, do_BlHK: jax.Array, setting: Setting) -> tuple[jax.Array, jax.Array]:
+    """`dq_BlHK`, and these queries' part of `dkv_N2BGKl` in float32."""
+    queries, kv_N2BGlK, output = residuals
     kv_n2BGsK, keys = _ordered(kv_N2BGlK, setting)
-    cut, queries = cut_and_blocks(q_BlHK, mask, dropout, kv_N2BGlK.shape[3], keys, setting)
-    back = cotangents(cut, o_BlHK, do_BlHK, lse_igm)
-    dq_igmK, dkv_n2BGKs = differentiate(queries, kv_n2BGsK, keys, back, no_gradients(queries, kv_n2BGsK))
+    cut, blocks = cut_and_blocks(queries, kv_N2BGlK.shape[3], keys, setting)
+    given, start = cotangents(cut, output, do_BlHK), no_gradients(blocks, kv_n2BGsK)
+    dq_igmK, dkv_n2BGKs = differentiate(blocks, kv_n2BGsK, keys, cotangents=given, gradients=start)
     if scattered(kv_N2BGlK.shape[4], setting):
         dkv_n2BGKs = setting.layout.segments(dkv_n2BGKs[0], 4)
     return cut.join(dq_igmK).astype(do_BlHK.dtype), dkv_n2BGKs
@@ -95,12 +84,11 @@ class QueryBlocks(NamedTuple):
     rate_i: jax.Array | None
 
 
-def cut_and_blocks(
-    q_BlHK: jax.Array, mask: Intervals, dropout: PairDropout | None, kv_heads: int, keys: KeyBlocks, setting: Setting
-) -> tuple[QueryCut, QueryBlocks]:
+def cut_and_blocks(queries: Queries, kv_heads: int, keys: KeyBlocks, setting: Setting) -> tuple[QueryCut, QueryBlocks]:
     """How the local queries are cut, and their blocks."""
-    largest = (setting.block_queries, setting.block_keys)
-    cut = cut_queries(q_BlHK.shape, kv_heads, setting.layout, *largest, key_block=keys.size)
+    (q_BlHK, mask, dropout), largest = queries, (setting.block_queries, setting.block_keys)
+    B, l, H, _ = q_BlHK.shape
+    cut = cut_queries((B, l, H, kv_heads), setting.layout, largest, key_block=keys.size)
     row_i, head_i = cut.first_rows_and_heads()
     stream_igm, rate_i = None, None
     if dropout is not None:
@@ -141,7 +129,7 @@ def accumulate(queries: QueryBlocks, kv_n2BGsK: jax.Array, keys: KeyBlocks, soft
             weighted_gmK = product("gmk,gkK->gmK", _dropped(p_gmk, queries, keys, t), v_gkK)
             return Softmax(o_gmK * shrink_gm[..., None] + weighted_gmK, new_max_gm, sum_gm)
 
-        return None, _over_touched(keys, queries, kv_n2BGsK, one_block_of_keys, softmax)
+        return None, _over_touched(keys, queries, one_block_of_keys, init=softmax, reads=kv_n2BGsK)
 
     return jax.lax.scan(one_block_of_queries, None, (queries, softmax))[1]
 
@@ -178,36 +166,37 @@ def no_gradients(queries: QueryBlocks, kv_n2BGsK: jax.Array) -> Gradients:
     return Gradients(jnp.zeros_like(queries.q_igmK, jnp.float32), jnp.zeros_like(kv_n2BGsK.swapaxes(4, 5), jnp.float32))
 
 
-def cotangents(cut: QueryCut, o_BlHK: jax.Array, do_BlHK: jax.Array, lse_igm: jax.Array) -> Cotangents:
+def cotangents(cut: QueryCut, output: Output, do_BlHK: jax.Array) -> Cotangents:
     """By block, as the queries are."""
-    odo_BlH = jnp.einsum("BlHK,BlHK->BlH", o_BlHK, do_BlHK, preferred_element_type=jnp.float32)
-    return Cotangents(cut.split(do_BlHK), lse_igm, cut.split_scalars(odo_BlH))
+    odo_BlH = jnp.einsum("BlHK,BlHK->BlH", output.o_BlHK, do_BlHK, preferred_element_type=jnp.float32)
+    return Cotangents(cut.split(do_BlHK), output.lse, cut.split_scalars(odo_BlH))
 
 
 def differentiate(
-    queries: QueryBlocks, kv_n2BGsK: jax.Array, keys: KeyBlocks, back: Cotangents, gradients: Gradients
+    queries: QueryBlocks, kv_n2BGsK: jax.Array, keys: KeyBlocks, *, cotangents: Cotangents, gradients: Gradients
 ) -> Gradients:
-    """Adds what these queries and these keys mean for one another."""
+    """The gradients so far, and what these queries and these keys contribute to one another's."""
 
     def one_block_of_queries(dkv_n2BGKs, inputs):
-        queries, back, dq_gmK = inputs
+        queries, given, dq_gmK = inputs
 
         def one_block_of_keys(t, gradients):
             k_gkK, v_gkK = _read(kv_n2BGsK, keys, t, queries)
-            p_gmk = jnp.exp(_scores(queries, k_gkK, keys, t) - back.lse_igm[..., None])
-            dv_gKk = product("gmK,gmk->gKk", back.do_igmK, _dropped(p_gmk, queries, keys, t))
-            dp_gmk = _dropped(product("gmK,gkK->gmk", back.do_igmK, v_gkK), queries, keys, t)
-            ds_gmk = p_gmk * (dp_gmk - back.odo_igm[..., None]) * _scale(k_gkK)
+            p_gmk = jnp.exp(_scores(queries, k_gkK, keys, t) - given.lse_igm[..., None])
+            dv_gKk = product("gmK,gmk->gKk", given.do_igmK, _dropped(p_gmk, queries, keys, t))
+            dp_gmk = _dropped(product("gmK,gkK->gmk", given.do_igmK, v_gkK), queries, keys, t)
+            ds_gmk = p_gmk * (dp_gmk - given.odo_igm[..., None]) * _scale(k_gkK)
             dk_gKk = product("gmK,gmk->gKk", queries.q_igmK, ds_gmk)
             dq_gmK = gradients.dq_igmK + product("gmk,gkK->gmK", ds_gmk, k_gkK)
-            return Gradients(dq_gmK, _add(gradients.dkv_n2BGKs, jnp.stack((dk_gKk, dv_gKk)), keys, t, queries))
+            d_2gKk = jnp.stack((dk_gKk, dv_gKk))
+            return Gradients(dq_gmK, _add(gradients.dkv_n2BGKs, d_2gKk, at=_place(keys, t, queries)))
 
         so_far = Gradients(dq_gmK, dkv_n2BGKs)
-        dq_gmK, dkv_n2BGKs = _over_touched(keys, queries, (kv_n2BGsK, back), one_block_of_keys, so_far)
+        dq_gmK, dkv_n2BGKs = _over_touched(keys, queries, one_block_of_keys, init=so_far, reads=(kv_n2BGsK, given))
         return dkv_n2BGKs, dq_gmK
 
-    dkv_n2BGKs = varying_like(gradients.dkv_n2BGKs, (queries, kv_n2BGsK, keys, back, gradients))
-    dkv_n2BGKs, dq_igmK = jax.lax.scan(one_block_of_queries, dkv_n2BGKs, (queries, back, gradients.dq_igmK))
+    dkv_n2BGKs = varying_like(gradients.dkv_n2BGKs, (queries, kv_n2BGsK, keys, cotangents, gradients))
+    dkv_n2BGKs, dq_igmK = jax.lax.scan(one_block_of_queries, dkv_n2BGKs, (queries, cotangents, gradients.dq_igmK))
     return Gradients(dq_igmK, dkv_n2BGKs)
 
 
@@ -222,23 +211,29 @@ def varying_like(tree: Any, reference: Any) -> Any:
     return jax.tree.map(lambda leaf: leaf + zero.astype(leaf.dtype), tree)
 
 
-def _over_touched(keys, queries, others, body, init):
-    """`body(t, carry)` over the key blocks that these queries touch."""
+def _over_touched(keys, queries, body, *, init, reads):
+    """`body(t, carry)` over the key blocks that these queries touch; `reads` are the arrays that it reads."""
     bounds = touched(keys, queries.start_iq, queries.end_iq)
-    (first, stop), init = varying_like((bounds, init), (keys, queries, others, init))
+    (first, stop), init = varying_like((bounds, init), (keys, queries, reads, init))
     return jax.lax.fori_loop(first, stop, body, init)
 
 
 def _read(kv_n2BGsK, keys, t, queries):
     """Keys and values of a block, `[g, k, K]` each."""
     _, pair, _, _, _, K = kv_n2BGsK.shape
-    at = (keys.segment_t[t], 0, queries.row_i, queries.head_i, keys.place_t[t], 0)
-    return jax.lax.dynamic_slice(kv_n2BGsK, at, (1, pair, 1, queries.q_igmK.shape[0], keys.size, K))[0, :, 0]
+    *at, place = _place(keys, t, queries)
+    sizes = (1, pair, 1, queries.q_igmK.shape[0], keys.size, K)
+    return jax.lax.dynamic_slice(kv_n2BGsK, (*at, place, 0), sizes)[0, :, 0]
 
 
-def _add(dkv_n2BGKs, d_2gKk, keys, t, queries):
+def _place(keys, t, queries):
+    """Where the keys and values of a block start: indices to `n2BGs`."""
+    return keys.segment_t[t], 0, queries.row_i, queries.head_i, keys.place_t[t]
+
+
+def _add(dkv_n2BGKs, d_2gKk, at):
     """With the gradients of a block added where its keys and values lie."""
-    at = (keys.segment_t[t], 0, queries.row_i, queries.head_i, 0, keys.place_t[t])
+    at = (*at[:4], 0, at[4])
     d_121gKk = d_2gKk[None, :, None]
     before = jax.lax.dynamic_slice(dkv_n2BGKs, at, d_121gKk.shape)
     return jax.lax.dynamic_update_slice(dkv_n2BGKs, before + d_121gKk, at)

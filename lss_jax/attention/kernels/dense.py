@@ -9,33 +9,21 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from lss_jax.attention.kernels.blockwise import product
+from lss_jax.attention.kernels.interface import Output, Queries, Residuals
 from lss_jax.attention.mask import Intervals
-from lss_jax.attention.setting import ATTENDED, Setting
+from lss_jax.attention.residuals import ATTENDED
+from lss_jax.attention.setting import Setting
 from lss_jax.parallel.dropout import PairDropout, dropped
 
 
-def forward(
-    q_BlHK: jax.Array, kv_N2BGlK: jax.Array, mask: Intervals, dropout: PairDropout | None, setting: Setting
-) -> tuple[jax.Array, jax.Array]:
-    """Attention rows `o_BlHK` over the keys and values of all segments, and the log-sum-exp of each.
-
-    A query that sees nothing has a row of zeros.
-    """
-    o_BlHK, lse_BGm = attention_rows(q_BlHK, setting.layout.natural(kv_N2BGlK, 4), mask, dropout)
-    return checkpoint_name((o_BlHK, lse_BGm), ATTENDED)
+def forward(queries: Queries, kv_N2BGlK: jax.Array, setting: Setting) -> Output:
+    """Attention over the keys and values of all segments."""
+    return checkpoint_name(dense_attention(queries, setting.layout.natural(kv_N2BGlK, 4)), ATTENDED)
 
 
-def backward(
-    q_BlHK: jax.Array,
-    kv_N2BGlK: jax.Array,
-    mask: Intervals,
-    dropout: PairDropout | None,
-    o_BlHK: jax.Array,
-    lse_BGm: jax.Array,
-    do_BlHK: jax.Array,
-    setting: Setting,
-) -> tuple[jax.Array, jax.Array]:
-    """`dq_BlHK`, and this device's share of `dkv_N2BGKl` in float32."""
+def backward(residuals: Residuals, do_BlHK: jax.Array, setting: Setting) -> tuple[jax.Array, jax.Array]:
+    """`dq_BlHK`, and these queries' part of `dkv_N2BGKl` in float32."""
+    (q_BlHK, mask, dropout), kv_N2BGlK, (o_BlHK, lse_BGm) = residuals
     k_BGLK, v_BGLK = setting.layout.natural(kv_N2BGlK, 4)
     G, scale = k_BGLK.shape[1], q_BlHK.shape[3] ** -0.5
     q_BGmK, do_BGmK = rows_of_heads(q_BlHK, G), rows_of_heads(do_BlHK, G)
@@ -50,20 +38,15 @@ def backward(
     return heads_of_rows(dq_BGmK, q_BlHK.shape).astype(q_BlHK.dtype), dkv_N2BGKl
 
 
-def attention_rows(
-    q_BlHK: jax.Array, kv_2BGLK: jax.Array, mask: Intervals, dropout: PairDropout | None = None
-) -> tuple[jax.Array, jax.Array]:
-    """The rows of attention `o_BlHK` of some queries, over all `L` keys in natural order, and their log-sum-exp.
-
-    Scores and softmax are float32, the rows are of the dtype of `q_BlHK`.
-    """
-    k_BGLK, v_BGLK = kv_2BGLK
+def dense_attention(queries: Queries, kv_2BGLK: jax.Array) -> Output:
+    """Attention over all `L` keys in natural order; scores and softmax are float32."""
+    (q_BlHK, mask, dropout), (k_BGLK, v_BGLK) = queries, kv_2BGLK
     s_BGmL = _scores(rows_of_heads(q_BlHK, k_BGLK.shape[1]), k_BGLK, mask)
     lse_BGm = jax.nn.logsumexp(s_BGmL, axis=-1)
     lse_BGm = jnp.where(lse_BGm == -jnp.inf, 0.0, lse_BGm)
     p_BGmL = _dropped(jnp.exp(s_BGmL - lse_BGm[..., None]), dropout)
     o_BGmK = product("BGmL,BGLK->BGmK", p_BGmL, v_BGLK)
-    return heads_of_rows(o_BGmK, q_BlHK.shape).astype(q_BlHK.dtype), lse_BGm
+    return Output(heads_of_rows(o_BGmK, q_BlHK.shape).astype(q_BlHK.dtype), lse_BGm)
 
 
 def rows_of_heads(x_BlHK: jax.Array, kv_heads: int) -> jax.Array:

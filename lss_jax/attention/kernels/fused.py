@@ -13,33 +13,25 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import pallas as pl
 
+from lss_jax.attention.kernels.interface import Output, Queries, Residuals
 from lss_jax.attention.kernels.targets import Target
 from lss_jax.attention.kernels.tiles import END, START, STREAM, Plan, Tables, facts, plan_of
-from lss_jax.attention.mask import Intervals
-from lss_jax.attention.setting import ATTENDED, Setting
-from lss_jax.parallel.dropout import PairDropout, dropped
+from lss_jax.attention.residuals import ATTENDED
+from lss_jax.attention.setting import Setting
+from lss_jax.parallel.dropout import dropped
 
 LSE, ODO = range(2)  # rows of `floats_BHj2m`
 
 
-def forward(
-    q_BlHK: jax.Array,
-    kv_N2BGlK: jax.Array,
-    mask: Intervals,
-    dropout: PairDropout | None,
-    setting: Setting,
-    target: Target,
-) -> tuple[jax.Array, jax.Array]:
-    """Attention rows `o_BlHK` over the keys and values of all segments, and the log-sum-exp of each, `lse_BHj1m`.
-
-    A query that sees nothing has a row of zeros.
-    """
-    plan = plan_of(q_BlHK, kv_N2BGlK, dropout, setting, target)
-    tables, ints_BHj3m = facts(plan, mask, dropout)
+def forward(queries: Queries, kv_N2BGlK: jax.Array, setting: Setting, target: Target) -> Output:
+    """Attention over the keys and values of all segments; the log-sum-exp is `lse_BHj1m`."""
+    q_BlHK = queries.q_BlHK
+    plan = plan_of(queries, kv_N2BGlK, setting, target)
+    tables, ints_BHj3m = facts(plan, queries)
     q_BHjmK, kv_n2BGsK = plan.split_queries(q_BlHK), plan.split_keys(kv_N2BGlK)
     *grid, m, K = q_BHjmK.shape
     o_BHjmK, lse_BHj1m = _call(
-        _rows,
+        _outputs,
         plan,
         grid,
         tables,
@@ -47,23 +39,15 @@ def forward(
         outputs=[(q_BHjmK, _own), (jax.ShapeDtypeStruct((*grid, 1, m), jnp.float32), _own)],
         walked=[(plan.key_size, K, kv_n2BGsK.dtype)] * 2,
     )
-    return checkpoint_name((plan.join_queries(o_BHjmK, q_BlHK.shape[3]), lse_BHj1m), ATTENDED)
+    return checkpoint_name(Output(plan.join_queries(o_BHjmK, q_BlHK.shape[3]), lse_BHj1m), ATTENDED)
 
 
-def backward(
-    q_BlHK: jax.Array,
-    kv_N2BGlK: jax.Array,
-    mask: Intervals,
-    dropout: PairDropout | None,
-    o_BlHK: jax.Array,
-    lse_BHj1m: jax.Array,
-    do_BlHK: jax.Array,
-    setting: Setting,
-    target: Target,
-) -> tuple[jax.Array, jax.Array]:
-    """`dq_BlHK`, and this device's share of `dkv_N2BGKl` in float32."""
-    plan = plan_of(q_BlHK, kv_N2BGlK, dropout, setting, target)
-    tables, ints_BHj3m = facts(plan, mask, dropout)
+def backward(residuals: Residuals, do_BlHK: jax.Array, setting: Setting, target: Target) -> tuple[jax.Array, jax.Array]:
+    """`dq_BlHK`, and these queries' part of `dkv_N2BGKl` in float32."""
+    queries, kv_N2BGlK, (o_BlHK, lse_BHj1m) = residuals
+    q_BlHK = queries.q_BlHK
+    plan = plan_of(queries, kv_N2BGlK, setting, target)
+    tables, ints_BHj3m = facts(plan, queries)
     odo_BlH = jnp.einsum("BlHK,BlHK->BlH", o_BlHK, do_BlHK, preferred_element_type=jnp.float32)
     floats_BHj2m = jnp.concatenate((lse_BHj1m, plan.split_scalars(odo_BlH)[..., None, :]), axis=3)
     q_BHjmK, do_BHjmK, kv_n2BGsK = plan.split_queries(q_BlHK), plan.split_queries(do_BlHK), plan.split_keys(kv_N2BGlK)
@@ -91,8 +75,8 @@ def backward(
     return plan.join_queries(dq_BHjmK, K), plan.join_key_gradients(dkv_n2BGKs, K)
 
 
-def _rows(plan: Plan, tables: Tables, q_ref, ints_ref, kv_ref, o_ref, lse_ref, buffers):
-    """The rows of attention of one block of queries."""
+def _outputs(plan: Plan, tables: Tables, q_ref, ints_ref, kv_ref, o_ref, lse_ref, buffers):
+    """The output of one block of queries."""
     q_mK = q_ref[...]
     K, m = q_mK.shape[1], q_mK.shape[0]
     start_1m, end_1m, stream_1m = (ints_ref[pl.ds(row, 1), :] for row in (START, END, STREAM))

@@ -11,10 +11,9 @@ import jax
 import jax.numpy as jnp
 
 from lss_jax.attention.kernels.blocks import QueryCut, chunks_of_all, too_short
+from lss_jax.attention.kernels.interface import Queries
 from lss_jax.attention.kernels.targets import SMALLEST, Target
-from lss_jax.attention.mask import Intervals
 from lss_jax.attention.setting import Setting
-from lss_jax.parallel.dropout import PairDropout
 from lss_jax.parallel.layout import Layout
 
 START, END, STREAM = range(3)  # rows of `ints_BHj3m`
@@ -91,30 +90,30 @@ class Tables(NamedTuple):
     rate_1: Any  # of dropout
 
 
-def plan_of(q_BlHK: Any, kv_N2BGlK: Any, dropout: PairDropout | None, setting: Setting, target: Target) -> Plan:
+def plan_of(queries: Queries, kv_N2BGlK: Any, setting: Setting, target: Target) -> Plan:
     """How queries and keys of these shapes and dtype are cut.
 
     Blocks are no larger than the config says, and than the target has room for.
     """
-    B, l, H, K = q_BlHK.shape
+    B, l, H, K = queries.q_BlHK.shape
     layout = setting.layout
     least = SMALLEST if setting.interpret else target.least
-    room = target.most_bytes // (_width(K) * q_BlHK.dtype.itemsize)
+    room = target.most_bytes // (_width(K) * queries.q_BlHK.dtype.itemsize)
     most_queries = min(setting.block_queries, target.most_queries, room)
     most_keys = min(setting.block_keys, target.most_keys, room)
     runs = 1 if too_short(l // layout.chunks_per_device, most_queries) else layout.chunks_per_device
-    queries = QueryCut(B, runs, l // runs, _block_size(l // runs, most_queries, least), kv_heads=H, block_heads=1)
+    size = _block_size(l // runs, most_queries, least)
     unordered, run = None, kv_N2BGlK.shape[4] // layout.chunks_per_device
     if layout.devices > 1 and too_short(run, most_keys):
         unordered, layout, run = layout, setting.uncut.layout, run * len(layout.chunks_NC.ravel())
     return Plan(
-        queries=queries,
+        queries=QueryCut(B, runs, l // runs, size, kv_heads=H, block_heads=1),
         layout=layout,
         unordered=unordered,
         run=run,
         key_size=_block_size(run, most_keys, least),
         scale=K**-0.5,
-        drops=dropout is not None,
+        drops=queries.dropout is not None,
         target=target,
         interpret=setting.interpret,
     )
@@ -134,8 +133,9 @@ def _width(K: int) -> int:
     return max(SMALLEST, 1 << (K - 1).bit_length())
 
 
-def facts(plan: Plan, mask: Intervals, dropout: PairDropout | None) -> tuple[Tables, jax.Array]:
+def facts(plan: Plan, queries: Queries) -> tuple[Tables, jax.Array]:
     """The tables, and the rows `START`, `END` and `STREAM` of the queries, `ints_BHj3m`."""
+    _, mask, dropout = queries
     chunks = chunks_of_all(plan.layout, plan.run * plan.layout.chunks_per_device)
     offsets = jnp.arange(0, plan.padded_run, plan.key_size)
     blocks_per_run = len(offsets)
@@ -154,7 +154,14 @@ def facts(plan: Plan, mask: Intervals, dropout: PairDropout | None) -> tuple[Tab
     first_Bt, stop_Bt = range_of(touches_Bjt.swapaxes(1, 2))
     rate_1 = jnp.full(1, dropout.rate if dropout else 0.0, jnp.float32)
     tables = Tables(
-        order_t, begin_t, end_t, first_Bj.ravel(), stop_Bj.ravel(), first_Bt.ravel(), stop_Bt.ravel(), rate_1
+        order_t=order_t,
+        begin_t=begin_t,
+        end_t=end_t,
+        first_Bj=first_Bj.ravel(),
+        stop_Bj=stop_Bj.ravel(),
+        first_Bt=first_Bt.ravel(),
+        stop_Bt=stop_Bt.ravel(),
+        rate_1=rate_1,
     )
     stream_BHjm = jnp.zeros_like(start_BHjm) if dropout is None else plan.split_scalars(dropout.stream_BlH)
     return tables, jnp.stack((start_BHjm, end_BHjm, stream_BHjm.astype(jnp.int32)), axis=3)

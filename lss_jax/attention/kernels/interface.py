@@ -1,0 +1,44 @@
+"""What goes into a kernel and what comes out of it: the types that kernels share with the strategies above them."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+
+from lss_jax.attention.mask import Intervals
+from lss_jax.parallel.dropout import PairDropout
+
+
+class Queries(NamedTuple):
+    """The queries that a device computes attention for."""
+
+    q_BlHK: jax.Array
+    mask: Intervals  # the keys that each query sees
+    dropout: PairDropout | None  # of their attention weights
+
+
+class Output(NamedTuple):
+    """Attention of each query, in the dtype of the queries; a query that sees nothing has zeros."""
+
+    o_BlHK: jax.Array
+    lse: jax.Array  # the log-sum-exp of each query's scores, float32, blocked as the kernel has it
+
+
+class Residuals(NamedTuple):
+    """What the backward pass needs: scores are recomputed from it."""
+
+    queries: Queries
+    kv_N2BGlK: jax.Array  # keys and values of all segments
+    output: Output
+
+
+class Kernel(NamedTuple):
+    """Attention of local queries over keys that are all there, and its gradient.
+
+    `forward(queries, kv_N2BGlK, setting)` gives the `Output`. `backward(residuals, do_BlHK, setting)` gives `dq_BlHK`
+    and, in float32 and with keys last, `dkv_N2BGKl`: what these queries contribute to the gradient of every key and
+    value.
+    """
+
+    forward: Callable[..., Output]
+    backward: Callable[..., tuple[jax.Array, jax.Array]]
