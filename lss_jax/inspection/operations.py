@@ -82,8 +82,8 @@ def _scores(mask: Intervals, sizes: Sizes, setting: Setting, rings: bool) -> int
         tables, _ = facts(plan, queries)
         return int((tables.stop_Bj - tables.first_Bj).sum()) * H * plan.queries.size * plan.key_size
     keys = key_blocks(chunks_of_all(layout, l), setting.block_keys) if rings else blocks_of_keys(l, setting)
-    queries = cut_queries((B, l, H, G), layout, (setting.block_queries, setting.block_keys), keys.size)
-    return visits(keys, queries, mask.start, mask.end) * queries.block_heads * (H // G) * queries.size * keys.size
+    blocks = cut_queries((B, l, H, G), layout, (setting.block_queries, setting.block_keys), keys.size)
+    return visits(keys, blocks, mask.start, mask.end) * blocks.block_heads * (H // G) * blocks.size * keys.size
 
 
 def _products(jaxpr: Jaxpr) -> Iterator[int]:
