@@ -14,7 +14,9 @@ DOCTESTS = sorted(
     for path in (ROOT / "lss_jax").rglob("*.py")
     if ">>> " in path.read_text()
 )
-PROGRAMS = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+README = (ROOT / "README.md").read_text()
+PROGRAMS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+QUOTED = re.findall(r"```py\n(.*?)```", README, re.DOTALL)
 
 
 @pytest.mark.parametrize("module", sampled(DOCTESTS, set(DOCTESTS) - {"lss_jax"}))  # it trains, as does test_api.py
@@ -29,6 +31,19 @@ def test_examples_of_the_readme_run():
         names: dict = {}
         exec(compile(program, "README.md", "exec"), names)
         assert names["losses"][-1] < names["losses"][0]
+
+
+@pytest.mark.parametrize(
+    ("quoted", "path"), zip(QUOTED, ("attention/lss.py", "parallel/gradients.py"), strict=True), ids=lambda x: x[-12:]
+)
+def test_the_readme_quotes_the_code_as_it_is(quoted, path):
+    code = (ROOT / "lss_jax" / path).read_text()
+    assert quoted in code
+    assert code.count("\n") < 80, "the paper on one screen"
+
+
+def test_the_readme_stays_short():
+    assert len(README.encode()) <= 10 * 1024
 
 
 def test_what_one_calls_has_an_example():
