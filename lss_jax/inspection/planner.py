@@ -80,7 +80,7 @@ def evaluate(model: Model, sizes: MeshSizes, strategy: str, memory: int) -> Cand
     Raises:
       ConfigError: it breaks a rule of the config, or not even the shortest sequence fits.
     """
-    config, mesh = on_mesh(model.config, sizes, strategy), AbstractMesh(sizes, AXES)
+    config, mesh = with_mesh(model.config, sizes, strategy), AbstractMesh(sizes, AXES)
     validate(config, math.prod(sizes))
 
     def at(seq_len: int) -> Model:
@@ -102,7 +102,7 @@ def evaluate(model: Model, sizes: MeshSizes, strategy: str, memory: int) -> Cand
     return Candidate(sizes, strategy, cost(config.data.seq_len), cost(longest))
 
 
-def on_mesh(config: Config, sizes: MeshSizes, strategy: str) -> Config:
+def with_mesh(config: Config, sizes: MeshSizes, strategy: str) -> Config:
     """The config on this mesh with this strategy, without the options of another strategy."""
     attention = dataclasses.replace(config.attention, strategy=cast(Any, strategy))
     if strategy != "lss":
@@ -146,7 +146,7 @@ def ranked(candidates: list[Candidate]) -> list[Candidate]:
 
 def chosen(config: Config, candidate: Candidate) -> Config:
     """The config of a candidate at its longest sequence."""
-    config = on_mesh(config, candidate.sizes, candidate.strategy)
+    config = with_mesh(config, candidate.sizes, candidate.strategy)
     return dataclasses.replace(config, data=dataclasses.replace(config.data, seq_len=candidate.longest.seq_len))
 
 
