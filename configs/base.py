@@ -63,12 +63,13 @@ def get_config() -> ConfigDict:
     data.batch_size = 16  # whole sequences, over all devices
 
     config.optim = optim = ConfigDict()
+    optim.name = "adamw"  # or "muon": for the kernels of layers, which it orthogonalizes; AdamW for the rest
     optim.steps = 300
     optim.learning_rate = 1e-3  # the peak
     optim.warmup_steps = 20
-    optim.weight_decay = 0.1  # not on norms and biases
+    optim.weight_decay = 0.1  # not on norms and biases; "muon": on its kernels alone
     optim.clip_norm = 1.0  # global norm of the gradient
-    optim.beta1 = 0.9
+    optim.beta1 = 0.9  # momentum, of "muon" too
     optim.beta2 = 0.95
     optim.accumulate = 1  # microbatches per step
     optim.shard_state = False  # a share of Adam's moments per device, also of weights that are on all of them (ZeRO-1)

@@ -68,6 +68,7 @@ class DataConfig:
 
 @dataclasses.dataclass(frozen=True)
 class OptimConfig:
+    name: Literal["adamw", "muon"]
     steps: int
     learning_rate: float
     warmup_steps: int
@@ -206,11 +207,13 @@ def check_same_model(saved: Config, config: Config, workdir: Path) -> None:
     """
     names = ("family", "vocab", "layers", "width", "heads", "kv_heads", "mlp_width", "positions", "tied_head")
     shaping = [f"model.{name}" for name in names] + ["data.seq_len"] * (config.model.positions == "learned")
+    shaping.append("optim.name")  # its moments
     different = {key: pair for key, pair in changes(saved, config).items() if key in shaping}
     if different:
         raise ConfigError(
             "\n".join(
-                f"workdir {workdir} holds a run with {key}={then!r}, not {now!r}, and its parameters do not fit; "
+                f"workdir {workdir} holds a run with {key}={then!r}, not {now!r}, and its "
+                f"{'moments' if key == 'optim.name' else 'parameters'} do not fit; "
                 f"choose another --workdir, or go on with --config.{key}={then}"
                 for key, (then, now) in different.items()
             )

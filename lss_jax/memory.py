@@ -19,19 +19,20 @@ from lss_jax.attention.setting import setting_on, sizes_of
 from lss_jax.config import Config
 from lss_jax.mesh import MODEL, SEQ, cut_axes, over_cut_axes
 from lss_jax.models import Model
+from lss_jax.optimizer import moments_of
 from lss_jax.state import kept_specs, moment_specs
 
 NUMBER = 4  # bytes
 GAPS = 1.07  # temporaries over the largest sum of buffers that live at once: they do not lie side by side
 IN_WORK = {"lss": (12, 3), "regather": (13, 4), "ring": (14, 4), "ulysses": (13, 3)}  # parts and regions, with remat
-COUNTERS = 3  # of steps, in the state
+COUNTERS = {"adamw": 3, "muon": 8}  # of steps, in the state; and three coefficients of Muon's
 
 
 class Memory(NamedTuple):
     """Bytes on one device."""
 
     parameters: int
-    moments: int  # Adam's two per parameter
+    moments: int  # two per parameter, but one where Muon updates it
     batch: int
     temporaries: int
 
@@ -68,8 +69,8 @@ def memory_of(model: Model, mesh: Mesh | AbstractMesh) -> Memory:
     """Of the training step of this model on this mesh; the mesh may be abstract."""
     return Memory(
         parameters=NUMBER * _numbers(model, kept_specs(model, mesh), mesh),
-        moments=2 * NUMBER * _numbers(model, moment_specs(model, mesh), mesh),
-        batch=NUMBER * (_batch(model.config, mesh) + COUNTERS),
+        moments=NUMBER * _numbers(model, moment_specs(model, mesh), mesh, moments_of(model.config.optim, model.shapes)),
+        batch=NUMBER * (_batch(model.config, mesh) + COUNTERS[model.config.optim.name]),
         temporaries=math.ceil(GAPS * NUMBER * max(peaks(model, mesh).values())),
     )
 
@@ -166,10 +167,11 @@ def _batch(config: Config, mesh: Mesh | AbstractMesh) -> int:
     return per_token * rows * sizes.l + sizes.l + (rows if config.model.dropout else 0)
 
 
-def _numbers(model: Model, specs: Any, mesh: Mesh | AbstractMesh) -> int:
-    """On one device, in arrays like the parameters that lie by these specs."""
+def _numbers(model: Model, specs: Any, mesh: Mesh | AbstractMesh, copies: Any = None) -> int:
+    """On one device, in arrays like the parameters that lie by these specs; or so many `copies` of each."""
+    copies = copies or jax.tree.map(lambda _: 1, model.shapes)
 
-    def of_leaf(leaf: jax.ShapeDtypeStruct, spec: PartitionSpec) -> int:
-        return math.prod(NamedSharding(mesh, over_cut_axes(spec, mesh)).shard_shape(leaf.shape))
+    def of_leaf(leaf: jax.ShapeDtypeStruct, spec: PartitionSpec, copies: int) -> int:
+        return copies * math.prod(NamedSharding(mesh, over_cut_axes(spec, mesh)).shard_shape(leaf.shape))
 
-    return sum(jax.tree.leaves(jax.tree.map(of_leaf, model.shapes, specs)))
+    return sum(jax.tree.leaves(jax.tree.map(of_leaf, model.shapes, specs, copies)))

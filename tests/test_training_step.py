@@ -151,16 +151,63 @@ def test_bfloat16_stays_near_the_float32_oracle(mesh):
     check_against_oracle(*mesh, bound=5e-2, model__dtype="bfloat16")
 
 
+def orthogonal(matrix):
+    """The quintic Newton-Schulz iteration of Jordan et al. 2024, in float64."""
+    x = matrix.astype(np.float64) / np.linalg.norm(matrix)
+    x = x.T if matrix.shape[0] > matrix.shape[1] else x
+    for _ in range(5):
+        gram = x @ x.T
+        x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
+    return x.T if matrix.shape[0] > matrix.shape[1] else x
+
+
+BY_HEADS = {"query", "key", "value"}  # kernels [layers, E, H, K]
+
+
+def muon_by_hand(optim):
+    """Muon with Nesterov momentum, a matrix of one layer and head at a time, in NumPy; optax has Adam for the rest."""
+    schedule = make_schedule(optim)
+    adam = optax.adamw(schedule, optim.beta1, optim.beta2, weight_decay=0.0, nesterov=True)
+
+    def init(params):
+        return 0, jax.tree.map(np.zeros_like, params), adam.init(params)
+
+    def update(gradient, state, params):
+        step, momentum, of_adam = state
+        rest, of_adam = adam.update(gradient, of_adam, params)
+        b, rate = optim.beta1, float(schedule(step))
+        momentum = jax.tree.map(lambda m, g: b * m + (1 - b) * np.asarray(g), momentum, gradient)
+
+        def of_leaf(path, of_adam, g, m, p):
+            if path[-1].key != "kernel":
+                return of_adam
+            ahead = b * m / (1 - b ** (step + 2)) + (1 - b) * np.asarray(g) / (1 - b ** (step + 1))
+            ahead = ahead.swapaxes(1, 2) if path[-2].key in BY_HEADS else ahead  # heads first
+            steps = np.stack([orthogonal(matrix) for matrix in ahead.reshape(-1, *ahead.shape[-2:])])
+            steps = 0.2 * max(steps.shape[1:]) ** 0.5 * steps.reshape(ahead.shape)
+            steps = steps.swapaxes(1, 2) if path[-2].key in BY_HEADS else steps
+            return (-rate * (steps + optim.weight_decay * np.asarray(p))).astype(np.float32)
+
+        updates = jax.tree_util.tree_map_with_path(of_leaf, rest, gradient, momentum, params)
+        return updates, (step + 1, momentum, of_adam)
+
+    return optax.GradientTransformation(init, update)
+
+
+def adamw_by_hand(optim):
+    return optax.adamw(make_schedule(optim), optim.beta1, optim.beta2, weight_decay=optim.weight_decay, mask=decayed)
+
+
+BY_HAND = {"adamw": adamw_by_hand, "muon": muon_by_hand}
+
+
 @cache
-def oracle_curve(steps):
-    """Losses of `steps` AdamW steps with the oracle's gradients, and the final parameters."""
-    model, mesh = model_on(1, 1)
+def oracle_curve(steps, name):
+    """Losses of `steps` steps of an optimizer with the oracle's gradients, and the final parameters."""
+    model, mesh = model_on(1, 1, optim__name=name)
     optim = model.config.optim
     params = jax.tree.map(np.asarray, model.init(jax.random.key(model.config.seed)))
-    optimizer = optax.chain(
-        optax.clip_by_global_norm(optim.clip_norm),
-        optax.adamw(make_schedule(optim), optim.beta1, optim.beta2, weight_decay=optim.weight_decay, mask=decayed),
-    )
+    optimizer = optax.chain(optax.clip_by_global_norm(optim.clip_norm), BY_HAND[name](optim))
     opt_state, losses = optimizer.init(params), []
     for step in range(steps):
         loss, gradient = oracle.loss_and_gradient(params, batch_on(mesh, model.config, seed=step), model.config)
@@ -173,16 +220,26 @@ def oracle_curve(steps):
 ALL_MESHES = [*((*mesh, 1) for mesh in MESHES), (2, 2, 2), (1, 1, 4), (1, 3, 2)]
 
 
-@pytest.mark.parametrize("mesh", sampled(ALL_MESHES, {(2, 4, 1), (2, 2, 2)}))
-def test_twenty_steps_follow_the_oracle(mesh):
-    model, mesh = model_on(*mesh)
+WITH_MUON = [(mesh, "muon") for mesh in ALL_MESHES if mesh[2] == 1]  # it needs whole matrices
+
+
+@pytest.mark.parametrize(
+    "case",
+    sampled(
+        [*((mesh, "adamw") for mesh in ALL_MESHES), *WITH_MUON],
+        {((2, 4, 1), "adamw"), ((2, 2, 2), "adamw"), ((2, 4, 1), "muon"), ((1, 1, 1), "muon")},
+    ),
+)
+def test_twenty_steps_follow_the_oracle(case):
+    mesh, name = case
+    model, mesh = model_on(*mesh, optim__name=name)
     optimizer = make_optimizer(model.config.optim)
     state = init_state(model, optimizer, mesh, model.config.seed)
     train_step, losses = make_train_step(model, optimizer, mesh), []
     for step in range(20):
         state, metrics = train_step(state, batch_on(mesh, model.config, seed=step))
         losses.append(float(metrics["loss"]))
-    expected, params = oracle_curve(20)
+    expected, params = oracle_curve(20, name)
     np.testing.assert_allclose(losses, expected, rtol=1e-4)
     assert losses[-1] < 0.95 * losses[0], "it learns"
     assert int(state.step) == 20
