@@ -63,12 +63,13 @@ def get_config() -> ConfigDict:
     data.batch_size = 16  # sequences per step, over all devices
 
     config.optim = optim = ConfigDict()
+    optim.name = "adamw"  # or "muon": for the kernels of layers, which it orthogonalizes; AdamW for the rest
     optim.steps = 300
     optim.learning_rate = 1e-3  # peak, after warm-up
     optim.warmup_steps = 20
-    optim.weight_decay = 0.1  # except on norms and biases
+    optim.weight_decay = 0.1  # except on norms and biases; "muon": on its kernels alone
     optim.clip_norm = 1.0  # upper bound on the global norm of the gradient
-    optim.beta1 = 0.9
+    optim.beta1 = 0.9  # the momentum of "muon", too
     optim.beta2 = 0.95
     optim.accumulate = 1  # microbatches per step
     optim.shard_state = False  # shard Adam's moments, also those of replicated weights (ZeRO-1)

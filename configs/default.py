@@ -15,8 +15,19 @@ from configs import base
 
 def get_config() -> ConfigDict:
     config = base.get_config()
-    config.mesh.data = 1
+    config.log_every = 20
+    config.eval_every = 200
+    config.checkpoint_every = 200
+    config.mesh.data = 2
     config.mesh.seq = -1
+    config.model.layers = 2
+    config.model.positions = "rope"
     config.data.seq_len = 256
     config.data.batch_size = 8
+    config.optim.name = "muon"
+    config.optim.steps = 700
+    config.optim.learning_rate = 8e-3
+    config.optim.warmup_steps = 40
+    config.optim.beta1 = 0.95
+    config.optim.beta2 = 0.99
     return config

@@ -108,9 +108,7 @@ def adamw(params, gradient, moments, step: int, optim) -> tuple[Any, Any]:
     tables decay, biases and norms do not.
     """
     first, second = moments
-    gradient = jax.tree.map(lambda g: np.asarray(g, np.float64), gradient)
-    length = np.sqrt(sum((g**2).sum() for g in jax.tree.leaves(gradient)))
-    gradient = jax.tree.map(lambda g: g * min(1.0, optim.clip_norm / length), gradient)
+    gradient = _clipped(gradient, optim)
     first = jax.tree.map(lambda m, g: optim.beta1 * m + (1 - optim.beta1) * g, first, gradient)
     second = jax.tree.map(lambda v, g: optim.beta2 * v + (1 - optim.beta2) * g**2, second, gradient)
 
@@ -120,6 +118,51 @@ def adamw(params, gradient, moments, step: int, optim) -> tuple[Any, Any]:
         return p - learning_rate(step, optim) * (m / (np.sqrt(v) + 1e-8) + decay * p)
 
     return jax.tree_util.tree_map_with_path(moved, params, first, second), (first, second)
+
+
+def muon(params, gradient, moments, step: int, optim) -> tuple[Any, Any]:
+    """Parameters and moments after step `step`: Muon (Jordan et al. 2024) for kernels, Adam for the rest, in float64.
+
+    Both with Nesterov momentum. A kernel's update is as large as AdamW's (Liu et al. 2025, arXiv 2502.16982), and it
+    alone decays.
+    """
+    first, second = moments
+    gradient, b1, b2 = _clipped(gradient, optim), optim.beta1, optim.beta2
+    first = jax.tree.map(lambda m, g: b1 * m + (1 - b1) * g, first, gradient)
+    second = jax.tree.map(lambda v, g: b2 * v + (1 - b2) * g**2, second, gradient)
+    rate = learning_rate(step, optim)
+
+    def moved(path, p, g, m, v):
+        ahead = b1 * m / (1 - b1 ** (step + 2)) + (1 - b1) * g / (1 - b1 ** (step + 1))
+        if path[-1].key != "kernel":
+            return p - rate * ahead / (np.sqrt(v / (1 - b2 ** (step + 1))) + 1e-8)
+        by_heads = path[-2].key in ("query", "key", "value")  # [layers, E, H, K]: a matrix for each layer and head
+        ahead = ahead.swapaxes(1, 2) if by_heads else ahead
+        update = np.stack([_orthogonal(matrix) for matrix in ahead.reshape(-1, *ahead.shape[-2:])])
+        update = 0.2 * max(update.shape[1:]) ** 0.5 * update.reshape(ahead.shape)
+        return p - rate * ((update.swapaxes(1, 2) if by_heads else update) + optim.weight_decay * p)
+
+    return jax.tree_util.tree_map_with_path(moved, params, gradient, first, second), (first, second)
+
+
+OPTIMIZERS = {"adamw": adamw, "muon": muon}
+
+
+def _clipped(gradient, optim):
+    """In float64, and no longer than `clip_norm`."""
+    gradient = jax.tree.map(lambda g: np.asarray(g, np.float64), gradient)
+    length = np.sqrt(sum((g**2).sum() for g in jax.tree.leaves(gradient)))
+    return jax.tree.map(lambda g: g * min(1.0, optim.clip_norm / length), gradient)
+
+
+def _orthogonal(matrix):
+    """The quintic Newton-Schulz iteration of Jordan et al. 2024."""
+    x = matrix / np.linalg.norm(matrix)
+    x = x.T if matrix.shape[0] > matrix.shape[1] else x
+    for _ in range(5):
+        gram = x @ x.T
+        x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
+    return x.T if matrix.shape[0] > matrix.shape[1] else x
 
 
 def dropout_factors(rate: float, key: int, rows: int, heads: int, length: int) -> np.ndarray:

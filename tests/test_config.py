@@ -18,7 +18,7 @@ from lss_jax.data.batch import batch_like
 from lss_jax.models import build_model, parameter_count
 from lss_jax.parallel.layout import layout_on
 from lss_jax.parallel.mesh import AXES, make_mesh
-from lss_jax.training.compatibility import shaping
+from lss_jax.training.compatibility import shapes_of, shaping
 from lss_jax.training.optimizer import decayed, make_optimizer, make_schedule
 from lss_jax.training.state import init_state
 
@@ -118,6 +118,9 @@ BAD = {
     "optim.learning_rate=float('nan')": r"optim.learning_rate=nan must be greater than 0 and finite",
     "optim.beta2=1.0": r"optim.beta2=1.0 must be at least 0 and less than 1",
     "optim.warmup_steps=21": r"optim.warmup_steps=21 is more than optim.steps=20; warm up for at most 20 steps",
+    "optim.name='sgd'": r"optim.name='sgd' is not known; choose one of 'adamw', 'muon'",
+    "optim.name='muon' optim.shard_state=True": r"a share of a matrix, and optim.name=\"muon\" needs all of it; use",
+    "optim.name='muon' mesh.model=2": r"mesh.model=2 cuts the matrices .*needs all of each; use mesh.model=1 or",
     "data.source='text'": r'data.source="text" needs a file; give data.path',
     "data.path='x'": r"data.path='x' has no use with data.source=\"stdlib\"; use data.source=\"text\"",
 }
@@ -195,7 +198,7 @@ def test_missing_mistyped_and_foreign_keys_are_told():
     ],
 )
 def test_a_key_binds_a_run_if_it_changes_shapes_of_parameters(saved, changed, keys):
-    assert list(shaping(small_config(**saved), small_config(**{**saved, **changed}))) == keys
+    assert list(shaping(small_config(**saved), small_config(**{**saved, **changed}), shapes_of)) == keys
 
 
 def test_decay_spares_norms_and_biases():

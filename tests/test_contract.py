@@ -87,6 +87,10 @@ def test_collectives_of_every_variant(variant):
     check_contract(2, 4, **VARIANTS[variant])
 
 
+def test_muon_takes_no_collectives_of_its_own():
+    check_contract(2, 4, optim__name="muon")
+
+
 HYBRID_VARIANTS = {
     **VARIANTS,
     "vocabulary": {"model__vocab_parallel": True},

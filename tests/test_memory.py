@@ -4,7 +4,7 @@ The whole grid, also of middle-sized models, is that of `python -m experiments.p
 """
 
 import pytest
-from helpers import mesh_of, model_on, sampled
+from helpers import mesh_of, model_on, sampled, small_config
 from jax.sharding import AbstractMesh
 
 from experiments.planner import cases
@@ -64,6 +64,12 @@ def test_state_and_batch_are_exact(variant):
     analysis = trace_train_step(model, mesh).lower().compile().memory_analysis()
     parameters, moments, batch, _ = memory_of(model, mesh)
     assert parameters + moments + batch == analysis.argument_size_in_bytes
+
+
+def test_muon_has_one_moment_of_a_matrix():
+    compiled, predicted = compiled_and_predicted(small_config(mesh__data=2, mesh__seq=4, optim__name="muon"))
+    assert predicted["state and batch"] == compiled["state and batch"]
+    assert sum(compiled.values()) <= sum(predicted.values())
 
 
 def test_an_abstract_mesh_will_do():

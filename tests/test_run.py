@@ -100,6 +100,17 @@ def test_another_mesh_goes_on_with_the_same_curve(config, tmp_path, whole, sizes
     np.testing.assert_allclose([loss for _, loss in found], [loss for _, loss in expected], rtol=1e-5)
 
 
+def test_muon_goes_on_with_the_same_curve_on_another_mesh(config, tmp_path):
+    config = change(config, optim__name="muon")
+    run(config, tmp_path / "whole")
+    run(config, tmp_path / "parts", stop_after=4)
+    run(change(config, mesh__data=1, mesh__seq=8), tmp_path / "parts")
+    found, expected = curve(tmp_path / "parts"), curve(tmp_path / "whole")
+    np.testing.assert_allclose([loss for _, loss in found], [loss for _, loss in expected], rtol=1e-5)
+    with pytest.raises(ConfigError, match=r"optim.name='muon', not 'adamw', and its moments do not fit"):
+        Trainer(change(config, optim__name="adamw"), tmp_path / "parts")
+
+
 @pytest.mark.grid
 def test_a_length_that_only_one_mesh_divides(config, tmp_path):
     """Its position table is whole on 2 x 4 devices and cut on 1 x 3; the checkpoint and the curve are the same."""

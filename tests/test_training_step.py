@@ -160,16 +160,16 @@ def test_bfloat16_stays_near_the_float32_oracle(mesh):
 
 
 @cache
-def oracle_curve(steps):
+def oracle_curve(steps, name):
     """Losses of `steps` steps of the oracle, and the final parameters."""
-    model, _ = model_on(1, 1)
+    model, _ = model_on(1, 1, optim__name=name)
     config = model.config
     params = jax.tree.map(np.asarray, model.init(jax.random.key(config.seed)))
     moments, losses = (jax.tree.map(np.zeros_like, params),) * 2, []
     for step in range(steps):
         in_float32 = jax.tree.map(np.float32, params)
         loss, gradient = oracle.loss_and_gradient(in_float32, windows_of(config, seed=step), config)
-        params, moments = oracle.adamw(params, gradient, moments, step, config.optim)
+        params, moments = oracle.OPTIMIZERS[name](params, gradient, moments, step, config.optim)
         losses.append(float(loss))
     return losses, params
 
@@ -177,16 +177,26 @@ def oracle_curve(steps):
 ALL_MESHES = [*((*mesh, 1) for mesh in MESHES), (2, 2, 2), (1, 1, 4), (1, 3, 2)]
 
 
-@pytest.mark.parametrize("mesh", sampled(ALL_MESHES, {(2, 4, 1), (2, 2, 2)}))
-def test_twenty_steps_follow_the_oracle(mesh):
-    model, mesh = model_on(*mesh)
+WITH_MUON = [(mesh, "muon") for mesh in ALL_MESHES if mesh[2] == 1]  # it needs whole matrices
+
+
+@pytest.mark.parametrize(
+    "case",
+    sampled(
+        [*((mesh, "adamw") for mesh in ALL_MESHES), *WITH_MUON],
+        {((2, 4, 1), "adamw"), ((2, 2, 2), "adamw"), ((2, 4, 1), "muon"), ((1, 1, 1), "muon")},
+    ),
+)
+def test_twenty_steps_follow_the_oracle(case):
+    mesh, name = case
+    model, mesh = model_on(*mesh, optim__name=name)
     optimizer = make_optimizer(model.config.optim)
     state = init_state(model, optimizer, mesh, model.config.seed)
     train_step, losses = make_train_step(model, optimizer, mesh), []
     for step in range(20):
         state, metrics = train_step(state, batch_on(mesh, model.config, seed=step))
         losses.append(float(metrics["loss"]))
-    expected, params = oracle_curve(20)
+    expected, params = oracle_curve(20, name)
     np.testing.assert_allclose(losses, expected, rtol=1e-4)
     assert losses[-1] < 0.95 * losses[0], "it learns"
     assert int(state.step) == 20

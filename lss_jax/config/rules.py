@@ -129,6 +129,11 @@ def _cross_field(config: Config) -> Iterator[str]:
             f"optim.warmup_steps={optim.warmup_steps} is more than optim.steps={optim.steps}; "
             f"warm up for at most {optim.steps} steps"
         )
+    if optim.name == "muon" and optim.shard_state:
+        yield (
+            'optim.shard_state=True leaves each device a share of a matrix, and optim.name="muon" needs all of it; '
+            'use optim.shard_state=False or optim.name="adamw"'
+        )
     if config.profile.steps > 0 and config.profile.start > optim.steps > 0:
         yield (
             f"profile.start={config.profile.start} is beyond the last step, optim.steps={optim.steps}; trace from an "
@@ -185,6 +190,11 @@ def _mesh_problems(config: Config, sizes: MeshSizes) -> Iterator[str]:
         )
     if not uneven:
         yield from strategy_on_mesh(config.attention, config.model.heads, config.model.kv_heads, seq, model)
+    if config.optim.name == "muon" and model > 1:
+        yield (
+            f'mesh.model={model} cuts the matrices of layers, and optim.name="muon" needs all of each; '
+            f'use mesh.model=1 or optim.name="adamw"'
+        )
     if accumulate > 0 and batch % (data * accumulate):
         yield (
             f"data.batch_size={batch} is not divisible by mesh.data={data} times optim.accumulate={accumulate}; "

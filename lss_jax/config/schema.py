@@ -67,6 +67,7 @@ class DataConfig:
 
 @dataclasses.dataclass(frozen=True)
 class OptimConfig:
+    name: Literal["adamw", "muon"]
     steps: int
     learning_rate: float
     warmup_steps: int

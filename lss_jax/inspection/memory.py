@@ -23,13 +23,14 @@ from lss_jax.attention.traffic import sizes_of
 from lss_jax.config.schema import Config
 from lss_jax.models import Model
 from lss_jax.parallel.mesh import MODEL, SEQ, cut_axes, over_cut_axes
+from lss_jax.training.optimizer import moments_of
 from lss_jax.training.state import moment_specs, param_specs
 
 NUMBER = 4  # bytes
 GAPS = 1.07  # temporaries over the largest sum of live buffers: the heap is fragmented
 # live parts and regions in a block's backward pass, with remat
 LIVE_IN_BLOCK = {"lss": (12, 3), "regather": (13, 4), "ring": (14, 4), "ulysses": (13, 3)}
-COUNTERS = 3  # of steps, in the state
+COUNTERS = {"adamw": 3, "muon": 8}  # of steps, in the state; and three coefficients of Muon's
 BFLOAT16 = 0.5 if jax.__version_info__ >= (0, 11, 2) else 1.0  # of a number: XLA on CPU now has products of bfloat16
 
 
@@ -37,7 +38,7 @@ class Memory(NamedTuple):
     """The memory of a training step, in bytes per device."""
 
     parameters: int
-    moments: int  # Adam's two per parameter
+    moments: int  # two per parameter, but one where Muon updates it
     batch: int
     temporaries: int
 
@@ -74,8 +75,8 @@ def memory_of(model: Model, mesh: Mesh | AbstractMesh) -> Memory:
     """Predicts the memory of this model's training step on this mesh, which may be abstract."""
     return Memory(
         parameters=NUMBER * _numbers(model, param_specs(model, mesh), mesh),
-        moments=2 * NUMBER * _numbers(model, moment_specs(model, mesh), mesh),
-        batch=NUMBER * (_batch(model.config, mesh) + COUNTERS),
+        moments=NUMBER * _numbers(model, moment_specs(model, mesh), mesh, moments_of(model.config.optim, model.shapes)),
+        batch=NUMBER * (_batch(model.config, mesh) + COUNTERS[model.config.optim.name]),
         temporaries=math.ceil(GAPS * NUMBER * max(peaks(model, mesh).values())),
     )
 
@@ -194,10 +195,11 @@ def _batch(config: Config, mesh: Mesh | AbstractMesh) -> int:
     return per_token * rows * sizes.l + sizes.l + (rows if config.model.dropout else 0)
 
 
-def _numbers(model: Model, specs: Any, mesh: Mesh | AbstractMesh) -> int:
-    """Elements per device of arrays like the parameters, sharded by these specs."""
+def _numbers(model: Model, specs: Any, mesh: Mesh | AbstractMesh, copies: Any = None) -> int:
+    """Elements per device of arrays like the parameters, sharded by these specs; or of so many `copies` of each."""
+    copies = copies or jax.tree.map(lambda _: 1, model.shapes)
 
-    def of_leaf(leaf: jax.ShapeDtypeStruct, spec: PartitionSpec) -> int:
-        return math.prod(NamedSharding(mesh, over_cut_axes(spec, mesh)).shard_shape(leaf.shape))
+    def of_leaf(leaf: jax.ShapeDtypeStruct, spec: PartitionSpec, copies: int) -> int:
+        return copies * math.prod(NamedSharding(mesh, over_cut_axes(spec, mesh)).shard_shape(leaf.shape))
 
-    return sum(jax.tree.leaves(jax.tree.map(of_leaf, model.shapes, specs)))
+    return sum(jax.tree.leaves(jax.tree.map(of_leaf, model.shapes, specs, copies)))

@@ -1,12 +1,16 @@
 """Whether the checkpoints of a run fit the model of a new config."""
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+import jax
 
 from lss_jax.config.schema import Config, ConfigError, changes, from_dict
 from lss_jax.models import Params, build_model
 from lss_jax.storage.workdir import saved_config
+from lss_jax.training.optimizer import make_optimizer
 
 
 def check_workdir(config: Config, workdir: Path) -> dict[str, tuple[Any, Any]]:
@@ -16,29 +20,29 @@ def check_workdir(config: Config, workdir: Path) -> dict[str, tuple[Any, Any]]:
       ConfigError: there is no run in `workdir`, or its parameters have other shapes; one line per key that shapes them.
     """
     saved = from_dict(saved_config(workdir))
-    differing = changes(saved, config)
-    misfits = shaping(saved, config)
-    if misfits:
-        raise ConfigError(
-            "\n".join(
-                f"workdir {workdir} holds a run with {key}={then!r}, not {now!r}, and its parameters do not fit; "
-                f"choose another --workdir, or go on with --config.{key}={then}"
-                for key, (then, now) in misfits.items()
+    for what, shapes in (("parameters", shapes_of), ("moments", moments_of)):
+        misfits = shaping(saved, config, shapes)
+        if misfits:
+            raise ConfigError(
+                "\n".join(
+                    f"workdir {workdir} holds a run with {key}={then!r}, not {now!r}, and its {what} do not fit; "
+                    f"choose another --workdir, or go on with --config.{key}={then}"
+                    for key, (then, now) in misfits.items()
+                )
             )
-        )
-    return differing
+    return changes(saved, config)
 
 
-def shaping(saved: Config, config: Config) -> dict[str, tuple[Any, Any]]:
-    """The keys that give the two configs' parameters different shapes, each to (then, now); empty if shapes are equal.
+def shaping(saved: Config, config: Config, shapes: Callable[[Config], Any]) -> dict[str, tuple[Any, Any]]:
+    """The keys that give the two configs different `shapes`, each to (then, now); empty if shapes are equal.
 
     A key counts if changing it alone, from its saved value to the new one, changes shapes or leaves no valid model. If
     only several keys together do that, all that differ count.
     """
-    differing, before = changes(saved, config), shapes_of(saved)
-    if not differing or shapes_of(config) == before:
+    differing, before = changes(saved, config), shapes(saved)
+    if not differing or shapes(config) == before:
         return {}
-    alone = {key: pair for key, pair in differing.items() if shapes_of(with_value(saved, key, pair[1])) != before}
+    alone = {key: pair for key, pair in differing.items() if shapes(with_value(saved, key, pair[1])) != before}
     return alone or differing
 
 
@@ -48,6 +52,11 @@ def shapes_of(config: Config) -> Params | None:
         return build_model(config).shapes
     except (ValueError, TypeError, ArithmeticError):  # sizes that no rule has checked yet
         return None
+
+
+def moments_of(config: Config) -> Any:
+    """The optimizer state's global shapes and dtypes, for a config whose model can be built."""
+    return jax.eval_shape(make_optimizer(config.optim).init, build_model(config).shapes)
 
 
 def with_value(config: Config, key: str, value: Any) -> Config:

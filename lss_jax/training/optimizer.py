@@ -1,15 +1,18 @@
-"""AdamW with warm-up, cosine decay and global-norm clipping, on global arrays, outside `shard_map`."""
+"""AdamW or Muon with warm-up, cosine decay and global-norm clipping, on global arrays, outside `shard_map`."""
 
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
+from optax.contrib import MuonDimensionNumbers as Axes
 
 from lss_jax.config.schema import OptimConfig
 
 FINAL_FRACTION = 0.1  # of the peak learning rate, where the cosine ends (Hoffmann et al. 2022, arXiv 2203.15556)
 NOT_DECAYED = ("bias", "scale")  # norms and biases
+UPDATE_RMS = 0.2  # of Muon's updates before the learning rate, as AdamW's are (Liu et al. 2025)
+BY_HEADS = ("query", "key", "value")  # kernels [layers, E, H, K], whose matrices are E x K; of others the last two axes
 
 
 def make_schedule(config: OptimConfig) -> optax.Schedule:
@@ -26,20 +29,38 @@ def make_schedule(config: OptimConfig) -> optax.Schedule:
 
 
 def make_optimizer(config: OptimConfig) -> optax.GradientTransformationExtraArgs:
-    """Clip by global norm, then AdamW (Loshchilov & Hutter 2019, arXiv 1711.05101) with decay on matrices alone.
+    """Clips by global norm, then the config's optimizer; `update` takes the gradient's `norm`, if known."""
+    return optax.chain(clip_by_norm(config.clip_norm), OPTIMIZERS[config.name](config))
 
-    `update` takes the gradient's global `norm` as a keyword, if it is known already.
-    """
-    return optax.chain(
-        clip_by_norm(config.clip_norm),
-        optax.adamw(
-            make_schedule(config),
-            b1=config.beta1,
-            b2=config.beta2,
-            weight_decay=config.weight_decay,
-            mask=decayed,
-        ),
+
+def _adamw(config: OptimConfig) -> optax.GradientTransformation:
+    """AdamW (Loshchilov & Hutter 2019, arXiv 1711.05101) with decay on matrices alone."""
+    return optax.adamw(
+        make_schedule(config),
+        b1=config.beta1,
+        b2=config.beta2,
+        weight_decay=config.weight_decay,
+        mask=decayed,
     )
+
+
+def _muon(config: OptimConfig) -> optax.GradientTransformation:
+    """Muon (Jordan et al. 2024) with decay for the kernels of layers, Adam without decay for everything else.
+
+    The updates have the size of AdamW's (Liu et al. 2025, arXiv 2502.16982, Sec. 2.2): one learning rate serves both.
+    """
+    return optax.contrib.muon(
+        make_schedule(config),
+        beta=config.beta1,
+        weight_decay=config.weight_decay,
+        adam_b1=config.beta1,
+        adam_b2=config.beta2,
+        muon_weight_dimension_numbers=matrices,
+        consistent_rms=UPDATE_RMS,
+    )
+
+
+OPTIMIZERS = {"adamw": _adamw, "muon": _muon}
 
 
 def clip_by_norm(largest: float) -> optax.GradientTransformationExtraArgs:
@@ -55,3 +76,20 @@ def clip_by_norm(largest: float) -> optax.GradientTransformationExtraArgs:
 def decayed(params: Any) -> Any:
     """A mask of the parameters that decay: all but norms and biases, by name, since stacked biases have two axes."""
     return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key not in NOT_DECAYED, params)
+
+
+def matrices(params: Any) -> Any:
+    """The axes of the matrices in each parameter that Muon updates, the kernels of layers; None where Adam does."""
+
+    def axes(path: tuple, _leaf: Any) -> Axes | None:
+        if path[-1].key != "kernel":
+            return None
+        return Axes(-3 if path[-2].key in BY_HEADS else -2, -1)
+
+    return jax.tree_util.tree_map_with_path(axes, params)
+
+
+def moments_of(config: OptimConfig, params: Any) -> Any:
+    """The number of moments of each parameter: one where Muon updates it, Adam's two elsewhere."""
+    muon = config.name == "muon"
+    return jax.tree.map(lambda _, axes: 1 if muon and axes else 2, params, matrices(params))

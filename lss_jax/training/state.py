@@ -27,12 +27,18 @@ def state_shardings(model: Model, optimizer: optax.GradientTransformation, mesh:
     specs = param_specs(model, mesh)
     moments = optax.tree_map_params(
         optimizer,
-        lambda _, spec: spec,
+        lambda moment, spec: moment if _is_masked(moment) else spec,
         jax.eval_shape(optimizer.init, model.shapes),
         moment_specs(model, mesh),
         transform_non_params=lambda _: P(),
+        is_leaf=_is_masked,
     )
     return shardings(TrainState(P(), specs, moments), mesh)
+
+
+def _is_masked(moment: Any) -> bool:
+    """Whether another rule of the optimizer has the parameter: then this one has no moment of it."""
+    return isinstance(moment, optax.MaskedNode)
 
 
 def moment_specs(model: Model, mesh: Mesh | AbstractMesh) -> Any:
