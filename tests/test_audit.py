@@ -98,6 +98,7 @@ VARIANTS = {
     "hybrid, vocabulary": ((2, 2, 2), {"model__remat": "block", "model__vocab_parallel": True}),
     "ulysses, microbatches": ((1, 4), {"attention__strategy": "ulysses", "optim__accumulate": 2}),
     "ring, padded": ((2, 3), {"attention__strategy": "ring", "data__seq_len": 47}),
+    "muon, grouped queries": ((2, 4), {"optim__name": "muon", "model__kv_heads": 2}),
 }
 
 
