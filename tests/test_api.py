@@ -27,6 +27,8 @@ SMALL = {
     "optim.steps": 24,
     "log_every": 1,
     "eval_every": 0,
+    "optim.warmup_steps": 2,
+    "mesh.data": 1,
     "mesh.seq": 4,
     "eval_batches": 1,
 }

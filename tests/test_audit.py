@@ -99,6 +99,7 @@ VARIANTS = {
     "hybrid, vocabulary": ((2, 2, 2), {"model__remat": "block", "model__vocab_parallel": True}),
     "ulysses, microbatches": ((1, 4), {"attention__strategy": "ulysses", "optim__accumulate": 2}),
     "ring, padded": ((2, 3), {"attention__strategy": "ring", "data__seq_len": 47}),
+    "muon, grouped queries": ((2, 4), {"optim__name": "muon", "model__kv_heads": 2}),
 }
 
 
@@ -166,7 +167,8 @@ def command(*arguments):
 
 
 def test_the_command_checks_and_writes(tmp_path):
-    small = ["--config.model.layers=1", "--config.data.seq_len=32", "--config.mesh.seq=4", "--topology", "cpu:4"]
+    mesh = ["--config.mesh.data=1", "--config.mesh.seq=4", "--topology", "cpu:4"]
+    small = ["--config.model.layers=1", "--config.data.seq_len=32", *mesh]
     done = command(*small, "--check", "--json", str(tmp_path / "out.json"))
     assert done.returncode == 0, done.stderr
     assert "4 cpu, mesh data=1 x seq=4 x model=1" in done.stdout

@@ -48,7 +48,18 @@ def outside_attention(model: Model, mesh: Mesh | AbstractMesh) -> int:
     if config.model.remat == "block":
         layer += heads + mlp + (out if parts == 1 else 0)
     tokens = config.optim.accumulate * sizes.B * sizes.l
-    return 2 * tokens * (config.model.layers * layer + 3 * E * V)
+    return 2 * tokens * (config.model.layers * layer + 3 * E * V) + _orthogonalizing(model)
+
+
+def _orthogonalizing(model: Model) -> int:
+    """Of Muon's update: five iterations of three products for every matrix of layers and heads, on every device."""
+    config = model.config.model
+    if model.config.optim.name != "muon":
+        return 0
+    E, F, K = config.width, config.mlp_width, config.width // config.heads
+    counts = {(E, K): 2 * (config.heads + config.kv_heads), (E, F): 2}
+    iteration = sum(n * 2 * min(shape) ** 2 * (2 * max(shape) + min(shape)) for shape, n in counts.items())
+    return config.layers * 5 * iteration
 
 
 def attention(model: Model, mesh: Mesh) -> int:
