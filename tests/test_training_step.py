@@ -90,7 +90,7 @@ def test_gradient_equals_the_oracle_for_every_model_on_a_hybrid(variant):
 
 
 @pytest.mark.parametrize("layout", sampled(["contiguous", "zigzag"], {"zigzag"}))
-@pytest.mark.parametrize("strategy", ["lss", "ring", "ulysses"])
+@pytest.mark.parametrize("strategy", sampled(["lss", "ring", "ulysses"], {"ring", "ulysses"}))
 @pytest.mark.parametrize("mesh", sampled([(1, 3, 2), (2, 2, 2), (1, 2, 4)], {(1, 3, 2)}))
 def test_gradient_equals_the_oracle_for_every_strategy_and_layout_on_hybrids(mesh, strategy, layout):
     """With learned positions, grouped queries, a vocabulary in shares, and a length that no mesh divides."""
@@ -127,7 +127,7 @@ def test_gradient_equals_the_oracle_for_every_strategy_and_layout(case):
     check_against_oracle(data, seq, attention__strategy=strategy, attention__layout=layout, **changes)
 
 
-@pytest.mark.parametrize("strategy", sampled(["lss", "ring", "ulysses"], ["ring", "ulysses"]))
+@pytest.mark.parametrize("strategy", sampled(["lss", "ring", "ulysses"], ["ring"]))
 def test_gradient_equals_the_oracle_for_packed_documents(strategy):
     check_against_oracle(2, 4, attention__strategy=strategy, data__separator="a", data__seq_len=41)
 
