@@ -175,7 +175,7 @@ def oracle_curve(steps):
 ALL_MESHES = [*((*mesh, 1) for mesh in MESHES), (2, 2, 2), (1, 1, 4), (1, 3, 2)]
 
 
-@pytest.mark.parametrize("mesh", sampled(ALL_MESHES, {(2, 4, 1), (2, 2, 2)}))
+@pytest.mark.parametrize("mesh", sampled(ALL_MESHES, {(2, 2, 2)}))
 def test_twenty_steps_follow_the_oracle(mesh):
     model, mesh = model_on(*mesh)
     optimizer = make_optimizer(model.config.optim)
@@ -231,7 +231,7 @@ def test_cross_entropy_of_shares_is_cross_entropy():
         return jax.lax.psum(cross_entropy_of_shares(logits_BLV, targets_BL, MODEL), MODEL)
 
     def value_and_gradient(function):
-        return jax.value_and_grad(lambda logits: function(logits, targets_BL).nats)(logits_BLV)
+        return jax.jit(jax.value_and_grad(lambda logits: function(logits, targets_BL).nats))(logits_BLV)
 
     assert_close(value_and_gradient(in_shares), value_and_gradient(cross_entropy), 1e-5)
     assert in_shares(logits_BLV, targets_BL).tokens == (targets_BL != IGNORED).sum() < targets_BL.size
