@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from helpers import sampled
+from helpers import TEXT, sampled
 
 from lss_jax.storage.metrics import read_records
 
@@ -29,6 +29,14 @@ def command(module, *arguments):
     return [sys.executable, "-m", f"lss_jax.{module}", *map(str, arguments)]
 
 
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    """What is trained on: short, so that a whole split is evaluated at once."""
+    path = tmp_path_factory.mktemp("cli") / "text"
+    path.write_bytes(TEXT)
+    return [f"--config.data.path={path}", "--config.data.source=text"]
+
+
 def train(workdir, *arguments):
     return command("train", "--config", "configs/default.py", "--workdir", workdir, *SMALL, *arguments)
 
@@ -37,9 +45,9 @@ def call(arguments):
     return subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True, timeout=300)
 
 
-def test_train_then_evaluate_then_train_on(tmp_path):
+def test_train_then_evaluate_then_train_on(tmp_path, text):
     workdir = tmp_path / "run"
-    done = call(train(workdir, "--config.optim.steps=20"))
+    done = call(train(workdir, *text, "--config.optim.steps=20"))
     assert done.returncode == 0, done.stderr
     assert "devices  8 cpu, mesh data=2 x seq=4 x model=1" in done.stdout
     assert "tokens/s" in done.stdout and "left" in done.stdout
@@ -58,14 +66,14 @@ def test_train_then_evaluate_then_train_on(tmp_path):
     assert tested.returncode == 0, tested.stderr
     assert [r["split"] for r in read_records(workdir / "metrics.jsonl")][-2:] == ["valid", "test"]
 
-    again = call(train(workdir, "--config.optim.steps=20"))
+    again = call(train(workdir, *text, "--config.optim.steps=20"))
     assert again.returncode == 0 and "going on after step 20" in again.stdout
     assert json.loads((workdir / "config.json").read_text())["model"]["mlp_width"] == 128
 
 
 @pytest.mark.parametrize("number", sampled([signal.SIGINT, signal.SIGTERM], [signal.SIGTERM]))
-def test_a_signal_ends_the_run_after_the_step_and_the_same_command_goes_on(tmp_path, number):
-    endless = train(tmp_path, "--config.optim.steps=100000", "--config.checkpoint_every=100000")
+def test_a_signal_ends_the_run_after_the_step_and_the_same_command_goes_on(tmp_path, text, number):
+    endless = train(tmp_path, *text, "--config.optim.steps=100000", "--config.checkpoint_every=100000")
     process = subprocess.Popen(endless, cwd=ROOT, stdout=subprocess.PIPE, text=True)
     for line in process.stdout:
         if line.startswith("step "):

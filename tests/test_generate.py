@@ -109,9 +109,9 @@ def cases():
         ((1, 8), "ring", "contiguous", "rope, grouped, window"),
         ((1, 3), "ulysses", "zigzag", "learned, padded, prefix"),
         ((2, 2, 2), "lss", "zigzag", "vocabulary in shares"),
-        ((1, 1), "lss", "zigzag", "rope, grouped, window"),
     ]
-    grid = [
+    grid = [((1, 1), "lss", "zigzag", "rope, grouped, window")]
+    grid += [
         (sizes, strategy, layout, variant)
         for sizes in ((1, 2), (1, 3), (1, 8))
         for strategy in strategies

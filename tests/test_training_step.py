@@ -92,7 +92,7 @@ def test_gradient_equals_the_oracle_for_every_model_on_a_hybrid(variant):
 
 
 @pytest.mark.parametrize("layout", sampled(["contiguous", "zigzag"], {"zigzag"}))
-@pytest.mark.parametrize("strategy", ["lss", "ring", "ulysses"])
+@pytest.mark.parametrize("strategy", sampled(["lss", "ring", "ulysses"], {"ring", "ulysses"}))
 @pytest.mark.parametrize("mesh", sampled([(1, 3, 2), (2, 2, 2), (1, 2, 4)], {(1, 3, 2)}))
 def test_gradient_equals_the_oracle_for_every_strategy_and_layout_on_hybrids(mesh, strategy, layout):
     """With learned positions, grouped queries, a vocabulary in shares, and a length that no mesh divides."""
@@ -129,7 +129,7 @@ def test_gradient_equals_the_oracle_for_every_strategy_and_layout(case):
     check_against_oracle(data, seq, attention__strategy=strategy, attention__layout=layout, **changes)
 
 
-@pytest.mark.parametrize("strategy", sampled(["lss", "ring", "ulysses"], ["ring", "ulysses"]))
+@pytest.mark.parametrize("strategy", sampled(["lss", "ring", "ulysses"], ["ring"]))
 def test_gradient_equals_the_oracle_for_packed_documents(strategy):
     check_against_oracle(2, 4, attention__strategy=strategy, data__separator="a", data__seq_len=41)
 
@@ -184,7 +184,7 @@ WITH_MUON = [(mesh, "muon") for mesh in ALL_MESHES if mesh[2] == 1]  # it needs 
     "case",
     sampled(
         [*((mesh, "adamw") for mesh in ALL_MESHES), *WITH_MUON],
-        {((2, 4, 1), "adamw"), ((2, 2, 2), "adamw"), ((2, 4, 1), "muon"), ((1, 1, 1), "muon")},
+        {((2, 2, 2), "adamw"), ((2, 4, 1), "muon")},
     ),
 )
 def test_twenty_steps_follow_the_oracle(case):
@@ -243,7 +243,7 @@ def test_vocab_parallel_cross_entropy_is_cross_entropy():
         return jax.lax.psum(jax.tree.map(jnp.sum, vocab_parallel_cross_entropy(logits_BLV, targets_BL, MODEL)), MODEL)
 
     def value_and_gradient(function):
-        return jax.value_and_grad(lambda logits: function(logits, targets_BL).nats.sum())(logits_BLV)
+        return jax.jit(jax.value_and_grad(lambda logits: function(logits, targets_BL).nats.sum()))(logits_BLV)
 
     assert_close(value_and_gradient(in_shares), value_and_gradient(cross_entropy), 1e-5)
     assert in_shares(logits_BLV, targets_BL).tokens == (targets_BL != IGNORED).sum() < targets_BL.size

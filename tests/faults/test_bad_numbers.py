@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import small_config
+from helpers import sampled, small_config
 
 from lss_jax.config.schema import RunError
 from lss_jax.models.losses import LossSum, cross_entropy
@@ -53,7 +53,7 @@ def kept(trainer):
     return jax.tree.map(np.asarray, (trainer.state.params, trainer.state.opt_state))
 
 
-@pytest.mark.parametrize("gradient_alone", [False, True])
+@pytest.mark.parametrize("gradient_alone", sampled([False, True], [True], rest=pytest.mark.faults))
 def test_a_bad_step_changes_nothing_and_the_run_goes_on(tmp_path, monkeypatch, capsys, gradient_alone):
     monkeypatch.setattr(language_model, "cross_entropy", poisoned(gradient_alone))
     trainer = Trainer(config_of(tmp_path, [1000, 3000]), tmp_path / "run", jax.devices()[:4])
