@@ -13,13 +13,13 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from lss_jax import cli
-from lss_jax.attention.placement import mesh_of
 from lss_jax.config.schema import ConfigError, from_dict
 from lss_jax.config.units import shown_size
 from lss_jax.generation.generate import check, generation_of
 from lss_jax.generation.sampling import Sampling
 from lss_jax.runtime import distributed
 from lss_jax.storage.workdir import saved_config
+from lss_jax.training.setup import mesh_of
 
 
 def main() -> int:

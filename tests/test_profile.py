@@ -8,9 +8,9 @@ import pytest
 from helpers import small_config
 from test_run import TEXT, change
 
-from lss_jax.config.rules import validate
 from lss_jax.config.schema import ConfigError
 from lss_jax.training.profile import STEP
+from lss_jax.training.setup import validate
 from lss_jax.training.trainer import Trainer
 
 

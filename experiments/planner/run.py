@@ -23,12 +23,12 @@ import jax
 from jax.sharding import AbstractMesh, Mesh
 
 from configs import base
-from lss_jax.config.rules import validate
 from lss_jax.config.schema import Config, ConfigError, from_dict
 from lss_jax.inspection.memory import memory_of
 from lss_jax.inspection.topology import devices_of
 from lss_jax.models import build_model
 from lss_jax.parallel.mesh import AXES, make_mesh
+from lss_jax.training.setup import validate
 from lss_jax.training.step import trace_train_step
 
 HERE = Path(__file__).parent

@@ -166,9 +166,9 @@ def _positions(model: Model, mesh: Mesh | AbstractMesh) -> Part:
 
 
 def _masks(model: Model, mesh: Mesh | AbstractMesh) -> Part:
-    """Ulysses needs the intervals of all queries: once, or for packed documents in every microbatch."""
+    """Some strategies gather the intervals of all queries: once, or for packed documents in every microbatch."""
     config, axes, sizes = model.config, _cut(mesh, SEQ), sizes_of(model.config, mesh)
-    if config.attention.strategy == "ulysses" and axes:
+    if STRATEGIES[config.attention.strategy].whole_mask and axes:
         rows, times = (sizes.B, config.optim.accumulate) if config.data.separator else (1, 1)
         yield Line(MASK, "all-gather", axes), times, mesh.shape[SEQ] * 2 * rows * sizes.l, 4
 

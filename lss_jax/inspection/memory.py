@@ -14,8 +14,9 @@ from typing import Any, NamedTuple
 import jax
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
-from lss_jax.attention.kernels.blockwise import scattered
 from lss_jax.attention.placement import setting_on
+from lss_jax.attention.strategies import STRATEGIES
+from lss_jax.attention.strategy import Held
 from lss_jax.attention.traffic import sizes_of
 from lss_jax.config.schema import Config
 from lss_jax.models import Model
@@ -24,7 +25,6 @@ from lss_jax.training.state import kept_specs, moment_specs
 
 NUMBER = 4  # bytes
 GAPS = 1.07  # temporaries over the largest sum of buffers that live at once: they do not lie side by side
-IN_WORK = {"lss": (12, 3), "regather": (13, 4), "ring": (14, 4), "ulysses": (13, 3)}  # parts and regions, with remat
 COUNTERS = 3  # of steps, in the state
 
 
@@ -58,8 +58,7 @@ class Arrays(NamedTuple):
     region: int  # x_BlE, inside of them
     heads: int  # q_BlHK, o_BlHK
     rows: int  # the log-sum-exp, lse_BlH
-    pair: int  # own keys and values, kv_2BGlK
-    pairs: int  # those that a kernel reads, for LSS kv_N2BGlK
+    held: Held  # keys, values and what else the strategy needs
     hidden: int  # h_BlF
     scores: int  # s_BHlL, which the dense kernel alone has
     logits: int  # BpV, or BlV of this device's share
@@ -90,9 +89,7 @@ def peaks(model: Model, mesh: Mesh | AbstractMesh) -> dict[str, float]:
     contiguous = config.attention.layout == "contiguous" and config.attention.regather
     return {
         "back through a block": layers + _block(config, arrays) + of_layer + (rounded if contiguous else 0),
-        "back through attention": layers
-        + _attention(config, arrays, mesh)
-        + (parameters if arrays.scores else rounded),
+        "back through attention": layers + _attention(config, arrays) + (parameters if arrays.scores else rounded),
         "loss": layers + 2 * arrays.logits + 5 * arrays.part,
         "update": 2.21 * parameters,  # the gradient as one vector, and its leaves; they leave the largest gaps
     }
@@ -102,16 +99,12 @@ def arrays_of(config: Config, mesh: Mesh | AbstractMesh) -> Arrays:
     """The sizes of a config's arrays on this mesh."""
     sizes, setting, model, M = sizes_of(config, mesh), setting_on(config, mesh), config.model, mesh.shape[MODEL]
     N, tokens = mesh.shape[SEQ], sizes.B * sizes.l
-    pair = sizes.pair
-    if config.attention.strategy == "ulysses":  # heads are repeated until every device has one
-        pair = sizes.pair * math.lcm(sizes.G, N) // sizes.G
     return Arrays(
         part=tokens * model.width // M,
         region=tokens * model.width,
         heads=tokens * sizes.H * sizes.K,
         rows=tokens * sizes.H,
-        pair=pair,
-        pairs=pair * N if config.attention.strategy == "lss" else pair,
+        held=STRATEGIES[config.attention.strategy].held(sizes, setting),
         hidden=tokens * model.mlp_width // M,
         scores=tokens * sizes.H * sizes.l * N if setting.kernel == "dense" else 0,
         logits=tokens * model.vocab // M,
@@ -121,42 +114,28 @@ def arrays_of(config: Config, mesh: Mesh | AbstractMesh) -> Arrays:
 def _kept(config: Config, arrays: Arrays, mesh: Mesh | AbstractMesh) -> int:
     """What a layer leaves for the way back (`layers.Stack`)."""
     part, region, heads, rows, hidden = arrays.part, arrays.region, arrays.heads, arrays.rows, arrays.hidden
-    exchanged = heads if config.attention.strategy == "ulysses" else 0  # rows, or queries, as they travelled
+    held = arrays.held
     if config.model.remat == "none":
-        return 6 * hidden + 6 * part + 2 * region + 2 * heads + exchanged + rows + _read(config, arrays)
+        return 6 * hidden + 6 * part + 2 * region + 2 * heads + held.exchanged + rows + held.saved
     summed = part if MODEL in cut_axes(mesh) else 0
-    return part + summed + heads + exchanged + rows + _communicated(config, arrays, mesh)
-
-
-def _communicated(config: Config, arrays: Arrays, mesh: Mesh | AbstractMesh) -> int:
-    """What a layer keeps of what came from other devices for attention, with `remat="block"`."""
-    if config.attention.strategy == "ulysses":
-        return arrays.heads + arrays.pairs
-    gathers = config.attention.strategy == "lss" and SEQ in cut_axes(mesh)
-    return arrays.pairs if gathers and not config.attention.regather else 0
-
-
-def _read(config: Config, arrays: Arrays) -> int:
-    """Keys and values that the way back finds there."""
-    return arrays.pair if config.attention.regather else arrays.pairs
+    return part + summed + heads + held.exchanged + rows + held.communicated
 
 
 def _block(config: Config, arrays: Arrays) -> int:
     """What is in work before attention's turn: with remat the block anew; pairs have zeros for a gradient."""
-    pairs = arrays.pairs + _read(config, arrays)
+    pairs = arrays.held.read + arrays.held.saved
     if config.model.remat == "none":
         return pairs + 3 * arrays.hidden + 6 * arrays.part + 4 * arrays.region
-    parts, regions = IN_WORK["regather" if config.attention.regather else config.attention.strategy]
+    parts, regions = arrays.held.in_work
     return pairs + 4 * arrays.hidden + parts * arrays.part + regions * arrays.region
 
 
-def _attention(config: Config, arrays: Arrays, mesh: Mesh | AbstractMesh) -> float:
+def _attention(config: Config, arrays: Arrays) -> float:
     """What is in work in attention's turn: pairs, their gradients, and once more where they are put in order."""
     if arrays.scores:
         return (3.1 if config.model.dtype == "bfloat16" else 2.1) * arrays.scores + 10 * arrays.part
-    setting, sizes = setting_on(config, mesh), sizes_of(config, mesh)
-    in_order = scattered(sizes.l, setting)
-    return (3 if in_order and config.attention.strategy == "lss" else 2) * arrays.pairs + arrays.pair + 8 * arrays.heads
+    held = arrays.held
+    return held.copies * held.read + held.pair + 8 * arrays.heads
 
 
 def _batch(config: Config, mesh: Mesh | AbstractMesh) -> int:

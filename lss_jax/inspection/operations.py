@@ -13,14 +13,15 @@ import jax.numpy as jnp
 from jax.extend.core import ClosedJaxpr, Jaxpr
 from jax.sharding import AbstractMesh, Mesh
 
-from lss_jax.attention.kernels.blocks import chunks_of_all, cut_queries, key_blocks, visits
-from lss_jax.attention.kernels.blockwise import blocks_of_keys
+from lss_jax.attention.kernels.blocks import cut_queries, visits
 from lss_jax.attention.kernels.interface import Queries
 from lss_jax.attention.kernels.targets import TARGETS
 from lss_jax.attention.kernels.tiles import facts, plan_of
 from lss_jax.attention.mask import Intervals
 from lss_jax.attention.placement import setting_on
 from lss_jax.attention.setting import Setting
+from lss_jax.attention.strategies import STRATEGIES
+from lss_jax.attention.strategy import Strategy
 from lss_jax.attention.traffic import Sizes, sizes_of
 from lss_jax.models import Model
 from lss_jax.models.objective import mask_of
@@ -53,20 +54,16 @@ def outside_attention(model: Model, mesh: Mesh | AbstractMesh) -> int:
 
 def attention(model: Model, mesh: Mesh) -> int:
     """Of all layers' attention, on the busiest device. Packed documents, which are not known here, count as one."""
-    config, sizes, setting = model.config, sizes_of(model.config, mesh), setting_on(model.config, mesh)
-    if config.attention.strategy == "ulysses":
-        N = setting.layout.devices
-        sizes = Sizes(sizes.B, sizes.l * N, sizes.H // N, max(sizes.G // N, 1), sizes.K, sizes.itemsize)
-        setting = setting.uncut
+    config, strategy = model.config, STRATEGIES[model.config.attention.strategy]
+    sizes, setting = strategy.in_kernel(sizes_of(config, mesh), setting_on(config, mesh))
     of_devices = setting.layout.positions(sizes.l * setting.layout.devices).reshape(-1, sizes.l)
     scores = max(
-        _scores(mask_of(config, jnp.asarray(positions_l), None), sizes, setting, config.attention.strategy == "ring")
-        for positions_l in of_devices
+        _scores(mask_of(config, jnp.asarray(positions_l), None), sizes, setting, strategy) for positions_l in of_devices
     )
     return config.model.layers * config.optim.accumulate * scores * 2 * sizes.K * PRODUCTS[setting.kernel]
 
 
-def _scores(mask: Intervals, sizes: Sizes, setting: Setting, rings: bool) -> int:
+def _scores(mask: Intervals, sizes: Sizes, setting: Setting, strategy: Strategy) -> int:
     """How many one device computes in a layer."""
     B, l, H, G, K, itemsize = (getattr(sizes, name) for name in ("B", "l", "H", "G", "K", "itemsize"))
     layout = setting.layout
@@ -80,7 +77,7 @@ def _scores(mask: Intervals, sizes: Sizes, setting: Setting, rings: bool) -> int
         plan = plan_of(queries, kv_N2BGlK, setting, TARGETS[setting.kernel])
         tables, _ = facts(plan, queries)
         return int((tables.stop_Bj - tables.first_Bj).sum()) * H * plan.queries.size * plan.key_size
-    keys = key_blocks(chunks_of_all(layout, l), setting.block_keys) if rings else blocks_of_keys(l, setting)
+    keys = strategy.key_blocks(l, setting)
     cut = cut_queries((B, l, H, G), layout, (setting.block_queries, setting.block_keys), keys.size)
     return visits(keys, cut, mask.start, mask.end) * cut.block_heads * (H // G) * cut.size * keys.size
 

@@ -3,13 +3,13 @@
 import dataclasses
 import math
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple, cast
+from typing import NamedTuple
 
 import jax
 from jax.sharding import AbstractMesh
 
-from lss_jax.attention.strategies import STRATEGIES
-from lss_jax.config.rules import MeshSizes, validate
+from lss_jax.attention.strategies import STRATEGIES, with_strategy
+from lss_jax.config.rules import MeshSizes
 from lss_jax.config.schema import Config, ConfigError, MeshConfig
 from lss_jax.config.units import shown_size
 from lss_jax.inspection.contract import predicted, sent
@@ -17,6 +17,7 @@ from lss_jax.inspection.memory import Memory, memory_of
 from lss_jax.models import Model, build_model
 from lss_jax.parallel.layout import layout_on
 from lss_jax.parallel.mesh import AXES, SEQ, named_axes
+from lss_jax.training.setup import validate
 
 TILE = 128  # lengths are multiples of so many tokens, and of what the mesh cuts them into
 
@@ -107,10 +108,7 @@ def evaluate(model: Model, sizes: MeshSizes, strategy: str, memory: int) -> Cut:
 
 def on_cut(config: Config, sizes: MeshSizes, strategy: str) -> Config:
     """The config on a mesh with a strategy; without what is for another one."""
-    attention = dataclasses.replace(config.attention, strategy=cast(Any, strategy))
-    if strategy != "lss":
-        attention = dataclasses.replace(attention, gather_groups=1, regather=False)
-    return dataclasses.replace(config, mesh=MeshConfig(*sizes), attention=attention)
+    return dataclasses.replace(config, mesh=MeshConfig(*sizes), attention=with_strategy(config.attention, strategy))
 
 
 def at_length(model: Model, seq_len: int) -> Model:

@@ -15,8 +15,6 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from lss_jax.attention.placement import mesh_of
-from lss_jax.config.rules import validate
 from lss_jax.config.schema import Config, ConfigError, gather_problems
 from lss_jax.data.sources import open_splits
 from lss_jax.models import Model, Params, build_model
@@ -27,6 +25,7 @@ from lss_jax.reports.figures import Curve, Plot
 from lss_jax.storage.metrics import bits_per_byte
 from lss_jax.storage.workdir import check_workdir
 from lss_jax.training.evaluation import Split, losses_on, restore_params
+from lss_jax.training.setup import mesh_of, validate
 from lss_jax.training.state import kept_specs
 from lss_jax.training.step import make_position_step
 

@@ -9,7 +9,6 @@ import numpy as np
 from jax.sharding import Mesh
 from tqdm import tqdm
 
-from lss_jax.attention.placement import mesh_of
 from lss_jax.config.schema import Config, ConfigError, from_dict
 from lss_jax.data.batch import Batch
 from lss_jax.data.loader import (
@@ -27,6 +26,7 @@ from lss_jax.runtime.distributed import is_first
 from lss_jax.storage.checkpoint import restore_newest_sound
 from lss_jax.storage.metrics import Record, bits_per_byte
 from lss_jax.storage.workdir import check_workdir, saved_config
+from lss_jax.training.setup import mesh_of
 from lss_jax.training.state import kept_specs
 from lss_jax.training.step import make_eval_step
 

@@ -9,8 +9,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from lss_jax.attention.placement import kernel_on, mesh_of
-from lss_jax.config.rules import validate
+from lss_jax.attention.placement import kernel_on
 from lss_jax.config.schema import Config, ConfigError, RunError, gather_problems
 from lss_jax.data.batch import Batch
 from lss_jax.data.loader import (
@@ -29,6 +28,7 @@ from lss_jax.storage.workdir import check_workdir, check_writable, keep_config
 from lss_jax.training.evaluation import Split, evaluate_split
 from lss_jax.training.optimizer import make_optimizer, make_schedule
 from lss_jax.training.profile import STEP, Profile
+from lss_jax.training.setup import mesh_of, validate
 from lss_jax.training.skips import Skips
 from lss_jax.training.state import TrainState, init_state, state_shardings
 from lss_jax.training.step import make_eval_step, trace_train_step
