@@ -11,13 +11,13 @@ import jax
 from jax.sharding import Mesh
 
 from lss_jax import cli
-from lss_jax.attention.placement import mesh_of
 from lss_jax.config.schema import ConfigError
 from lss_jax.config.units import shown_size
 from lss_jax.generation.generate import check, generation_of
 from lss_jax.generation.sampling import Sampling
 from lss_jax.generation.streaming import streamed
 from lss_jax.runtime import distributed
+from lss_jax.training.setup import mesh_of
 
 
 def main() -> int:

@@ -8,13 +8,13 @@ import oracle
 import pytest
 
 from configs import base
-from lss_jax.config.rules import validate
 from lss_jax.config.schema import Config, from_dict
 from lss_jax.data.batch import Batch
 from lss_jax.data.loader import document_edges, read_batch
 from lss_jax.models import Model, build_model
 from lss_jax.parallel.layout import layout_on
 from lss_jax.parallel.mesh import make_mesh
+from lss_jax.training.setup import validate
 from lss_jax.training.step import make_means_and_gradient
 
 MESHES = [(1, 1), (8, 1), (1, 8), (2, 4), (4, 2), (2, 3)]  # data x seq

@@ -180,7 +180,6 @@ def test_of_many_groups_two_are_held_at_a_time(way):
 @pytest.mark.parametrize(
     ("section", "key", "known"),
     [
-        (AttentionConfig, "strategy", STRATEGIES),
         (AttentionConfig, "layout", CHUNKS_PER_DEVICE),
         (AttentionConfig, "kernel", {"auto", *KERNELS}),
         (ModelConfig, "family", FAMILIES),

@@ -12,7 +12,7 @@ from jax.sharding import AbstractMesh, AxisType
 
 from configs import base
 from lss_jax.config.loading import override
-from lss_jax.config.rules import mesh_sizes, validate
+from lss_jax.config.rules import mesh_sizes
 from lss_jax.config.schema import ConfigError, MeshConfig, from_dict
 from lss_jax.data.batch import batch_like
 from lss_jax.models import build_model, parameter_count
@@ -20,6 +20,7 @@ from lss_jax.parallel.layout import layout_on
 from lss_jax.parallel.mesh import AXES, make_mesh
 from lss_jax.training.compatibility import shapes_of, shaping
 from lss_jax.training.optimizer import decayed, make_optimizer, make_schedule
+from lss_jax.training.setup import validate
 from lss_jax.training.state import init_state
 
 CONFIGS = sorted(Path(__file__).parents[1].joinpath("configs").glob("*.py"))

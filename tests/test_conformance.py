@@ -43,11 +43,11 @@ from lss_jax.attention.kernels.interface import Queries, Residuals
 from lss_jax.attention.mask import Intervals
 from lss_jax.attention.setting import Setting
 from lss_jax.attention.strategies import STRATEGIES
-from lss_jax.config.rules import validate
 from lss_jax.config.schema import ConfigError
 from lss_jax.parallel.dropout import Dropout
 from lss_jax.parallel.hashing import hashed
 from lss_jax.parallel.layout import CHUNKS_PER_DEVICE, Layout
+from lss_jax.training.setup import validate
 
 MESHES = [(1, 1), (1, 2), (1, 3), (1, 4), (1, 8), (2, 2), (2, 3), (2, 4)]  # data x seq
 LAST = ("zigzag", *MESHES[-1])
@@ -294,6 +294,16 @@ class TestUlysses(Conformance):
 
 def test_every_strategy_is_here():
     assert {suite.STRATEGY for suite in Conformance.__subclasses__()} == set(STRATEGIES)
+
+
+def test_a_new_strategy_is_one_line(monkeypatch):
+    """Its entry is all that the config and its rules ask for."""
+    monkeypatch.setitem(STRATEGIES, "new", STRATEGIES["ring"]._replace(options=("regather",)))
+    validate(small_config(attention__strategy="new", attention__regather=True, mesh__seq=4), 8)
+    with pytest.raises(ConfigError, match=r"gather_groups=2 has no use with attention\.strategy='new'"):
+        validate(small_config(attention__strategy="new", attention__gather_groups=2), 8)
+    with pytest.raises(ConfigError, match="'other' is not known; choose one of 'lss', 'ring', 'ulysses', 'new'"):
+        validate(small_config(attention__strategy="other"), 8)
 
 
 RATE = 0.3

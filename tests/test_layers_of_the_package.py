@@ -69,6 +69,16 @@ def test_folders_import_from_below():
                 assert HEIGHT[there] < HEIGHT[here], f"{path}, on the floor {here!r}, imports {name}, on {there!r}"
 
 
+def test_no_strategy_is_asked_for_by_its_name():
+    """What a strategy can and needs is declared on the strategy."""
+    names = {"lss", "ring", "ulysses"}
+    for path in FILES.values():
+        for node in ast.walk(ast.parse(path.read_text())):
+            compared = [node.left, *node.comparators] if isinstance(node, ast.Compare) else []
+            asked = names & {getattr(part, "value", None) for part in compared if isinstance(part, ast.Constant)}
+            assert not asked, f"{path}, line {node.lineno}, asks for {asked}"
+
+
 def test_files_of_a_folder_import_in_no_circle():
     graph = {module: imported(path) & FILES.keys() for module, path in FILES.items() if module != "lss_jax"}
     graphlib.TopologicalSorter(graph).prepare()  # raises a CycleError that names the circle

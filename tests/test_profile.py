@@ -7,9 +7,9 @@ import jax
 import pytest
 from helpers import TEXT, change, small_config
 
-from lss_jax.config.rules import validate
 from lss_jax.config.schema import ConfigError
 from lss_jax.training.profile import STEP
+from lss_jax.training.setup import validate
 from lss_jax.training.trainer import Trainer
 
 

@@ -15,7 +15,9 @@ from lss_jax.config.schema import ConfigError
 from lss_jax.data.loader import read_batch
 from lss_jax.data.sources import open_splits
 from lss_jax.data.split import WindowSplit
+from lss_jax.inspection.audit import audit_step
 from lss_jax.models import FAMILIES, build_model
+from lss_jax.models.family import Family
 from lss_jax.parallel.layout import layout_on
 from lss_jax.parallel.tensor_parallel import own_part
 from lss_jax.tasks import TASKS, make_task
@@ -38,6 +40,7 @@ class CountSums(NamedTuple):
 class CountAToken(Task):
     """How many of the last tokens in sight are an `a`: a number for each position, from attention alone."""
 
+    sums = CountSums
     items = "positions"
     metrics = (
         Metric("loss", "squared", "squared error", lambda means: means["loss"]),
@@ -90,7 +93,7 @@ class OneAttention(nnx.Module):
 @pytest.fixture
 def toys(monkeypatch, tmp_path):
     monkeypatch.setitem(TASKS, "count", CountAToken)
-    monkeypatch.setitem(FAMILIES, "one_attention", OneAttention)
+    monkeypatch.setitem(FAMILIES, "one_attention", Family(OneAttention))
     (tmp_path / "text").write_bytes(np.random.default_rng(0).choice([97, 98, 99], 6000).astype(np.uint8).tobytes())
     return {
         "task": "count",
@@ -119,6 +122,12 @@ def test_a_toy_task_and_a_toy_family_train_on_three_meshes_with_equal_curves(toy
     assert one[-1][0] < 0.5 * one[0][0], "it learns"
     for other in others:
         np.testing.assert_allclose(other, one, rtol=1e-5)
+
+
+def test_a_family_that_declares_no_costs_is_refused_by_what_predicts_them(toys):
+    config = small_config(**toys)
+    with pytest.raises(ConfigError, match=r"model.family='one_attention' does not say what a step costs; declare"):
+        audit_step(config, jax.devices())
 
 
 def test_unknown_names_are_refused_with_the_known_ones():

@@ -99,7 +99,7 @@ def predicted(variant: Variant, length: int) -> Counter:
     expected: Counter = Counter()
     for one in layer["forward"] + layer["backward"]:
         expected[one.kind, one.bytes] += one.times
-    if variant.strategy == "ulysses":
+    if STRATEGIES[variant.strategy].whole_mask:
         expected["all-gather", 2 * length * 4] += 1  # the intervals of all queries, int32, once per step
     return expected
 

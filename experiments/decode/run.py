@@ -22,13 +22,13 @@ import jax
 import numpy as np
 
 from configs import base
-from lss_jax.config.rules import validate
 from lss_jax.config.schema import from_dict
 from lss_jax.generation.decode import Generation
 from lss_jax.generation.sampling import Sampling
 from lss_jax.models import build_model
 from lss_jax.parallel.mesh import make_mesh, shardings
 from lss_jax.runtime import distributed
+from lss_jax.training.setup import validate
 from lss_jax.training.state import param_specs
 
 DEVICES = (1, 2, 4, 8)

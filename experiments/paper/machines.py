@@ -92,7 +92,7 @@ def bytes_moved(model: Model, mesh) -> float:
         attention = 4 * SCORES * arrays.scores
     else:
         blocks = math.ceil(sizes.l / setting.block_queries)
-        attention = 3 * sizes.itemsize * blocks * arrays.pairs
+        attention = 3 * sizes.itemsize * blocks * arrays.held.read
     return state + config.optim.accumulate * config.model.layers * (activations + attention)
 
 

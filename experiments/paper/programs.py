@@ -12,7 +12,6 @@ from matplotlib.figure import Figure
 
 from configs import paper_50112
 from experiments.paper.machines import V5P, algorithmic_operations, groups, step_time
-from lss_jax.attention.placement import mesh_of
 from lss_jax.config.schema import Config, from_dict
 from lss_jax.data.loader import read_batch
 from lss_jax.inspection.audit import audited, json_of
@@ -22,6 +21,7 @@ from lss_jax.models import build_model
 from lss_jax.parallel.layout import layout_on
 from lss_jax.parallel.mesh import AXES
 from lss_jax.training.optimizer import make_optimizer
+from lss_jax.training.setup import mesh_of
 from lss_jax.training.state import init_state
 from lss_jax.training.step import trace_train_step
 

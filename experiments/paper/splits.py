@@ -22,7 +22,6 @@ from matplotlib.figure import Figure
 
 from experiments.paper.machines import V5P, algorithmic_operations, step_time
 from experiments.paper.programs import Mesh, Row, config_of, table, write
-from lss_jax.config.rules import validate
 from lss_jax.config.schema import ConfigError
 from lss_jax.inspection.contract import predicted, sent
 from lss_jax.inspection.memory import memory_of
@@ -30,6 +29,7 @@ from lss_jax.inspection.planner import at_length, meshes
 from lss_jax.inspection.topology import CAPACITY
 from lss_jax.models import Model, build_model, parameter_count
 from lss_jax.parallel.mesh import AXES
+from lss_jax.training.setup import validate
 
 NAME = "splits"
 DEVICES = (64, 256, 3456)

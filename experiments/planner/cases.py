@@ -6,9 +6,9 @@ import random
 from typing import Any
 
 from configs import base
-from lss_jax.config.rules import validate
 from lss_jax.config.schema import Config, ConfigError, from_dict
 from lss_jax.parallel.mesh import AXES
+from lss_jax.training.setup import validate
 
 Case = dict[str, Any]  # config key to value
 Sizes = tuple[int, int, int]  # data, seq, model

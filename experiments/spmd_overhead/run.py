@@ -22,7 +22,6 @@ import numpy as np
 import optax
 
 from configs import base
-from lss_jax.config.rules import validate
 from lss_jax.config.schema import Config, from_dict
 from lss_jax.data.loader import read_batch
 from lss_jax.models import build_model, parameter_count
@@ -30,6 +29,7 @@ from lss_jax.parallel.layout import layout_on
 from lss_jax.parallel.mesh import make_mesh
 from lss_jax.runtime import distributed
 from lss_jax.training.optimizer import make_optimizer
+from lss_jax.training.setup import validate
 from lss_jax.training.state import init_state, state_shardings
 from lss_jax.training.step import make_means_and_gradient, make_train_step
 

@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from lss_jax.attention.global_attention import dot_product_attention, refuse
+from lss_jax.attention.arguments import refuse
+from lss_jax.attention.global_attention import dot_product_attention
 
 
 def attention_fn(mesh: Mesh, **options: Any) -> Callable[..., jax.Array]:

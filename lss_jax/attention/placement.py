@@ -1,28 +1,14 @@
-"""Where attention runs: the mesh of a config, its kernel, and the setting that both give."""
+"""Where attention runs: the kernel for a mesh, and the setting that this and a config give."""
 
-from collections.abc import Sequence
-
-import jax
 from jax.sharding import AbstractMesh, Mesh
 
 from lss_jax.attention.setting import Setting
-from lss_jax.config.rules import validate
+from lss_jax.attention.strategies import STRATEGIES
 from lss_jax.config.schema import AttentionConfig, Config, ConfigError
 from lss_jax.parallel.layout import Layout, layout_on
-from lss_jax.parallel.mesh import SEQ, if_cut, make_mesh
+from lss_jax.parallel.mesh import SEQ, if_cut
 
 FUSED = {"triton": "NVIDIA GPUs of compute capability 8.0 or more", "mosaic": "TPUs"}  # kernels for some devices alone
-
-
-def mesh_of(config: Config, devices: Sequence[jax.Device]) -> Mesh:
-    """The mesh that a config asks for, made of these devices.
-
-    Raises:
-      ConfigError: the config does not fit them, or names a kernel for others.
-    """
-    mesh = make_mesh(validate(config, len(devices)), devices)
-    kernel_on(config.attention, mesh)
-    return mesh
 
 
 def setting_on(config: Config, mesh: Mesh | AbstractMesh) -> Setting:
@@ -52,7 +38,7 @@ def kernel_on(attention: AttentionConfig, mesh: Mesh | AbstractMesh) -> str:
     """
     asked, fused = attention.kernel, fused_on(mesh)
     if asked == "auto":
-        return fused if fused and attention.strategy != "ring" else "blockwise"
+        return fused if fused in STRATEGIES[attention.strategy].kernels else "blockwise"
     if asked in FUSED and asked != fused:
         raise ConfigError(
             f"attention.kernel={asked!r} is for {FUSED[asked]}, and these devices are "

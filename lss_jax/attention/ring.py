@@ -4,6 +4,7 @@ Per layer and training step `N - 1` sends of a segment's pair forward; on the wa
 gradient, which goes along with it and comes home in the end. Two segments' pairs are held at a time.
 """
 
+from collections.abc import Iterator
 from functools import partial
 
 import jax
@@ -11,7 +12,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from lss_jax.attention.collectives import stacked
-from lss_jax.attention.kernels.blocks import KeyBlocks, chunks_of_device, key_blocks
+from lss_jax.attention.kernels.blocks import KeyBlocks, chunks_of_all, chunks_of_device, key_blocks
 from lss_jax.attention.kernels.blockwise import (
     Gradients,
     accumulate,
@@ -26,8 +27,9 @@ from lss_jax.attention.kernels.blockwise import (
 from lss_jax.attention.kernels.interface import Output, Queries
 from lss_jax.attention.residuals import ATTENDED
 from lss_jax.attention.setting import Setting
-from lss_jax.attention.strategy import Local
+from lss_jax.attention.strategy import Held, Local, Shards, Strategy, own_segment
 from lss_jax.attention.traffic import Sizes, Traffic
+from lss_jax.config.schema import AttentionConfig
 
 
 def ring_attention(local: Local, setting: Setting) -> jax.Array:
@@ -112,3 +114,36 @@ def _keys_in_turn(turn: jax.Array | int, kv_2BGlK: jax.Array, setting: Setting) 
     here = jax.lax.axis_index(setting.axis) if setting.axis else jnp.zeros((), jnp.int32)
     source = (here - turn) % setting.layout.devices
     return key_blocks(chunks_of_device(setting.layout, kv_2BGlK.shape[3], source), setting.block_keys)
+
+
+def _problems(attention: AttentionConfig, _shards: Shards) -> Iterator[str]:
+    """The softmax must go on from one segment's keys to the next's, which only the blockwise kernel does."""
+    if attention.kernel not in ("auto", *RING.kernels):
+        yield (
+            f'attention.kernel={attention.kernel!r} cannot take keys as they come by, which attention.strategy="ring" '
+            f'needs; use attention.kernel="blockwise"'
+        )
+
+
+def _held(sizes: Sizes, _setting: Setting) -> Held:
+    """One segment's keys and values at a time, none of them saved."""
+    pair = sizes.pair
+    return Held(pair=pair, read=pair, saved=pair, communicated=0, exchanged=0, copies=2, in_work=(14, 4))
+
+
+def _key_blocks(segment_length: int, setting: Setting) -> KeyBlocks:
+    """Blocks of every segment by itself, as they come by."""
+    return key_blocks(chunks_of_all(setting.layout, segment_length), setting.block_keys)
+
+
+RING = Strategy(
+    attention=ring_attention,
+    traffic=traffic,
+    whole_mask=None,
+    kernels=("blockwise",),
+    options=(),
+    problems=_problems,
+    held=_held,
+    in_kernel=own_segment,
+    key_blocks=_key_blocks,
+)

@@ -1,46 +1,66 @@
 """Sequence-parallel attention: one file per strategy, one interface, to be read side by side.
 
-A strategy maps this device's `q_BlHK, k_BlGK, v_BlGK` to its rows `o_BlHK`, inside `shard_map`; a mask gives each local
-query its interval of natural key positions. Each says beside its collectives what the compiled program should show.
+A new strategy is one file, which ends with its `Strategy`, and one line in `STRATEGIES`.
 """
 
-from collections.abc import Callable
-from typing import NamedTuple
+import dataclasses
+from collections.abc import Callable, Iterator
 
 import jax
 
-from lss_jax.attention import lss, ring, ulysses
+from lss_jax.attention.lss_strategy import LSS
 from lss_jax.attention.mask import Intervals
+from lss_jax.attention.ring import RING
 from lss_jax.attention.setting import Setting
-from lss_jax.attention.strategy import Local
+from lss_jax.attention.strategy import OPTIONS, Local, Shards, Strategy
+from lss_jax.attention.ulysses import ULYSSES
+from lss_jax.config.schema import AttentionConfig, unknown_choice
 from lss_jax.parallel.dropout import Dropout
 from lss_jax.parallel.scopes import ATTENTION, MASK
 
-
-class Strategy(NamedTuple):
-    """A way to attend across a cut sequence, and the collectives of one layer that it takes."""
-
-    attention: Callable[..., jax.Array]
-    traffic: Callable
-
-
-STRATEGIES = {
-    "lss": Strategy(lss.lss_attention, lss.traffic),
-    "ring": Strategy(ring.ring_attention, ring.traffic),
-    "ulysses": Strategy(ulysses.ulysses_attention, ulysses.traffic),
+STRATEGIES: dict[str, Strategy] = {
+    "lss": LSS,
+    "ring": RING,
+    "ulysses": ULYSSES,
 }
 
 Attend = Callable[..., jax.Array]  # (q_BlHK, k_BlGK, v_BlGK, dropout) -> o_BlHK
 
 
 def make_attend(strategy: str, mask: Intervals, setting: Setting) -> Attend:
-    """The attention of every layer of a step: local `q_BlHK, k_BlGK, v_BlGK` and dropout (or None) to `o_BlHK`."""
-    if strategy == "ulysses":
+    """The attention of every layer of a step: local `q_BlHK, k_BlGK, v_BlGK` and dropout (or None) to `o_BlHK`.
+
+    To be called inside `shard_map`; `mask` gives each local query its interval of natural key positions.
+    """
+    chosen = STRATEGIES[strategy]
+    if chosen.whole_mask:
         with jax.named_scope(MASK):
-            mask = ulysses.whole_mask(mask, setting)
+            mask = chosen.whole_mask(mask, setting)
 
     @jax.named_scope(ATTENTION)
     def attend(q_BlHK: jax.Array, k_BlGK: jax.Array, v_BlGK: jax.Array, dropout: Dropout | None = None) -> jax.Array:
-        return STRATEGIES[strategy].attention(Local(q_BlHK, k_BlGK, v_BlGK, mask, dropout), setting)
+        return chosen.attention(Local(q_BlHK, k_BlGK, v_BlGK, mask, dropout), setting)
 
     return attend
+
+
+def strategy_problems(attention: AttentionConfig, shards: Shards) -> Iterator[str]:
+    """What the config's strategy cannot do, or has no use for, a line each."""
+    name = attention.strategy
+    if name not in STRATEGIES:
+        yield unknown_choice("attention.strategy", name, STRATEGIES)
+        return
+    for key, option in OPTIONS.items():
+        value = getattr(attention, key)
+        if key not in STRATEGIES[name].options and value != option.unused:
+            yield (
+                f"attention.{key}={value} has no use with attention.strategy={name!r}, {option.useless}; "
+                f"{option.remedy}"
+            )
+    yield from STRATEGIES[name].problems(attention, shards)
+
+
+def with_strategy(attention: AttentionConfig, strategy: str) -> AttentionConfig:
+    """The same with another strategy, without the options that this one has no use for."""
+    unused = {key: option.unused for key, option in OPTIONS.items() if key not in STRATEGIES[strategy].options}
+    return dataclasses.replace(attention, strategy=strategy, **unused)

@@ -1,10 +1,19 @@
-"""What a strategy is given, and what it declares about itself."""
+"""What a strategy is: what it is given, and all that the rest of the code asks about it.
 
-from typing import NamedTuple
+A strategy is declared in its own file, by its `Strategy`, and listed in `strategies`. Rules, the contract with the
+compiler, the memory model and the planner read the declaration; none knows a strategy by name.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import jax
 
+from lss_jax.attention.kernels.blocks import KeyBlocks
 from lss_jax.attention.mask import Intervals
+from lss_jax.attention.setting import Setting
+from lss_jax.attention.traffic import Sizes, Traffic
+from lss_jax.config.schema import AttentionConfig
 from lss_jax.parallel.dropout import Dropout
 
 
@@ -14,5 +23,62 @@ class Local(NamedTuple):
     q_BlHK: jax.Array
     k_BlGK: jax.Array
     v_BlGK: jax.Array
-    mask: Intervals  # the keys that each query sees, in natural positions; as `Strategy.whole_mask` has it, if it does
+    mask: Intervals  # the keys that each query sees; of all queries, where `Strategy.whole_mask` gathers them
     dropout: Dropout | None  # of attention weights
+
+
+class Shards(NamedTuple):
+    """The heads of a model, and over how many devices sequence (`seq`) and heads (`model`) are sharded."""
+
+    heads: int
+    kv_heads: int
+    seq: int
+    model: int
+
+
+class Held(NamedTuple):
+    """What one layer's attention holds on one device, in numbers, for one microbatch: see `inspection.memory`.
+
+    Without remat the backward pass finds `saved` and `exchanged`; with remat, `communicated` and `exchanged`.
+    """
+
+    pair: int  # own keys and values, as they travel
+    read: int  # the keys and values that a kernel reads, from however many devices
+    saved: int  # keys and values
+    communicated: int  # what came from other devices
+    exchanged: int  # queries or outputs once more, in the shape in which they travelled
+    copies: int  # of `read` that live at once in attention's backward pass: gradients, and both in natural order
+    in_work: tuple[int, int]  # arrays between regions and inside of them, in a block's backward pass with remat
+
+
+class Option(NamedTuple):
+    """A key of the config's attention that only some strategies have a use for."""
+
+    unused: Any  # its value where it does nothing
+    useless: str  # why other strategies have no use for it
+    remedy: str
+
+
+OPTIONS = {
+    "gather_groups": Option(1, "which gathers nothing", 'use attention.gather_groups=1 or attention.strategy="lss"'),
+    "regather": Option(False, "which keeps no gathered pairs", "use attention.regather=False"),
+}
+
+
+class Strategy(NamedTuple):
+    """A way to attend across a sharded sequence."""
+
+    attention: Callable[[Local, Setting], jax.Array]  # this segment's output `o_BlHK`
+    traffic: Callable[[Sizes, Setting], dict[str, list[Traffic]]]  # the collectives of one layer, by direction
+    whole_mask: Callable[[Intervals, Setting], Intervals] | None  # gathers all queries' intervals, once per step
+    kernels: tuple[str, ...]  # those that it can use
+    options: tuple[str, ...]  # those of `OPTIONS` that it has a use for
+    problems: Callable[[AttentionConfig, Shards], Iterator[str]]  # what it cannot do, a line each
+    held: Callable[[Sizes, Setting], Held]
+    in_kernel: Callable[[Sizes, Setting], tuple[Sizes, Setting]]  # the sizes of a kernel's queries, and its setting
+    key_blocks: Callable[[int, Setting], KeyBlocks]  # that the blockwise kernel meets, of segments of this length
+
+
+def own_segment(sizes: Sizes, setting: Setting) -> tuple[Sizes, Setting]:
+    """`Strategy.in_kernel` where a device computes its own segment's queries, of all heads."""
+    return sizes, setting

@@ -4,7 +4,9 @@ Per layer and training step four all-to-alls: of queries, keys and values togeth
 gradients. In between each device holds the whole sequence of `H/N` heads.
 """
 
+import dataclasses
 import math
+from collections.abc import Iterator
 from functools import partial
 
 import jax
@@ -13,12 +15,15 @@ from jax.ad_checkpoint import checkpoint_name
 
 from lss_jax.attention.collectives import stacked
 from lss_jax.attention.kernels import KERNELS
+from lss_jax.attention.kernels.blockwise import blocks_of_keys
 from lss_jax.attention.kernels.interface import Queries, Residuals
 from lss_jax.attention.mask import Intervals
 from lss_jax.attention.residuals import ATTENDED, COMMUNICATED
 from lss_jax.attention.setting import Setting
-from lss_jax.attention.strategy import Local
+from lss_jax.attention.strategy import Held, Local, Shards, Strategy
 from lss_jax.attention.traffic import Sizes, Traffic
+from lss_jax.config.rules import next_multiple
+from lss_jax.config.schema import AttentionConfig
 
 
 def ulysses_attention(local: Local, setting: Setting) -> jax.Array:
@@ -102,3 +107,41 @@ def _to_sequence(arrays_BLhK: tuple[jax.Array, ...], setting: Setting) -> tuple[
 def _split_heads(x: jax.Array, counts: list[int]) -> tuple[jax.Array, ...]:
     ends = [sum(counts[:index]) for index in range(1, len(counts))]
     return tuple(jnp.split(x, ends, axis=-2))
+
+
+def _problems(_attention: AttentionConfig, shards: Shards) -> Iterator[str]:
+    """Every device computes equally many heads."""
+    heads, _, seq, model = shards
+    if heads % (seq * model):
+        by = f"mesh.seq={seq}" + (f" times mesh.model={model}" if model > 1 else "")
+        yield (
+            f'model.heads={heads} is not divisible by {by}, which attention.strategy="ulysses" needs; '
+            f'use model.heads={next_multiple(heads, seq * model)} or attention.strategy="lss"'
+        )
+
+
+def _held(sizes: Sizes, setting: Setting) -> Held:
+    """Keys and values with their heads repeated until every device has one; and all that was exchanged."""
+    pair = sizes.pair * math.lcm(sizes.G, setting.layout.devices) // sizes.G
+    queries = sizes.B * sizes.l * sizes.H * sizes.K
+    communicated = queries + pair
+    return Held(pair, read=pair, saved=pair, communicated=communicated, exchanged=queries, copies=2, in_work=(13, 3))
+
+
+def _whole_sequence(sizes: Sizes, setting: Setting) -> tuple[Sizes, Setting]:
+    """A kernel computes the whole sequence of some heads."""
+    N = setting.layout.devices
+    return dataclasses.replace(sizes, l=sizes.l * N, H=sizes.H // N, G=max(sizes.G // N, 1)), setting.uncut
+
+
+ULYSSES = Strategy(
+    attention=ulysses_attention,
+    traffic=traffic,
+    whole_mask=whole_mask,
+    kernels=tuple(KERNELS),
+    options=(),
+    problems=_problems,
+    held=_held,
+    in_kernel=_whole_sequence,
+    key_blocks=blocks_of_keys,
+)

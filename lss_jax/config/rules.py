@@ -1,4 +1,4 @@
-"""The rules that a config must keep, each with the values that break it and the remedy."""
+"""The rules that a config must keep, each with the values that break it and the remedy; strategies have their own."""
 
 from collections.abc import Iterator, Mapping
 
@@ -31,23 +31,14 @@ def mesh_sizes(mesh: MeshConfig, device_count: int) -> MeshSizes:
     return sizes[0], sizes[1], sizes[2]
 
 
-def validate(config: Config, device_count: int) -> MeshSizes:
-    """Checks everything that can be known before data is opened and anything is compiled; returns the mesh sizes.
-
-    Raises:
-      ConfigError: all problems at once, a line each.
-    """
+def problems(config: Config, device_count: int) -> tuple[list[str], MeshSizes | None]:
+    """What is wrong with a config whatever its strategy, a line each; and the mesh sizes, None if these are wrong."""
     found = [*_out_of_range(config), *_cross_field(config)]
-    sizes = None
     try:
         sizes = mesh_sizes(config.mesh, device_count)
-        found += _mesh_problems(config, sizes)
     except ConfigError as error:
-        found.insert(0, str(error))
-    if found:
-        raise ConfigError("\n".join(found))
-    assert sizes is not None
-    return sizes
+        return [str(error), *found], None
+    return [*found, *_mesh_problems(config, sizes)], sizes
 
 
 def _out_of_range(config: Config) -> Iterator[str]:
@@ -99,7 +90,7 @@ def _cross_field(config: Config) -> Iterator[str]:
     if model.heads > 0 and model.width % model.heads:
         yield (
             f"model.width={model.width} is not divisible by model.heads={model.heads}; "
-            f"use model.width={_next_multiple(model.width, model.heads)} or another number of heads"
+            f"use model.width={next_multiple(model.width, model.heads)} or another number of heads"
         )
     elif model.heads > 0 and model.positions == "rope" and model.width // model.heads % 2:
         yield (
@@ -146,77 +137,39 @@ def _cross_field(config: Config) -> Iterator[str]:
 
 
 def attention_problems(attention: AttentionConfig, heads: int, kv_heads: int) -> Iterator[str]:
-    """Errors in the options of heads, strategy and kernel that no mesh can mend."""
-    strategy, kernel, groups = attention.strategy, attention.kernel, attention.gather_groups
+    """Errors in the options of attention that neither a mesh nor another strategy can mend."""
     if heads > 0 and kv_heads > 0 and heads % kv_heads:
         yield (
             f"model.heads={heads} is not divisible by model.kv_heads={kv_heads}; each key/value head "
             f"serves equally many query heads: use model.kv_heads={heads} or a divisor of it"
-        )
-    if strategy == "ring" and kernel not in ("auto", "blockwise"):
-        yield (
-            f'attention.kernel={kernel!r} cannot take keys as they come by, which attention.strategy="ring" needs; '
-            f'use attention.kernel="blockwise"'
-        )
-    if strategy != "lss" and groups != 1:
-        yield (
-            f"attention.gather_groups={groups} has no use with attention.strategy={strategy!r}, which gathers nothing; "
-            f'use attention.gather_groups=1 or attention.strategy="lss"'
-        )
-    if attention.regather and strategy != "lss":
-        yield (
-            f"attention.regather=True has no use with attention.strategy={strategy!r}, which keeps no gathered pairs; "
-            f"use attention.regather=False"
-        )
-    if strategy == "lss" and groups > 0 and kv_heads > 0 and kv_heads % groups:
-        yield (
-            f"model.kv_heads={kv_heads} is not divisible by attention.gather_groups={groups}; "
-            f"use attention.gather_groups={kv_heads} or another divisor"
         )
     if attention.window >= 2**31:
         yield f"attention.window={attention.window} must be less than 2**31; use 0 for all that came before"
 
 
 def _mesh_problems(config: Config, sizes: MeshSizes) -> Iterator[str]:
-    data, seq, model = sizes
+    data, _, model = sizes
     batch, accumulate = config.data.batch_size, config.optim.accumulate
     sharded = {key: getattr(config.model, key) for key in ("heads", "kv_heads", "mlp_width")}
     sharded |= {"vocab": config.model.vocab} if config.model.vocab_parallel else {}
-    uneven = {key: value for key, value in sharded.items() if value % model}
-    for key, value in uneven.items():
-        yield (
-            f"model.{key}={value} is not divisible by mesh.model={model}, which shards it; "
-            f"use model.{key}={_next_multiple(value, model)} or a mesh.model that divides it"
-        )
-    if not uneven:
-        yield from strategy_on_mesh(config.attention, config.model.heads, config.model.kv_heads, seq, model)
+    for key, value in sharded.items():
+        if value % model:
+            yield (
+                f"model.{key}={value} is not divisible by mesh.model={model}, which shards it; "
+                f"use model.{key}={next_multiple(value, model)} or a mesh.model that divides it"
+            )
     if config.optim.name == "muon" and model > 1:
         yield (
-            f'mesh.model={model} cuts the matrices of layers, and optim.name="muon" needs all of each; '
+            f'mesh.model={model} shards the matrices of layers, and optim.name="muon" needs all of each; '
             f'use mesh.model=1 or optim.name="adamw"'
         )
     if accumulate > 0 and batch % (data * accumulate):
         yield (
             f"data.batch_size={batch} is not divisible by mesh.data={data} times optim.accumulate={accumulate}; "
-            f"use data.batch_size={_next_multiple(batch, data * accumulate)}"
+            f"use data.batch_size={next_multiple(batch, data * accumulate)}"
         )
 
 
-def strategy_on_mesh(attention: AttentionConfig, heads: int, kv_heads: int, seq: int, model: int) -> Iterator[str]:
-    """Errors for heads that a strategy cannot divide among `seq` devices, after `model` has sharded them."""
-    groups = attention.gather_groups
-    if attention.strategy == "ulysses" and heads % (seq * model):
-        by = f"mesh.seq={seq}" + (f" times mesh.model={model}" if model > 1 else "")
-        yield (
-            f'model.heads={heads} is not divisible by {by}, which attention.strategy="ulysses" needs; '
-            f'use model.heads={_next_multiple(heads, seq * model)} or attention.strategy="lss"'
-        )
-    if groups > 0 and kv_heads % groups == 0 and kv_heads // model % groups:
-        yield (
-            f"model.kv_heads={kv_heads} is not divisible by attention.gather_groups={groups} times mesh.model={model}; "
-            f"use attention.gather_groups=1 or another divisor of {kv_heads // model}"
-        )
-
-
-def _next_multiple(value: int, of: int) -> int:
+def next_multiple(value: int, of: int) -> int:
+    """The least multiple of `of` that is not less than the value."""
     return -(-value // of) * of

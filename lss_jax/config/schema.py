@@ -3,7 +3,7 @@
 import dataclasses
 import difflib
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal
 
 
@@ -24,7 +24,7 @@ class MeshConfig:
 
 @dataclasses.dataclass(frozen=True)
 class AttentionConfig:
-    strategy: Literal["lss", "ring", "ulysses"]
+    strategy: str  # one of `attention.strategies.STRATEGIES`
     layout: Literal["contiguous", "zigzag"]
     window: int
     prefix: int
@@ -139,6 +139,11 @@ def unknown_key(key: str, known: list[str]) -> str:
     return f"unknown config key {key!r}; " + (f"did you mean {near!r}?" if near else f"known: {', '.join(known)}")
 
 
+def unknown_choice(key: str, value: Any, choices: Iterable[str]) -> str:
+    """What to say of a value of `key` that is not among its `choices`."""
+    return f"{key}={value!r} is not known; choose one of {', '.join(map(repr, choices))}"
+
+
 def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """All leaves of a nested mapping under their dotted names."""
     leaves: dict[str, Any] = {}
@@ -169,7 +174,7 @@ def _leaf(kind: Any, value: Any, key: str, problems: list[str]) -> Any:
     choices = typing.get_args(kind)
     if choices:
         if value not in choices:
-            problems.append(f"{key}={value!r} is not known; choose one of {', '.join(map(repr, choices))}")
+            problems.append(unknown_choice(key, value, choices))
         return value
     if kind is float and type(value) is int:
         return float(value)

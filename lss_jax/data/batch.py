@@ -4,7 +4,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
 from jax.sharding import PartitionSpec as P
 
 from lss_jax.parallel.layout import Layout
@@ -36,7 +36,7 @@ def batch_specs(packed: bool) -> Batch:
     return Batch(whole, whole, P(SEQ), P(DATA), P(None, DATA, SEQ) if packed else None)
 
 
-def batch_like(batch_size: int, seq_len: int, mesh: Mesh, layout: Layout, packed: bool) -> Batch:
+def batch_like(batch_size: int, seq_len: int, mesh: Mesh | AbstractMesh, layout: Layout, packed: bool) -> Batch:
     """Global shapes and shardings of a batch, to compile a step before there is data."""
     B, L = batch_size, layout.padded(seq_len)
     shapes = Batch((B, L), (B, L), (L,), (B,), (2, B, L) if packed else None)

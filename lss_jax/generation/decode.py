@@ -207,7 +207,7 @@ def task_of(config: Config) -> LanguageModel:
     task, family = make_task(config), config.model.family
     if not isinstance(task, LanguageModel):
         raise ConfigError(f"task={config.task!r} has no text to generate; give a run of a language model")
-    if not hasattr(FAMILIES[family], "recall"):
+    if not hasattr(FAMILIES[family].module, "recall"):
         raise ConfigError(f"model.family={family!r} has no method recall, so that it cannot generate")
     return task
 

@@ -6,7 +6,6 @@ from pathlib import Path
 import jax
 from jax.sharding import Mesh
 
-from lss_jax.attention.placement import mesh_of
 from lss_jax.config.schema import Config, from_dict, gather_problems
 from lss_jax.generation.decode import Generation, check_request
 from lss_jax.generation.sampling import Sampling
@@ -14,6 +13,7 @@ from lss_jax.models import build_model
 from lss_jax.storage.workdir import saved_config
 from lss_jax.training.compatibility import check_workdir
 from lss_jax.training.evaluation import restore_params
+from lss_jax.training.setup import mesh_of
 
 
 def generate_text(

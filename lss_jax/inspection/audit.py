@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import jax
 from jax.sharding import Mesh
 
-from lss_jax.attention.placement import kernel_on, mesh_of
+from lss_jax.attention.placement import kernel_on
 from lss_jax.config.schema import Config
 from lss_jax.config.units import shown_size
 from lss_jax.inspection import contract, hlo, operations
@@ -16,6 +16,7 @@ from lss_jax.inspection.contract import Contract
 from lss_jax.inspection.memory import memory_of, shortfall
 from lss_jax.inspection.topology import capacity_of, devices_of
 from lss_jax.models import Model, build_model, parameter_count
+from lss_jax.training.setup import mesh_of
 from lss_jax.training.step import trace_train_step
 
 CLASSES = ("parameters", "optimizer state", "batch", "temporaries")

@@ -1,7 +1,7 @@
 """The contract with the compiler: which collectives a training step should have, how many, how large, over which axes.
 
-Each part of a step has its formula here, except a layer's attention, which each strategy predicts beside its own
-collectives. `python -m lss_jax.audit` and the tests compare these predictions with compiled programs.
+Here are the formulas of what every step has; strategy, family and task predict their own collectives.
+`python -m lss_jax.audit` and the tests compare these predictions with compiled programs.
 """
 
 import math
@@ -17,10 +17,11 @@ from lss_jax.attention.strategies import STRATEGIES
 from lss_jax.attention.traffic import sizes_of
 from lss_jax.config.schema import Config
 from lss_jax.inspection.hlo import Collective
-from lss_jax.models import Model
+from lss_jax.models import Model, costs_of
 from lss_jax.parallel.layout import layout_on
 from lss_jax.parallel.mesh import MODEL, SEQ, cut_axes, named_axes
-from lss_jax.parallel.scopes import ATTENTION, ELSEWHERE, GRADIENTS, LOSS, MASK, OPTIMIZER, POSITIONS, REGIONS
+from lss_jax.parallel.scopes import ATTENTION, ELSEWHERE, GRADIENTS, MASK, OPTIMIZER, POSITIONS
+from lss_jax.tasks import make_task
 from lss_jax.training.state import moment_specs, param_specs
 
 SCALARS = 64  # elements: sums of norms have fewer; compilers combine them freely, and lose their place
@@ -67,7 +68,7 @@ def found(collectives: Iterable[Collective], mesh: Mesh | AbstractMesh) -> Contr
 
 def predicted(model: Model, mesh: Mesh | AbstractMesh) -> Contract:
     """Predicts the collectives of this model's training step on this mesh, by line."""
-    parts = (_attention, _regions, _vocabulary, _positions, _masks, _gradients, _norms, _sharded_state)
+    parts = (_attention, _regions, _positions, _masks, _gradients, _norms, _sharded_state)
     total: Contract = defaultdict(lambda: Total(0, 0, 0, 0))
     for part in parts:
         for line, times, elements, itemsize in part(model, mesh):
@@ -119,57 +120,35 @@ def _attention(model: Model, mesh: Mesh | AbstractMesh) -> Part:
 
 
 def _regions(model: Model, mesh: Mesh | AbstractMesh) -> Part:
-    """Tensor parallelism: per layer and microbatch a gather and a scatter for each of attention and MLP, in each pass.
-
-    With remat both re-gather in the backward pass. With a sharded vocabulary the embeddings are scattered, and the
-    head's input is gathered, once per microbatch.
-    """
-    config, axes = model.config, _sharding_axes(mesh, MODEL)
-    if not axes:
-        return
-    sizes, layers = sizes_of(config, mesh), config.model.layers
-    segment, part = _segment(config, mesh), _segment(config, mesh) // mesh.shape[MODEL]
-    regathers = 2 * (config.model.remat == "block")
-    ends = int(config.model.vocab_parallel)
-    for direction, kind, times, elements in (
-        ("forward", "all-gather", 2 * layers + ends, segment),
-        ("forward", "reduce-scatter", 2 * layers + ends, part),
-        ("backward", "all-gather", (2 + regathers) * layers + ends, segment),
-        ("backward", "reduce-scatter", 2 * layers + ends, part),
-    ):
-        yield Line(f"{REGIONS} {direction}", kind, axes), times * config.optim.accumulate, elements, sizes.itemsize
-
-
-def _vocabulary(model: Model, mesh: Mesh | AbstractMesh) -> Part:
-    """The loss over a sharded vocabulary: two sums and a maximum per token, and the gradient of the two."""
-    config, axes, sizes = model.config, _sharding_axes(mesh, MODEL), sizes_of(model.config, mesh)
-    if axes and config.model.vocab_parallel:
-        tokens, times = sizes.B * sizes.l, config.optim.accumulate
-        yield Line(LOSS, "all-reduce", axes), times, tokens, 4
-        yield Line(LOSS, "reduce-scatter", axes), times, 2 * tokens // mesh.shape[MODEL], 4
-        yield Line(LOSS, "all-gather", axes), times, 2 * tokens, 4
+    """What the family and the task say of the collectives over `model`."""
+    axes = _sharding_axes(mesh, MODEL)
+    if axes:
+        for place, one in (*costs_of(model).traffic(model.config, mesh), *make_task(model.config).traffic(mesh)):
+            yield Line(place, one.kind, axes), one.times, one.elements, one.itemsize
 
 
 def _positions(model: Model, mesh: Mesh | AbstractMesh) -> Part:
-    """Learned positions: under zigzag the rows are sent to the devices of their tokens, and their gradient back.
+    """Tables with a row per position: under zigzag rows are sent to the devices of their tokens, and gradients back.
 
     A table whose length the mesh does not divide is replicated in the state, so its gradient is gathered.
     """
     config, axes, sizes = model.config, _sharding_axes(mesh, SEQ, MODEL), sizes_of(model.config, mesh)
-    if config.model.positions != "learned" or not axes:
-        return
-    elements = sizes.l * config.model.width
-    sends = 2 * layout_on(config, mesh).sends  # there and back
-    yield Line(POSITIONS, "collective-permute", axes), sends, elements // mesh.shape[MODEL] // 2, 4
-    if _padded(config, mesh):
-        yield Line(POSITIONS, "all-gather", axes), 1, elements * mesh.shape[SEQ], 4
+    tables = zip(jax.tree.leaves(model.shapes), jax.tree.leaves(model.row_per_position), strict=True)
+    for elements in (sizes.l * math.prod(leaf.shape[1:]) for leaf, is_table in tables if is_table and axes):
+        sends = 2 * layout_on(config, mesh).sends  # there and back
+        yield Line(POSITIONS, "collective-permute", axes), sends, elements // mesh.shape[MODEL] // 2, 4
+        if _padded(config, mesh):
+            yield Line(POSITIONS, "all-gather", axes), 1, elements * mesh.shape[SEQ], 4
 
 
 def _masks(model: Model, mesh: Mesh | AbstractMesh) -> Part:
-    """Ulysses' gather of the intervals of all queries: once per step, or per microbatch for packed documents."""
+    """Some strategies gather the intervals of all queries: per step, or per microbatch where rows have their own."""
     config, axes, sizes = model.config, _sharding_axes(mesh, SEQ), sizes_of(model.config, mesh)
-    if config.attention.strategy == "ulysses" and axes:
-        rows, times = (sizes.B, config.optim.accumulate) if config.data.separator else (1, 1)
+    if STRATEGIES[config.attention.strategy].whole_mask and axes:
+        task = make_task(config)
+        batch = task.batch_like(mesh)
+        of_rows = jax.eval_shape(task.mask, batch.positions, batch).start.ndim == 2
+        rows, times = (sizes.B, config.optim.accumulate) if of_rows else (1, 1)
         yield Line(MASK, "all-gather", axes), times, mesh.shape[SEQ] * 2 * rows * sizes.l, 4
 
 
@@ -180,7 +159,7 @@ def _gradients(model: Model, mesh: Mesh | AbstractMesh) -> Part:
         lambda leaf: jax.ShapeDtypeStruct((padded(leaf.shape[0]), *leaf.shape[1:]), leaf.dtype), model.shapes
     )
     for axis in cut_axes(mesh):
-        elements = 2  # the loss, and how many tokens count
+        elements = len(make_task(model.config).sums._fields)  # they ride along
         for leaf, spec in zip(jax.tree.leaves(padded_shapes), jax.tree.leaves(model.specs), strict=True):
             if axis not in named_axes(spec):
                 elements += leaf.size // _shards(spec, mesh)
@@ -205,12 +184,6 @@ def _sharded_state(model: Model, mesh: Mesh | AbstractMesh) -> Part:
 def _shards(spec: PartitionSpec, mesh: Mesh | AbstractMesh) -> int:
     """The number of shards into which a spec divides an array."""
     return math.prod(mesh.shape[axis] for axis in named_axes(spec))
-
-
-def _segment(config: Config, mesh: Mesh | AbstractMesh) -> int:
-    """Elements of a segment's activations, `x_BlE`."""
-    sizes = sizes_of(config, mesh)
-    return sizes.B * sizes.l * config.model.width
 
 
 def _padded(config: Config, mesh: Mesh | AbstractMesh) -> bool:

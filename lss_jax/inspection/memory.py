@@ -17,19 +17,19 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
-from lss_jax.attention.kernels.blockwise import scattered
 from lss_jax.attention.placement import setting_on
+from lss_jax.attention.strategies import STRATEGIES
+from lss_jax.attention.strategy import Held
 from lss_jax.attention.traffic import sizes_of
 from lss_jax.config.schema import Config
-from lss_jax.models import Model
+from lss_jax.models import Model, costs_of
 from lss_jax.parallel.mesh import MODEL, SEQ, cut_axes, over_cut_axes
+from lss_jax.tasks import make_task
 from lss_jax.training.optimizer import moments_of
 from lss_jax.training.state import moment_specs, param_specs
 
 NUMBER = 4  # bytes
 GAPS = 1.07  # temporaries over the largest sum of live buffers: the heap is fragmented
-# live parts and regions in a block's backward pass, with remat
-LIVE_IN_BLOCK = {"lss": (12, 3), "regather": (13, 4), "ring": (14, 4), "ulysses": (13, 3)}
 COUNTERS = {"adamw": 3, "muon": 8}  # of steps, in the state; and three coefficients of Muon's
 BFLOAT16 = 0.5 if jax.__version_info__ >= (0, 11, 2) else 1.0  # of a number: XLA on CPU now has products of bfloat16
 
@@ -64,15 +64,21 @@ class Arrays(NamedTuple):
     region: int  # x_BlE, inside of them
     heads: int  # q_BlHK, o_BlHK
     lse: int  # of attention: the log-sum-exp, lse_BlH
-    pair: int  # this device's keys and values, kv_2BGlK
-    pairs: int  # the keys and values that a kernel reads, for LSS kv_N2BGlK
+    held: Held  # keys, values and what else the strategy needs
     hidden: int  # h_BlF
     scores: int  # s_BHlL, of the dense kernel alone
     logits: int  # BpV, or BlV of this device's vocabulary shard
 
 
 def memory_of(model: Model, mesh: Mesh | AbstractMesh) -> Memory:
-    """Predicts the memory of this model's training step on this mesh, which may be abstract."""
+    """Predicts the memory of this model's training step on this mesh, which may be abstract.
+
+    Temporaries are those of a stack of blocks (`models.layers`) and of logits.
+
+    Raises:
+      ConfigError: the model's family declares no costs.
+    """
+    costs_of(model)
     return Memory(
         parameters=NUMBER * _numbers(model, param_specs(model, mesh), mesh),
         moments=NUMBER * _numbers(model, moment_specs(model, mesh), mesh, moments_of(model.config.optim, model.shapes)),
@@ -97,7 +103,7 @@ def peaks(model: Model, mesh: Mesh | AbstractMesh) -> dict[str, float]:
     return {
         "backward pass of a block": layers + _block(config, arrays) + layer_parameters + (rounded if contiguous else 0),
         "backward pass of attention": layers
-        + _attention(config, arrays, mesh)
+        + _attention(config, arrays)
         + (narrow * parameters if arrays.scores else rounded),
         "loss": layers + 2 * arrays.logits + 5 * arrays.part,
         "update": 2.21 * parameters,  # the gradient as one vector, and its leaves, which fragment the heap most
@@ -108,16 +114,12 @@ def arrays_of(config: Config, mesh: Mesh | AbstractMesh) -> Arrays:
     """The sizes of a config's arrays on this mesh, in elements per device."""
     sizes, setting, model, M = sizes_of(config, mesh), setting_on(config, mesh), config.model, mesh.shape[MODEL]
     N, tokens = mesh.shape[SEQ], sizes.B * sizes.l
-    pair = sizes.pair
-    if config.attention.strategy == "ulysses":  # heads are repeated until every device has one
-        pair = sizes.pair * math.lcm(sizes.G, N) // sizes.G
     return Arrays(
         part=tokens * model.width // M,
         region=tokens * model.width,
         heads=tokens * sizes.H * sizes.K,
         lse=tokens * sizes.H,
-        pair=pair,
-        pairs=pair * N if config.attention.strategy == "lss" else pair,
+        held=STRATEGIES[config.attention.strategy].held(sizes, setting),
         hidden=tokens * model.mlp_width // M,
         scores=tokens * sizes.H * sizes.l * N if setting.kernel == "dense" else 0,
         logits=tokens * model.vocab // M,
@@ -138,61 +140,44 @@ def _gelu_residuals() -> int:
 
 def _residuals(config: Config, arrays: Arrays, mesh: Mesh | AbstractMesh) -> float:
     """Elements that a layer saves for the backward pass (`layers.Stack`): for norms, and of a softmax, in float32."""
-    narrow = _narrow(config)
+    narrow, held = _narrow(config), arrays.held
     part, region, heads, lse, hidden = arrays.part, arrays.region, arrays.heads, arrays.lse, arrays.hidden
-    exchanged = heads if config.attention.strategy == "ulysses" else 0  # outputs or queries, as exchanged
     if config.model.remat == "none":
-        in_dtype = (_gelu_residuals() + 1) * hidden + 2 * region + 2 * heads + exchanged + _saved_pairs(config, arrays)
+        in_dtype = (_gelu_residuals() + 1) * hidden + 2 * region + 2 * heads + held.exchanged + held.saved
         return narrow * in_dtype + 6 * part + lse
     summed = part if MODEL in cut_axes(mesh) else 0
-    return narrow * (part + summed + heads + exchanged + _communicated(config, arrays, mesh)) + lse
-
-
-def _communicated(config: Config, arrays: Arrays, mesh: Mesh | AbstractMesh) -> int:
-    """Elements that a layer saves of what attention received from other devices, with `remat="block"`."""
-    if config.attention.strategy == "ulysses":
-        return arrays.heads + arrays.pairs
-    gathers = config.attention.strategy == "lss" and SEQ in cut_axes(mesh)
-    return arrays.pairs if gathers and not config.attention.regather else 0
-
-
-def _saved_pairs(config: Config, arrays: Arrays) -> int:
-    """Elements of keys and values that the backward pass of a block starts from."""
-    return arrays.pair if config.attention.regather else arrays.pairs
+    return narrow * (part + summed + heads + held.exchanged + held.communicated) + lse
 
 
 def _block(config: Config, arrays: Arrays) -> float:
     """Live elements before attention's backward pass: pairs with zeros for gradients; with remat a recomputed block."""
-    narrow, of_gelu = _narrow(config), _gelu_residuals()
-    pairs = arrays.pairs + narrow * _saved_pairs(config, arrays)
+    narrow, of_gelu, held = _narrow(config), _gelu_residuals(), arrays.held
+    pairs = held.read + narrow * held.saved
     if config.model.remat == "none":
         return pairs + narrow * ((of_gelu - 2) * arrays.hidden + 4 * arrays.region) + 6 * arrays.part
-    parts, regions = LIVE_IN_BLOCK["regather" if config.attention.regather else config.attention.strategy]
+    parts, regions = held.in_work
     hidden = (narrow * (of_gelu - 2) + 1) * arrays.hidden  # one of them in float32
     return pairs + hidden + parts * arrays.part + narrow * regions * arrays.region
 
 
-def _attention(config: Config, arrays: Arrays, mesh: Mesh | AbstractMesh) -> float:
+def _attention(config: Config, arrays: Arrays) -> float:
     """Live elements in attention's backward pass: pairs, their gradients, and a copy where keys are reordered.
 
     Collectives carry float32 (on CPU), so narrow pairs exist twice: as they arrived, and rounded.
     """
-    narrow = _narrow(config)
+    narrow, held = _narrow(config), arrays.held
     if arrays.scores:  # of bfloat16 three times in float32, and from jaxlib 0.11.2 on the mask beside them, a byte each
         times = 2.1 if config.model.dtype != "bfloat16" else 3.1 if narrow == 1 else 3.25
         return times * arrays.scores + 10 * arrays.part
-    setting, sizes = setting_on(config, mesh), sizes_of(config, mesh)
-    in_order = scattered(sizes.l, setting)
-    pairs = 3 if in_order and config.attention.strategy == "lss" else 2 if narrow == 1 else 2 + narrow
-    return pairs * arrays.pairs + arrays.pair + 8 * arrays.heads
+    copies = held.copies if held.copies > 2 or narrow == 1 else held.copies + narrow
+    return copies * held.read + held.pair + 8 * arrays.heads
 
 
 def _batch(config: Config, mesh: Mesh | AbstractMesh) -> int:
-    """Elements of a batch: two per token, with documents four; rows are an argument for dropout alone."""
-    sizes = sizes_of(config, mesh)
-    rows = sizes.B * config.optim.accumulate
-    per_token = 4 if config.data.separator else 2
-    return per_token * rows * sizes.l + sizes.l + (rows if config.model.dropout else 0)
+    """Elements per device of a batch; the numbers of its rows are an argument for dropout alone."""
+    batch = make_task(config).batch_like(mesh)
+    used = batch if config.model.dropout else batch._replace(rows=None)
+    return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) for leaf in jax.tree.leaves(used))
 
 
 def _numbers(model: Model, specs: Any, mesh: Mesh | AbstractMesh, copies: Any = None) -> int:

@@ -13,17 +13,17 @@ import jax.numpy as jnp
 from jax.extend.core import ClosedJaxpr, Jaxpr
 from jax.sharding import AbstractMesh, Mesh
 
-from lss_jax.attention.kernels.blocks import chunks_of_all, cut_queries, key_blocks, visits
-from lss_jax.attention.kernels.blockwise import blocks_of_keys
+from lss_jax.attention.kernels.blocks import cut_queries, visits
 from lss_jax.attention.kernels.interface import Queries
 from lss_jax.attention.kernels.targets import TARGETS
 from lss_jax.attention.kernels.tiles import facts, plan_of
 from lss_jax.attention.mask import Intervals
 from lss_jax.attention.placement import setting_on
 from lss_jax.attention.setting import Setting
+from lss_jax.attention.strategies import STRATEGIES
+from lss_jax.attention.strategy import Strategy
 from lss_jax.attention.traffic import Sizes, sizes_of
-from lss_jax.models import Model
-from lss_jax.parallel.mesh import MODEL
+from lss_jax.models import Model, costs_of
 from lss_jax.parallel.scopes import ATTENTION
 from lss_jax.tasks import make_task
 
@@ -36,19 +36,8 @@ def traced(jaxpr: ClosedJaxpr) -> int:
 
 
 def outside_attention(model: Model, mesh: Mesh | AbstractMesh) -> int:
-    """Predicts the operations of projections, MLPs and head, per device: one product forward, two backward.
-
-    With remat the forward products are recomputed, except a block's last one, whose result the backward pass does not
-    need, and attention's output projection where a model group saves its sum.
-    """
-    config, sizes, parts = model.config, sizes_of(model.config, mesh), mesh.shape[MODEL]
-    E, F, V = config.model.width, config.model.mlp_width // parts, config.model.vocab // parts
-    heads, out, mlp = E * sizes.K * (sizes.H + 2 * sizes.G), E * sizes.K * sizes.H, E * F
-    layer = 3 * (heads + out + 2 * mlp)
-    if config.model.remat == "block":
-        layer += heads + mlp + (out if parts == 1 else 0)
-    tokens = config.optim.accumulate * sizes.B * sizes.l
-    return 2 * tokens * (config.model.layers * layer + 3 * E * V) + _orthogonalizing(model)
+    """Predicts the operations of the family's products and of the optimizer, per device."""
+    return costs_of(model).products(model.config, mesh) + _orthogonalizing(model)
 
 
 def _orthogonalizing(model: Model) -> int:
@@ -64,21 +53,14 @@ def _orthogonalizing(model: Model) -> int:
 
 def attention(model: Model, mesh: Mesh) -> int:
     """Predicts the operations of all layers' attention on the busiest device; packed documents count as one."""
-    config, sizes, setting = model.config, sizes_of(model.config, mesh), setting_on(model.config, mesh)
-    if config.attention.strategy == "ulysses":
-        N = setting.layout.devices
-        sizes = Sizes(sizes.B, sizes.l * N, sizes.H // N, max(sizes.G // N, 1), sizes.K, sizes.itemsize)
-        setting = setting.uncut
-    task = make_task(config)
+    config, task, strategy = model.config, make_task(model.config), STRATEGIES[model.config.attention.strategy]
+    sizes, setting = strategy.in_kernel(sizes_of(config, mesh), setting_on(config, mesh))
     positions_Nl = setting.layout.positions(sizes.l * setting.layout.devices).reshape(-1, sizes.l)
-    scores = max(
-        _scores(task.mask(jnp.asarray(positions_l)), sizes, setting, config.attention.strategy == "ring")
-        for positions_l in positions_Nl
-    )
+    scores = max(_scores(task.mask(jnp.asarray(positions_l)), sizes, setting, strategy) for positions_l in positions_Nl)
     return config.model.layers * config.optim.accumulate * scores * 2 * sizes.K * PRODUCTS[setting.kernel]
 
 
-def _scores(mask: Intervals, sizes: Sizes, setting: Setting, rings: bool) -> int:
+def _scores(mask: Intervals, sizes: Sizes, setting: Setting, strategy: Strategy) -> int:
     """The number of scores that one device computes per layer."""
     B, l, H, G, K, itemsize = (getattr(sizes, name) for name in ("B", "l", "H", "G", "K", "itemsize"))
     layout = setting.layout
@@ -92,7 +74,7 @@ def _scores(mask: Intervals, sizes: Sizes, setting: Setting, rings: bool) -> int
         plan = plan_of(queries, kv_N2BGlK, setting, TARGETS[setting.kernel])
         tables, _ = facts(plan, queries)
         return int((tables.stop_Bj - tables.first_Bj).sum()) * H * plan.queries.size * plan.key_size
-    keys = key_blocks(chunks_of_all(layout, l), setting.block_keys) if rings else blocks_of_keys(l, setting)
+    keys = strategy.key_blocks(l, setting)
     blocks = cut_queries((B, l, H, G), layout, (setting.block_queries, setting.block_keys), keys.size)
     return visits(keys, blocks, mask.start, mask.end) * blocks.block_heads * (H // G) * blocks.size * keys.size
 

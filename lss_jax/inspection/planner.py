@@ -3,13 +3,13 @@
 import dataclasses
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple, cast
+from typing import NamedTuple
 
 import jax
 from jax.sharding import AbstractMesh
 
-from lss_jax.attention.strategies import STRATEGIES
-from lss_jax.config.rules import MeshSizes, validate
+from lss_jax.attention.strategies import STRATEGIES, with_strategy
+from lss_jax.config.rules import MeshSizes
 from lss_jax.config.schema import Config, ConfigError, MeshConfig
 from lss_jax.config.units import shown_size
 from lss_jax.inspection.contract import predicted, sent
@@ -17,6 +17,7 @@ from lss_jax.inspection.memory import Memory, memory_of
 from lss_jax.models import Model, build_model
 from lss_jax.parallel.layout import layout_on
 from lss_jax.parallel.mesh import AXES, make_mesh
+from lss_jax.training.setup import validate
 from lss_jax.training.step import trace_train_step
 
 TILE = 128  # lengths are multiples of this, and of the number of segments (or chunks) that the mesh makes of them
@@ -104,10 +105,7 @@ def evaluate(model: Model, sizes: MeshSizes, strategy: str, memory: int) -> Cand
 
 def with_mesh(config: Config, sizes: MeshSizes, strategy: str) -> Config:
     """The config on this mesh with this strategy, without the options of another strategy."""
-    attention = dataclasses.replace(config.attention, strategy=cast(Any, strategy))
-    if strategy != "lss":
-        attention = dataclasses.replace(attention, gather_groups=1, regather=False)
-    return dataclasses.replace(config, mesh=MeshConfig(*sizes), attention=attention)
+    return dataclasses.replace(config, mesh=MeshConfig(*sizes), attention=with_strategy(config.attention, strategy))
 
 
 def at_length(model: Model, seq_len: int) -> Model:

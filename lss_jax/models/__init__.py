@@ -7,16 +7,18 @@ whether it has a row for each position of the sequence (`row_per_position`). A f
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 from flax import nnx
 
-from lss_jax.config.schema import Config, ConfigError
+from lss_jax.config.schema import Config, ConfigError, unknown_choice
+from lss_jax.models import decoder_costs
 from lss_jax.models.decoder import Decoder
+from lss_jax.models.family import Costs, Family
 
-FAMILIES: dict[str, Callable[[Config, nnx.Rngs], nnx.Module]] = {"decoder": Decoder}
+FAMILIES = {"decoder": Family(Decoder, Costs(decoder_costs.traffic, decoder_costs.products))}
 
 Params = dict[str, Any]  # nested, leaves are arrays; names as in the modules
 
@@ -52,16 +54,34 @@ class Model:
         return jax.tree.map(lambda p, is_table: change(p) if is_table else p, params, self.row_per_position)
 
 
+def family_problems(config: Config) -> Iterator[str]:
+    """What is wrong with the name of the config's family."""
+    if config.model.family not in FAMILIES:
+        yield unknown_choice("model.family", config.model.family, FAMILIES)
+
+
+def costs_of(model: "Model") -> Costs:
+    """What the model's family declares for `inspection`.
+
+    Raises:
+      ConfigError: nothing.
+    """
+    family = model.config.model.family
+    costs = FAMILIES[family].costs
+    if costs is None:
+        raise ConfigError(f"model.family={family!r} does not say what a step costs; declare its `Costs` in FAMILIES")
+    return costs
+
+
 def module_of(config: Config, rngs: nnx.Rngs) -> nnx.Module:
     """A fresh module of the config's family.
 
     Raises:
-      ConfigError: no family has that name.
+      ConfigError: there is none of that name.
     """
-    family = config.model.family
-    if family not in FAMILIES:
-        raise ConfigError(f"model.family={family!r} is not known; choose one of {', '.join(map(repr, FAMILIES))}")
-    return FAMILIES[family](config, rngs)
+    for problem in family_problems(config):
+        raise ConfigError(problem)
+    return FAMILIES[config.model.family].module(config, rngs)
 
 
 def build_model(config: Config) -> Model:

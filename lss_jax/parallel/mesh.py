@@ -60,7 +60,7 @@ def over_cut_axes(spec: PartitionSpec, mesh: Mesh | AbstractMesh) -> PartitionSp
     return PartitionSpec(*map(keep, spec))
 
 
-def shardings(specs, mesh: Mesh):
+def shardings(specs, mesh: Mesh | AbstractMesh):
     """A tree of specs as a tree of shardings on `mesh`."""
     return jax.tree.map(lambda spec: NamedSharding(mesh, over_cut_axes(spec, mesh)), specs)
 

@@ -16,8 +16,6 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from lss_jax.attention.placement import mesh_of
-from lss_jax.config.rules import validate
 from lss_jax.config.schema import Config, ConfigError, gather_problems
 from lss_jax.data.split import WindowSplit
 from lss_jax.models import Model, Params, build_model
@@ -28,6 +26,7 @@ from lss_jax.tasks import Task, make_task
 from lss_jax.tasks.task import means_of, values_of
 from lss_jax.training.compatibility import check_workdir
 from lss_jax.training.evaluation import restore_params, sums_on
+from lss_jax.training.setup import mesh_of, validate
 from lss_jax.training.state import param_specs
 from lss_jax.training.step import make_position_step
 

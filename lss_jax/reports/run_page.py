@@ -7,7 +7,6 @@ from typing import Any
 
 import jax
 
-from lss_jax.attention.placement import mesh_of
 from lss_jax.config.schema import Config, ConfigError, flat
 from lss_jax.config.units import shown_size
 from lss_jax.inspection.audit import audited, json_of
@@ -19,6 +18,7 @@ from lss_jax.reports.page import figures, page, paragraph, section, table
 from lss_jax.reports.runs import Run, caveats
 from lss_jax.storage.metrics import Record
 from lss_jax.tasks.task import Metric
+from lss_jax.training.setup import mesh_of
 
 
 def compiled(config: Config) -> dict[str, Any] | str:

@@ -1,6 +1,8 @@
 """Tasks: what is learned from what. A new one is one file, and one line in `TASKS`."""
 
-from lss_jax.config.schema import Config, ConfigError
+from collections.abc import Iterator
+
+from lss_jax.config.schema import Config, ConfigError, unknown_choice
 from lss_jax.tasks.language_model import LanguageModel
 from lss_jax.tasks.task import Task
 
@@ -14,5 +16,10 @@ def make_task(config: Config) -> Task:
       ConfigError: no task has that name.
     """
     if config.task not in TASKS:
-        raise ConfigError(f"task={config.task!r} is not known; choose one of {', '.join(map(repr, TASKS))}")
+        raise ConfigError(unknown_choice("task", config.task, TASKS))
     return TASKS[config.task](config)
+
+
+def task_problems(config: Config) -> Iterator[str]:
+    """What of the config its task cannot work with, a line each."""
+    yield from make_task(config).problems() if config.task in TASKS else [unknown_choice("task", config.task, TASKS)]

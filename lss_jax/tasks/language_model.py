@@ -7,9 +7,10 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
 
 from lss_jax.attention.mask import Intervals, bidirectional, documents, prefix_causal, window
+from lss_jax.attention.traffic import Traffic, sizes_of
 from lss_jax.config.schema import ConfigError
 from lss_jax.data.batch import IGNORED, Batch, batch_like, batch_specs
 from lss_jax.data.loader import document_edges, read_batch
@@ -18,6 +19,8 @@ from lss_jax.data.split import WindowSplit
 from lss_jax.data.text import ByteText
 from lss_jax.models.losses import LossSum, cross_entropy, vocab_parallel_cross_entropy
 from lss_jax.parallel.layout import layout_on
+from lss_jax.parallel.mesh import MODEL
+from lss_jax.parallel.scopes import LOSS
 from lss_jax.parallel.tensor_parallel import own_part
 from lss_jax.tasks.task import Metric, Task
 
@@ -28,6 +31,7 @@ BITS = Metric("bits_per_byte", "bits/byte", "bits per byte", lambda means: means
 class LanguageModel(Task):
     """Next-token prediction. The model's outputs are logits, `BpV`, or `BlV` for this device's vocabulary shard."""
 
+    sums = LossSum
     items: ClassVar[str] = "bytes"
     metrics: ClassVar[tuple[Metric, ...]] = (NATS, BITS)
     headline: ClassVar[Metric] = BITS
@@ -43,10 +47,19 @@ class LanguageModel(Task):
         if vocab < needed:
             yield f"model.vocab={vocab} is less than {needed}, which byte-level data needs; use model.vocab={needed}"
 
+    def traffic(self, mesh: Mesh | AbstractMesh) -> Iterator[tuple[str, Traffic]]:
+        """Over a sharded vocabulary two sums and a maximum per token, and the gradient of the two."""
+        if self.config.model.vocab_parallel:
+            sizes, times = sizes_of(self.config, mesh), self.config.optim.accumulate
+            tokens = sizes.B * sizes.l
+            yield LOSS, Traffic("all-reduce", times, tokens, 4)
+            yield LOSS, Traffic("reduce-scatter", times, 2 * tokens // mesh.shape[MODEL], 4)
+            yield LOSS, Traffic("all-gather", times, 2 * tokens, 4)
+
     def batch_specs(self) -> Batch:
         return batch_specs(self.packed)
 
-    def batch_like(self, mesh: Mesh) -> Batch:
+    def batch_like(self, mesh: Mesh | AbstractMesh) -> Batch:
         data = self.config.data
         return batch_like(data.batch_size, data.seq_len, mesh, layout_on(self.config, mesh), self.packed)
 

@@ -6,9 +6,10 @@ from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
 
 from lss_jax.attention.mask import Intervals
+from lss_jax.attention.traffic import Traffic
 from lss_jax.config.schema import Config
 from lss_jax.data.split import WindowSplit
 
@@ -35,6 +36,7 @@ class Task(abc.ABC):
     Each is summed over the mesh by the gradient law; only then is anything divided.
     """
 
+    sums: ClassVar[Any]  # that NamedTuple's class
     items: ClassVar[str]  # what the loss counts, in the plural: `bytes`
     metrics: ClassVar[tuple[Metric, ...]]  # the first is the loss
     headline: ClassVar[Metric]  # the one of them that curves and tables show
@@ -46,12 +48,16 @@ class Task(abc.ABC):
         """The reasons why the config does not suit this task, a line each."""
         yield from ()
 
+    def traffic(self, mesh: Mesh | AbstractMesh) -> Iterator[tuple[str, Traffic]]:
+        """The collectives of the loss over `model` in a training step, each with its scope."""
+        yield from ()
+
     @abc.abstractmethod
     def batch_specs(self) -> Any:
         """The `PartitionSpec` of every array of a batch, `None` for one that this config does not have."""
 
     @abc.abstractmethod
-    def batch_like(self, mesh: Mesh) -> Any:
+    def batch_like(self, mesh: Mesh | AbstractMesh) -> Any:
         """Global shapes and shardings of a batch, to compile a step before there is data."""
 
     @abc.abstractmethod

@@ -9,7 +9,6 @@ import jax
 from jax.sharding import Mesh
 from tqdm import tqdm
 
-from lss_jax.attention.placement import mesh_of
 from lss_jax.config.schema import Config, ConfigError, from_dict
 from lss_jax.data.loader import prefetched
 from lss_jax.data.split import WindowSplit
@@ -22,6 +21,7 @@ from lss_jax.storage.workdir import saved_config
 from lss_jax.tasks import Task, make_task
 from lss_jax.tasks.task import means_of, values_of
 from lss_jax.training.compatibility import check_workdir
+from lss_jax.training.setup import mesh_of
 from lss_jax.training.state import param_specs
 from lss_jax.training.step import make_eval_step
 

@@ -10,8 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from lss_jax.attention.placement import kernel_on, mesh_of
-from lss_jax.config.rules import validate
+from lss_jax.attention.placement import kernel_on
 from lss_jax.config.schema import Config, ConfigError, RunError, gather_problems
 from lss_jax.data.loader import prefetched
 from lss_jax.data.sources import check_file, fingerprint
@@ -28,6 +27,7 @@ from lss_jax.training.compatibility import check_workdir
 from lss_jax.training.evaluation import evaluate_split
 from lss_jax.training.optimizer import make_optimizer, make_schedule
 from lss_jax.training.profile import STEP, Profile
+from lss_jax.training.setup import mesh_of, validate
 from lss_jax.training.skips import Skips
 from lss_jax.training.state import TrainState, init_state, state_shardings
 from lss_jax.training.step import make_eval_step, trace_train_step

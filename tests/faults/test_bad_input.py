@@ -13,7 +13,6 @@ from processes import ROOT, SMALL, write_text
 
 from configs import base
 from lss_jax import cli, train
-from lss_jax.config.rules import validate
 from lss_jax.config.schema import ConfigError, flat, from_dict
 from lss_jax.data.batch import batch_like
 from lss_jax.models import build_model
@@ -21,6 +20,7 @@ from lss_jax.parallel.layout import layout_on
 from lss_jax.parallel.mesh import make_mesh
 from lss_jax.runtime.peers import Alone
 from lss_jax.training.optimizer import make_optimizer
+from lss_jax.training.setup import validate
 from lss_jax.training.state import init_state
 from lss_jax.training.step import make_train_step
 

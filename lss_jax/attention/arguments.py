@@ -1,0 +1,132 @@
+"""What the arguments of attention on global arrays must be: a line per problem, before anything is compiled."""
+
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from lss_jax.attention.mask import Intervals, bidirectional, neighbours, prefix_causal
+from lss_jax.attention.strategies import strategy_problems
+from lss_jax.attention.strategy import Shards
+from lss_jax.config.rules import attention_problems, less_than_1
+from lss_jax.config.schema import AttentionConfig, ConfigError
+from lss_jax.parallel.mesh import DATA, MODEL, SEQ, axes_of
+
+Names = str | tuple[str, ...] | None  # of the mesh axes that shard one dimension
+DTYPES = ("float32", "bfloat16")
+
+
+def refuse(problems: Iterable[str]) -> None:
+    """Raises a `ConfigError` if there are any."""
+    if text := "\n".join(problems):
+        raise ConfigError(text)
+
+
+class Seen(NamedTuple):
+    """What each query sees, as `dot_product_attention` is told."""
+
+    is_causal: bool
+    local_window_size: int | tuple[int, int] | None
+    prefix: int
+    intervals: tuple[Any, Any] | None
+
+    @property
+    def sides(self) -> tuple[int, int] | None:
+        """The window as (left, right)."""
+        size = self.local_window_size
+        return (size, size) if isinstance(size, int) else size
+
+    def problems(self) -> Iterator[str]:
+        """What the intervals have to say for themselves is left to `mask`."""
+        if self.prefix < 0:
+            yield f"prefix={self.prefix} must be at least 0"
+        if self.prefix > 0 and not self.is_causal:
+            yield f"prefix={self.prefix} has no use with is_causal=False, under which all is seen anyway; use prefix=0"
+        pair = isinstance(self.sides, tuple) and len(self.sides) == 2
+        if self.sides is not None and not (pair and all(isinstance(side, int) and side >= 0 for side in self.sides)):
+            yield f"local_window_size={self.sides!r} must be one number or (left, right), each at least 0"
+
+    def mask(self, shape_BL: tuple[int, ...]) -> Intervals:
+        """The keys that each query sees, `[L]`, or `[..., L]` if the user's intervals differ between rows.
+
+        Raises:
+          ConfigError: the intervals are not integers, or of another shape.
+        """
+        length = shape_BL[-1]
+        position_L = jnp.arange(length, dtype=jnp.int32)
+        mask = bidirectional(position_L, length)
+        if self.is_causal:
+            mask &= prefix_causal(position_L, self.prefix)
+        if self.sides is not None:
+            mask &= neighbours(position_L, *(min(side, length) for side in self.sides))
+        return mask if self.intervals is None else mask & _intervals(self.intervals, shape_BL)
+
+
+def _intervals(bounds: tuple[Any, Any], shape_BL: tuple[int, ...]) -> Intervals:
+    """The user's own, `[L]` or `[..., L]`."""
+    arrays = [jnp.asarray(bound) for bound in bounds]
+    shapes = [array.shape for array in arrays]
+    for name, array in zip(("start", "end"), arrays, strict=True):
+        if not jnp.issubdtype(array.dtype, jnp.integer):
+            raise ConfigError(f"intervals: {name} is of dtype {array.dtype}; give positions as integers")
+    try:
+        shared = len(jnp.broadcast_shapes(*shapes, shape_BL[-1:])) == 1
+        whole = jnp.broadcast_shapes(*shapes, shape_BL)
+    except ValueError:
+        whole = ()
+    if whole != shape_BL:
+        raise ConfigError(
+            f"intervals: start and end of shapes {shapes[0]} and {shapes[1]} do not broadcast to {shape_BL}, which the "
+            f"queries have before their heads; give [L] for all rows, or [..., L]"
+        )
+    return Intervals(*(jnp.broadcast_to(a, shape_BL[-1:] if shared else shape_BL).astype(jnp.int32) for a in arrays))
+
+
+def array_problems(query: jax.Array, key: jax.Array, value: jax.Array) -> Iterator[str]:
+    """Of shapes and dtypes."""
+    shapes = f"query {query.shape}, key {key.shape}, value {value.shape}"
+    dtypes = [str(x.dtype) for x in (query, key, value)]
+    if min(query.ndim, key.ndim, value.ndim) < 3:
+        yield f"{shapes}: each is [..., L, heads, K], of three dimensions at least"
+    elif key.shape != value.shape or (*query.shape[:-2], query.shape[-1]) != (*key.shape[:-2], key.shape[-1]):
+        yield (
+            f"{shapes}: they may differ in the number of the query heads alone; attention to another sequence, or with "
+            f"values of another width, is left to jax.nn.dot_product_attention"
+        )
+    elif 0 in query.shape or 0 in key.shape:
+        yield f"{shapes}: nothing to attend to; every dimension must be at least 1"
+    if len(set(dtypes)) > 1 or dtypes[0] not in DTYPES:
+        yield f"query, key and value of dtypes {', '.join(dtypes)}; give all three as {' or as '.join(DTYPES)}"
+
+
+def mesh_problems(mesh: Mesh, axes: tuple[Names, str, Names]) -> Iterator[str]:
+    """Names that are not there, but for the usual ones of batch and heads; or no place for a mesh."""
+    if not isinstance(mesh, Mesh):
+        yield f"mesh={mesh!r} is no jax.sharding.Mesh; give one, as of jax.make_mesh((jax.device_count(),), ({SEQ!r},))"
+        return
+    if jax.sharding.get_abstract_mesh().manual_axes:
+        yield (
+            "global arrays are needed, and this is inside a shard_map; call it outside, or for local arrays use "
+            "lss_jax.attention.strategies.make_attend"
+        )
+    names = [name for part in axes for name in axes_of(part)]
+    missing = [name for name in names if name not in (*mesh.axis_names, *({DATA, MODEL} - {axes[1]}))]
+    if missing or len(set(names)) < len(names) or axes[1] not in mesh.axis_names:
+        yield (
+            f"axes={axes!r} do not name axes of this mesh, which has {', '.join(map(repr, mesh.axis_names))}; give its "
+            f"names for what cuts batch, sequence and heads, each once and None for nothing, as axes=(None, "
+            f"{mesh.axis_names[0]!r}, None)"
+        )
+
+
+def option_problems(attention: AttentionConfig, seen: Seen, shards: Shards) -> Iterator[str]:
+    """By the names of the config's keys, as its rules have them."""
+    numbers = ("block_queries", "block_keys", "gather_groups")
+    yield from less_than_1({name: getattr(attention, name) for name in numbers})
+    yield from seen.problems()
+    yield from attention_problems(attention, shards.heads, shards.kv_heads)
+    if shards.heads % shards.kv_heads:
+        shards = shards._replace(seq=1, model=1)  # on no mesh would they do
+    yield from strategy_problems(attention, shards)

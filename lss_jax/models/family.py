@@ -1,0 +1,24 @@
+"""What a family of models is: its module, and what `inspection` asks about it."""
+
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+from flax import nnx
+from jax.sharding import AbstractMesh, Mesh
+
+from lss_jax.attention.traffic import Traffic
+from lss_jax.config.schema import Config
+
+
+class Costs(NamedTuple):
+    """What a training step sends and computes outside attention, by formulas that the compiled program must meet."""
+
+    traffic: Callable[[Config, Mesh | AbstractMesh], Iterator[tuple[str, Traffic]]]  # over `model`, with its scope
+    products: Callable[[Config, Mesh | AbstractMesh], int]  # operations of matrix products, per device
+
+
+class Family(NamedTuple):
+    """A family of models. Without `costs` it trains, but `audit` and `plan` refuse it."""
+
+    module: Callable[[Config, nnx.Rngs], nnx.Module]
+    costs: Costs | None = None

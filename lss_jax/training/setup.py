@@ -1,0 +1,49 @@
+"""Before anything is opened or compiled: is the config possible on these devices, and which mesh are they?"""
+
+from collections.abc import Sequence
+
+import jax
+from jax.sharding import Mesh
+
+from lss_jax.attention.placement import kernel_on
+from lss_jax.attention.strategies import strategy_problems
+from lss_jax.attention.strategy import Shards
+from lss_jax.config.rules import MeshSizes, problems
+from lss_jax.config.schema import Config, ConfigError
+from lss_jax.models import family_problems
+from lss_jax.parallel.mesh import make_mesh
+from lss_jax.tasks import task_problems
+
+
+def validate(config: Config, device_count: int) -> MeshSizes:
+    """Checks everything that can be known before data is opened and anything is compiled; returns the mesh sizes.
+
+    Raises:
+      ConfigError: all problems at once, a line each: those of any config, then of its strategy, family and task.
+    """
+    found, sizes = problems(config, device_count)
+    found += strategy_problems(config.attention, _shards(config, sizes))
+    found += [*family_problems(config), *task_problems(config)]
+    if found:
+        raise ConfigError("\n".join(found))
+    assert sizes is not None
+    return sizes
+
+
+def mesh_of(config: Config, devices: Sequence[jax.Device]) -> Mesh:
+    """The mesh that a config asks for, made of these devices.
+
+    Raises:
+      ConfigError: the config does not fit them, or names a kernel for others.
+    """
+    mesh = make_mesh(validate(config, len(devices)), devices)
+    kernel_on(config.attention, mesh)
+    return mesh
+
+
+def _shards(config: Config, sizes: MeshSizes | None) -> Shards:
+    """For the strategy's rules; on one device, where the mesh is wrong for any strategy."""
+    heads, kv_heads = config.model.heads, config.model.kv_heads
+    if sizes is None or heads % sizes[2] or kv_heads % sizes[2]:
+        return Shards(heads, kv_heads, seq=1, model=1)
+    return Shards(heads, kv_heads, *sizes[1:])
