@@ -121,9 +121,9 @@ def _attention(model: Model, mesh: Mesh | AbstractMesh) -> Part:
 
 def _regions(model: Model, mesh: Mesh | AbstractMesh) -> Part:
     """What the family and the task say of the collectives over `model`."""
-    axes = _sharding_axes(mesh, MODEL)
+    axes, costs = _sharding_axes(mesh, MODEL), costs_of(model)
     if axes:
-        for place, one in (*costs_of(model).traffic(model.config, mesh), *make_task(model.config).traffic(mesh)):
+        for place, one in (*costs.traffic(model.config, mesh), *make_task(model.config).traffic(mesh)):
             yield Line(place, one.kind, axes), one.times, one.elements, one.itemsize
 
 
