@@ -269,7 +269,7 @@ def curve_with_dropout(*mesh, **changes):
     ("mesh", "changes"),
     [
         pytest.param((1, 8), {"attention__gather_groups": 2}, marks=pytest.mark.grid),
-        ((2, 4), {"attention__strategy": "ring", "model__remat": "block"}),
+        pytest.param((2, 4), {"attention__strategy": "ring", "model__remat": "block"}, marks=pytest.mark.grid),
         ((2, 2, 2), {"model__remat": "block", "model__vocab_parallel": True}),
         pytest.param((1, 1), {}, marks=pytest.mark.grid),
         pytest.param((8, 1), {"optim__accumulate": 1}, marks=pytest.mark.grid),

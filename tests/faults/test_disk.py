@@ -94,6 +94,7 @@ def small_files():
     resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
+@pytest.mark.filterwarnings("ignore:Error writing persistent compilation cache")  # which cannot grow either
 def test_a_save_that_fails_in_the_background_is_told_at_the_next_look(tmp_path, small_files):
     placed = jax.NamedSharding(jax.make_mesh((2,), ("data",), devices=jax.devices()[:2]), jax.P("data"))
     values = np.random.default_rng(0).standard_normal((40, 64, 64), np.float32)
