@@ -13,7 +13,7 @@ def get_config() -> ConfigDict:
     config.log_every = 10  # steps between lines of training metrics
     config.eval_every = 100  # steps between evaluations; 0: only at the end
     config.eval_batches = 16  # batches of the validation split per evaluation
-    config.sample_tokens = 0  # generated and printed at the end of a run, behind the start of the validation split
+    config.sample_prompt = ""  # a text that the model continues at the end of a run; empty: none
     config.checkpoint_every = 100  # steps between checkpoints; the last step always has one
     config.checkpoints_kept = 2  # the newest ones; older ones are deleted
     config.heartbeat_timeout = 60  # seconds of silence after which a process counts as lost and the others end

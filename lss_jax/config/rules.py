@@ -57,7 +57,6 @@ def _out_of_range(config: Config) -> Iterator[str]:
     at_least_0 = {
         "seed": config.seed,
         "eval_every": config.eval_every,
-        "sample_tokens": config.sample_tokens,
         "profile.steps": config.profile.steps,
         "attention.window": attention.window,
         "attention.prefix": attention.prefix,

@@ -98,7 +98,7 @@ class Config:
     profile: ProfileConfig
     eval_every: int
     eval_batches: int
-    sample_tokens: int
+    sample_prompt: str
     checkpoint_every: int
     checkpoints_kept: int
     log_every: int

@@ -1,16 +1,15 @@
 """What a finished run has learned: its headline metric by how much came before, and a sample of its text."""
 
-import numpy as np
-
 from lss_jax.config.schema import ConfigError
 from lss_jax.generation.decode import Generation, task_of
 from lss_jax.generation.sampling import Sampling
 from lss_jax.reports.by_position import binned, shown_bin, sums_by_position
 from lss_jax.training.trainer import Trainer
 
-PROMPT = 32  # items at the start of the validation split
-SAMPLING = Sampling(temperature=0.7, top_k=None, top_p=0.95, seed=0)
+TOKENS = 200  # of the sample
+SAMPLING = Sampling(temperature=0.5, top_k=None, top_p=0.95, seed=0)
 BINS = 9  # the last ones: a line of a terminal
+MORE = 4  # times as many batches as an evaluation, since each bin has few of their tokens
 
 
 def lines_of(trainer: Trainer) -> list[str]:
@@ -19,8 +18,8 @@ def lines_of(trainer: Trainer) -> list[str]:
 
 
 def by_position(trainer: Trainer) -> list[str]:
-    """The task's headline metric over the first `eval_batches` of the validation split, in bins of what came before."""
-    task, split, batches = trainer.task, trainer.splits["valid"], trainer.config.eval_batches
+    """The task's headline metric over the start of the validation split, in bins of what came before."""
+    task, split, batches = trainer.task, trainer.splits["valid"], MORE * trainer.config.eval_batches
     sums = sums_by_position(trainer.model, trainer.mesh, trainer.state.params, split, "valid", batches)
     bins = binned(task, sums)[-BINS:]
     heads = [shown_bin(of_bin["before"]) for of_bin in bins]
@@ -31,23 +30,14 @@ def by_position(trainer: Trainer) -> list[str]:
 
 
 def sample(trainer: Trainer) -> list[str]:
-    """How the model goes on from the start of the validation split; nothing where there is no text to generate."""
-    config, count = trainer.config, trainer.config.sample_tokens
-    if not count:
+    """How the model continues the config's prompt; nothing without one, or where it cannot be continued."""
+    prompt = trainer.config.sample_prompt.encode()
+    if not prompt:
         return []
     try:
-        task_of(config)
-        prompt = bytes(np.asarray(trainer.splits["valid"].data[:PROMPT]))
-        generation = Generation(config, trainer.mesh, trainer.state.params, [prompt], count, SAMPLING)
-    except ConfigError:  # another task or family, or a prompt that this config cannot go on from
-        return []
+        task_of(trainer.config)
+        generation = Generation(trainer.config, trainer.mesh, trainer.state.params, [prompt], TOKENS, SAMPLING)
+    except ConfigError as error:
+        return [f"  no sample: {error}"]
     text = b"".join([prompt, *(new for (new,) in generation)]).decode(errors="replace")
-    return [
-        f"  sample  {count} {trainer.task.items} behind the first {PROMPT} of the validation split",
-        *indented(text),
-    ]
-
-
-def indented(text: str) -> list[str]:
-    """The lines of a text, set off from what is said of it."""
-    return [f"    | {line}" for line in text.splitlines()]
+    return ["  sample", *(f"    | {line.rstrip()}" for line in text.splitlines())]
