@@ -41,7 +41,7 @@ def outside_attention(model: Model, mesh: Mesh | AbstractMesh) -> int:
 
 
 def _orthogonalizing(model: Model) -> int:
-    """Of Muon's update: five iterations of three products for every matrix of layers and heads, on every device."""
+    """Operations of Muon's update: five iterations of three products for every matrix of layers and heads, on every device."""
     config = model.config.model
     if model.config.optim.name != "muon":
         return 0
