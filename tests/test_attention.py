@@ -10,10 +10,11 @@ from attention_cases import Case, attended
 from helpers import assert_close, mesh_of, sampled
 from jax.sharding import PartitionSpec as P
 
+from lss_jax.attention import ring, ulysses
 from lss_jax.attention.kernels import KERNELS
 from lss_jax.attention.mask import Intervals, bidirectional, causal
 from lss_jax.attention.setting import Setting
-from lss_jax.attention.strategies import STRATEGIES, make_attend, ring, ulysses
+from lss_jax.attention.strategies import STRATEGIES, make_attend
 from lss_jax.config.schema import AttentionConfig, DataConfig, ModelConfig
 from lss_jax.data.sources import SOURCES
 from lss_jax.models import FAMILIES
