@@ -48,7 +48,7 @@ def attention_fn(mesh: Mesh, **options: Any) -> Callable[..., jax.Array]:
         is_causal: bool = False,
     ) -> jax.Array:
         rate = 0.0 if deterministic else dropout_rate
-        refuse(_problems(query, bias, mask, rate, precision, module))
+        refuse(_problems(query, bias, mask, dropout_rate=rate, precision=precision, module=module))
         dtype = dtype or jnp.result_type(query, key, value)
         arrays = [x.astype(dtype) for x in (query, key, value)]
         causal = is_causal or options.get("is_causal", False)
@@ -57,7 +57,7 @@ def attention_fn(mesh: Mesh, **options: Any) -> Callable[..., jax.Array]:
     return attend
 
 
-def _problems(query, bias, mask, dropout_rate: float, precision, module) -> Iterator[str]:
+def _problems(query, bias, mask, *, dropout_rate: float, precision, module) -> Iterator[str]:
     """What Flax's own attention can do, and this cannot."""
     if mask is not None:
         yield (

@@ -171,4 +171,4 @@ def cut_queries(
     size = even(l // runs, block_queries)[1]
     room = block_queries * block_keys // (size * key_block * (H // kv_heads))
     heads = max(heads for heads in range(1, kv_heads + 1) if kv_heads % heads == 0 and heads <= max(room, 1))
-    return QueryCut(B, runs, l // runs, size, kv_heads, heads)
+    return QueryCut(batch=B, runs=runs, run_length=l // runs, size=size, kv_heads=kv_heads, block_heads=heads)

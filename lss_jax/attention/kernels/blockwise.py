@@ -93,8 +93,15 @@ def cut_and_blocks(queries: Queries, kv_heads: int, keys: KeyBlocks, setting: Se
     stream_igm, rate_i = None, None
     if dropout is not None:
         stream_igm, rate_i = cut.split_scalars(dropout.stream_BlH), jnp.full(len(row_i), dropout.rate, jnp.float32)
-    intervals = (cut.split_rows(mask.start), cut.split_rows(mask.end))
-    return cut, QueryBlocks(cut.split(q_BlHK), *intervals, row_i, head_i, stream_igm, rate_i)
+    return cut, QueryBlocks(
+        q_igmK=cut.split(q_BlHK),
+        start_iq=cut.split_rows(mask.start),
+        end_iq=cut.split_rows(mask.end),
+        row_i=row_i,
+        head_i=head_i,
+        stream_igm=stream_igm,
+        rate_i=rate_i,
+    )
 
 
 class Softmax(NamedTuple):

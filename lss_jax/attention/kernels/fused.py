@@ -33,8 +33,8 @@ def forward(queries: Queries, kv_N2BGlK: jax.Array, setting: Setting, target: Ta
     o_BHjmK, lse_BHj1m = _call(
         _outputs,
         plan,
-        grid,
         tables,
+        grid=grid,
         inputs=[(q_BHjmK, _own), (ints_BHj3m, _own), (kv_n2BGsK, _anywhere)],
         outputs=[(q_BHjmK, _own), (jax.ShapeDtypeStruct((*grid, 1, m), jnp.float32), _own)],
         walked=[(plan.key_size, K, kv_n2BGsK.dtype)] * 2,
@@ -55,8 +55,8 @@ def backward(residuals: Residuals, do_BlHK: jax.Array, setting: Setting, target:
     (dq_BHjmK,) = _call(
         _query_gradient,
         plan,
-        q_BHjmK.shape[:3],
         tables,
+        grid=q_BHjmK.shape[:3],
         inputs=[*((x, _own) for x in of_queries), (kv_n2BGsK, _anywhere)],
         outputs=[(q_BHjmK, _own)],
         walked=[(plan.key_size, q_BHjmK.shape[4], kv_n2BGsK.dtype)] * 2,
@@ -65,8 +65,8 @@ def backward(residuals: Residuals, do_BlHK: jax.Array, setting: Setting, target:
     (dkv_n2BGKs,) = _call(
         _key_gradients,
         plan,
-        (B, G, n * plan.blocks_per_segment),
         tables,
+        grid=(B, G, n * plan.blocks_per_segment),
         inputs=[*((x, _anywhere) for x in of_queries), (kv_n2BGsK, _own_keys)],
         outputs=[(jax.ShapeDtypeStruct(kv_n2BGsK.mT.shape, jnp.float32), _own_keys_last)],
         walked=[(*x.shape[3:], x.dtype) for x in of_queries],
@@ -75,8 +75,17 @@ def backward(residuals: Residuals, do_BlHK: jax.Array, setting: Setting, target:
     return plan.join_queries(dq_BHjmK, K), plan.join_key_gradients(dkv_n2BGKs, K)
 
 
-def _outputs(plan: Plan, tables: Tables, q_ref, ints_ref, kv_ref, o_ref, lse_ref, buffers):
+class _Program(NamedTuple):
+    """What a program of the grid finds its way by, and the buffers that it walks through."""
+
+    tiling: Plan
+    tables: Tables
+    buffers: Any
+
+
+def _outputs(program: _Program, inputs, outputs):
     """The output of one block of queries."""
+    (q_ref, ints_ref, kv_ref), (o_ref, lse_ref) = inputs, outputs
     q_mK = q_ref[...]
     K, m = q_mK.shape[1], q_mK.shape[0]
     start_1m, end_1m, stream_1m = (ints_ref[pl.ds(row, 1), :] for row in (START, END, STREAM))
@@ -84,27 +93,41 @@ def _outputs(plan: Plan, tables: Tables, q_ref, ints_ref, kv_ref, o_ref, lse_ref
     def one_block_of_keys(t, load, carry):
         o_Km, max_1m, sum_1m = carry
         k_kK, v_kK = load(0), load(1)
-        position_k1 = _positions(plan, tables, t)
-        s_km = _scores(plan, q_mK, k_kK, position_k1, start_1m, jnp.minimum(end_1m, tables.end_t[t]))
+        position_k1 = _positions(program, t)
+        seen_km = _seen(position_k1, start_1m, jnp.minimum(end_1m, program.tables.end_t[t]))
+        s_km = _scores(program, q_mK, k_kK, seen_km)
         new_max_1m = jnp.maximum(max_1m, s_km.max(0, keepdims=True))
         shift_1m = jnp.where(new_max_1m == -jnp.inf, 0.0, new_max_1m)  # a query that has seen nothing yet
         p_km = jnp.exp(s_km - shift_1m)
         shrink_1m = jnp.exp(max_1m - shift_1m)
         sum_1m = sum_1m * shrink_1m + p_km.sum(0, keepdims=True)
-        met_km = _dropped(plan, tables, p_km, stream_1m, position_k1)
+        met_km = _dropped(program, p_km, stream_1m, position_k1)
         return o_Km * shrink_1m + _dot(v_kK, met_km, (0, 0)), new_max_1m, sum_1m
 
     nothing = (jnp.zeros((K, m)), jnp.full((1, m), -jnp.inf), jnp.zeros((1, m)))
-    o_Km, max_1m, sum_1m = _over_keys(plan, tables, kv_ref, buffers, one_block_of_keys, nothing)
+    o_Km, max_1m, sum_1m = _over_keys(program, kv_ref, one_block_of_keys, nothing)
     seen_1m = sum_1m > 0
     sum_1m = jnp.where(seen_1m, sum_1m, 1.0)
     o_ref[...] = (o_Km / sum_1m).T.astype(o_ref.dtype)
     lse_ref[...] = jnp.where(seen_1m, max_1m, 0.0) + jnp.log(sum_1m)
 
 
-def _query_gradient(plan: Plan, tables: Tables, q_ref, do_ref, ints_ref, floats_ref, kv_ref, dq_ref, buffers):
+class _QueryBlock(NamedTuple):
+    """One block of queries, with what the backward pass knows of each."""
+
+    q_mK: jax.Array
+    do_mK: jax.Array
+    start_1m: jax.Array
+    end_1m: jax.Array
+    stream_1m: jax.Array
+    lse_1m: jax.Array
+    odo_1m: jax.Array
+
+
+def _query_gradient(program: _Program, inputs, outputs):
     """The gradient of one block of queries."""
-    queries = _Queries(
+    (q_ref, do_ref, ints_ref, floats_ref, kv_ref), (dq_ref,) = inputs, outputs
+    queries = _QueryBlock(
         q_ref[...],
         do_ref[...],
         *(ints_ref[pl.ds(row, 1), :] for row in (START, END, STREAM)),
@@ -113,16 +136,17 @@ def _query_gradient(plan: Plan, tables: Tables, q_ref, do_ref, ints_ref, floats_
 
     def one_block_of_keys(t, load, dq_Km):
         k_kK = load(0)
-        _, ds_km = _differentiated(plan, tables, queries, k_kK, load(1), t)
+        _, ds_km = _differentiated(program, queries, (k_kK, load(1)), t)
         return dq_Km + _dot(k_kK, ds_km, (0, 0))
 
     m, K = queries.q_mK.shape
-    dq_Km = _over_keys(plan, tables, kv_ref, buffers, one_block_of_keys, jnp.zeros((K, m)))
+    dq_Km = _over_keys(program, kv_ref, one_block_of_keys, jnp.zeros((K, m)))
     dq_ref[...] = dq_Km.T.astype(dq_ref.dtype)
 
 
-def _key_gradients(plan: Plan, tables: Tables, q_ref, do_ref, ints_ref, floats_ref, kv_ref, dkv_ref, buffers):
+def _key_gradients(program: _Program, inputs, outputs):
     """The gradients of one block of keys and values, from all query heads that they serve."""
+    (q_ref, do_ref, ints_ref, floats_ref, kv_ref), (dkv_ref,), tables = inputs, outputs, program.tables
     b, g, t = (pl.program_id(axis) for axis in range(3))
     heads, (k_kK, v_kK) = q_ref.shape[1] // pl.num_programs(1), (kv_ref[0], kv_ref[1])
     at = b * pl.num_programs(2) + t
@@ -134,54 +158,47 @@ def _key_gradients(plan: Plan, tables: Tables, q_ref, do_ref, ints_ref, floats_r
 
     def one_block_of_queries(_, load, carry):
         dk_kK, dv_kK = carry
-        queries = _Queries(
+        queries = _QueryBlock(
             load(0), load(1), *(load(2, row) for row in (START, END, STREAM)), *(load(3, row) for row in (LSE, ODO))
         )
-        p_km, ds_km = _differentiated(plan, tables, queries, k_kK, v_kK, t)
+        p_km, ds_km = _differentiated(program, queries, (k_kK, v_kK), t)
         return dk_kK + _dot(ds_km, queries.q_mK, (1, 0)), dv_kK + _dot(p_km, queries.do_mK, (1, 0))
 
     nothing = (jnp.zeros(k_kK.shape), jnp.zeros(k_kK.shape))
     sources = [(ref, where) for ref in (q_ref, do_ref, ints_ref, floats_ref)]
-    dk_kK, dv_kK = plan.target.walk(0, heads * count, sources, buffers, one_block_of_queries, nothing)
+    walk = program.tiling.target.walk
+    dk_kK, dv_kK = walk(0, heads * count, one_block_of_queries, init=nothing, sources=sources, buffers=program.buffers)
     dkv_ref[0], dkv_ref[1] = dk_kK.T, dv_kK.T
 
 
-class _Queries(NamedTuple):
-    """One block of them, with what is known of each, on the way back."""
-
-    q_mK: jax.Array
-    do_mK: jax.Array
-    start_1m: jax.Array
-    end_1m: jax.Array
-    stream_1m: jax.Array
-    lse_1m: jax.Array
-    odo_1m: jax.Array
-
-
-def _differentiated(plan: Plan, tables: Tables, queries: _Queries, k_kK, v_kK, t):
+def _differentiated(program: _Program, queries: _QueryBlock, block_of_keys, t):
     """The weights that values were met with, and the gradient of the products of queries and keys: `p_km, ds_km`."""
-    position_k1 = _positions(plan, tables, t)
-    end_1m = jnp.minimum(queries.end_1m, tables.end_t[t])
-    p_km = jnp.exp(_scores(plan, queries.q_mK, k_kK, position_k1, queries.start_1m, end_1m) - queries.lse_1m)
+    k_kK, v_kK = block_of_keys
+    position_k1 = _positions(program, t)
+    seen_km = _seen(position_k1, queries.start_1m, jnp.minimum(queries.end_1m, program.tables.end_t[t]))
+    p_km = jnp.exp(_scores(program, queries.q_mK, k_kK, seen_km) - queries.lse_1m)
     dp_km = _dot(v_kK, queries.do_mK, (1, 1))
-    met_km, dp_km = (_dropped(plan, tables, x, queries.stream_1m, position_k1) for x in (p_km, dp_km))
-    return met_km, p_km * (dp_km - queries.odo_1m) * plan.scale
+    met_km, dp_km = (_dropped(program, x, queries.stream_1m, position_k1) for x in (p_km, dp_km))
+    return met_km, p_km * (dp_km - queries.odo_1m) * program.tiling.scale
 
 
-def _dropped(plan: Plan, tables: Tables, x_km, stream_1m, position_k1):
-    if not plan.drops:
+def _dropped(program: _Program, x_km, stream_1m, position_k1):
+    if not program.tiling.drops:
         return x_km
-    return dropped(x_km, stream_1m.astype(jnp.uint32), position_k1, tables.rate_1[0])
+    return dropped(x_km, stream_1m.astype(jnp.uint32), position_k1, program.tables.rate_1[0])
 
 
-def _positions(plan: Plan, tables: Tables, t):
-    return tables.begin_t[t] + jax.lax.broadcasted_iota(jnp.int32, (plan.key_size, 1), 0)
+def _positions(program: _Program, t):
+    return program.tables.begin_t[t] + jax.lax.broadcasted_iota(jnp.int32, (program.tiling.key_size, 1), 0)
 
 
-def _scores(plan: Plan, q_mK, k_kK, position_k1, start_1m, end_1m):
+def _seen(position_k1, start_1m, end_1m):
+    return (start_1m <= position_k1) & (position_k1 < end_1m)
+
+
+def _scores(program: _Program, q_mK, k_kK, seen_km):
     """`s_km`, minus infinity where the query does not see the key."""
-    seen_km = (start_1m <= position_k1) & (position_k1 < end_1m)
-    return jnp.where(seen_km, _dot(k_kK, q_mK, (1, 1)) * plan.scale, -jnp.inf)
+    return jnp.where(seen_km, _dot(k_kK, q_mK, (1, 1)) * program.tiling.scale, -jnp.inf)
 
 
 def _dot(a, b, contracted: tuple[int, int]):
@@ -194,8 +211,9 @@ def _dot(a, b, contracted: tuple[int, int]):
     )
 
 
-def _over_keys(plan: Plan, tables: Tables, kv_ref, buffers, body, init):
+def _over_keys(program: _Program, kv_ref, body, init):
     """`body(t, load, carry)` over the blocks of keys that this program's queries touch, in natural order."""
+    plan, tables, buffers = program
     b, head, j = (pl.program_id(axis) for axis in range(3))
     g = head // (pl.num_programs(1) // kv_ref.shape[3])
     at = b * pl.num_programs(2) + j
@@ -211,8 +229,9 @@ def _over_keys(plan: Plan, tables: Tables, kv_ref, buffers, body, init):
     def in_turn(turn, load, carry):
         return body(tables.order_t[turn], load, carry)
 
+    sources = [(kv_ref, part(0)), (kv_ref, part(1))]
     return plan.target.walk(
-        tables.first_Bj[at], tables.stop_Bj[at], [(kv_ref, part(0)), (kv_ref, part(1))], buffers, in_turn, init
+        tables.first_Bj[at], tables.stop_Bj[at], in_turn, init=init, sources=sources, buffers=buffers
     )
 
 
@@ -244,17 +263,19 @@ def _anywhere(plan: Plan, x: Any) -> pl.BlockSpec:
     return pl.BlockSpec(memory_space=pl.ANY)
 
 
-def _call(kernel, plan: Plan, grid, tables: Tables, inputs, outputs, walked) -> Any:
-    """Runs `kernel(plan, tables, *input_refs, *output_refs, buffers)` for every program of the grid.
+def _call(kernel, plan: Plan, tables: Tables, *, grid, inputs, outputs, walked) -> Any:
+    """Runs `kernel(program, input_refs, output_refs)` for every program of the grid.
 
     Inputs and outputs are pairs of an array (or its shape) and what a program sees of it; `walked` are the blocks that
     it meets one after the other, as rows, columns and dtype.
     """
     varies = jax.typeof(sum(jnp.zeros_like(x, jnp.int32, shape=()) for x in (*tables, *(x for x, _ in inputs))))
-    count = len(tables), len(tables) + len(inputs) + len(outputs)
 
     def program(*refs):
-        kernel(plan, Tables(*refs[: count[0]]), *refs[count[0] : count[1]], refs[count[1] :])
+        refs, of_tables = refs[len(tables) :], refs[: len(tables)]
+        refs, of_inputs = refs[len(inputs) :], refs[: len(inputs)]
+        of_outputs, buffers = refs[: len(outputs)], refs[len(outputs) :]
+        kernel(_Program(plan, Tables(*of_tables), buffers), of_inputs, of_outputs)
 
     return pl.pallas_call(
         program,

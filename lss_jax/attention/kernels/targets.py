@@ -15,7 +15,7 @@ SMALLEST = 16  # side of a matrix that a GPU multiplies
 class Target(NamedTuple):
     """What differs between GPUs and TPUs."""
 
-    walk: Callable  # how a program meets one block after the other
+    walk: Callable  # (first, stop, body): how a program meets one block after the other
     buffers: Callable  # what it needs for that
     tables: Any  # where numbers lie that it finds its way by
     most_queries: int  # in a block, as far as the config allows
@@ -25,7 +25,7 @@ class Target(NamedTuple):
     compiler: Any  # its parameters, which also say which compiler it is
 
 
-def _walk_by_loads(first, stop, sources, buffers, body, init):
+def _walk_by_loads(first, stop, body, *, init, sources, buffers):
     """`body(turn, load, carry)` for each turn; `load(n, row=None)` is what source `n` has there, or one row of it.
 
     A source is an array and a function from the turn to the leading indices into it. On a GPU a program reads from
@@ -45,7 +45,7 @@ def _walk_by_loads(first, stop, sources, buffers, body, init):
     return jax.lax.fori_loop(first, stop, one_turn, init)
 
 
-def _walk_by_copies(first, stop, sources, buffers, body, init):
+def _walk_by_copies(first, stop, body, *, init, sources, buffers):
     """The same on a TPU: every source is copied to the chip, one turn ahead, into one of two buffers in turn."""
     *rooms, semaphores = buffers
 

@@ -107,7 +107,7 @@ def plan_of(queries: Queries, kv_N2BGlK: Any, setting: Setting, target: Target) 
     if layout.devices > 1 and too_short(run, most_keys):
         unordered, layout, run = layout, setting.uncut.layout, run * len(layout.chunks_NC.ravel())
     return Plan(
-        queries=QueryCut(B, runs, l // runs, size, kv_heads=H, block_heads=1),
+        queries=QueryCut(batch=B, runs=runs, run_length=l // runs, size=size, kv_heads=H, block_heads=1),
         layout=layout,
         unordered=unordered,
         run=run,
