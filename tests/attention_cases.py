@@ -19,7 +19,7 @@ from lss_jax.attention.setting import Setting
 from lss_jax.attention.strategies import make_attend
 from lss_jax.parallel.dropout import Dropout
 from lss_jax.parallel.layout import Layout
-from lss_jax.parallel.mesh import DATA, SEQ, over_cut_axes
+from lss_jax.parallel.mesh import DATA, SEQ, without_unsharded
 
 B, H, K = 2, 24, 8  # 2, 3, 4 and 8 devices divide the heads, for Ulysses
 TOKENS = 93  # which 3 devices divide; 2, 4 and 8, and all in zigzag, need padding
@@ -71,7 +71,7 @@ class Results(NamedTuple):
 def program(case: Case):
     """The strategy inside `shard_map`: global arrays in layout order, intervals and dropout (or None) to `Results`."""
     mesh = mesh_of(case.data, case.seq)
-    x_spec, rows_spec, sequence_spec = (over_cut_axes(spec, mesh) for spec in (P(DATA, SEQ), P(DATA), P(SEQ)))
+    x_spec, rows_spec, sequence_spec = (without_unsharded(spec, mesh) for spec in (P(DATA, SEQ), P(DATA), P(SEQ)))
     axis = SEQ if case.seq > 1 else None
     setting = Setting(axis, case.order, case.kernel, *case.blocks, case.gather_groups, case.regather, interpret=True)
 

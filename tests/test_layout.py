@@ -12,12 +12,12 @@ from jax.sharding import PartitionSpec as P
 from lss_jax.attention.collectives import stacked
 from lss_jax.attention.kernels.blocks import (
     KeyBlocks,
-    QueryCut,
+    QueryBlocking,
     chunks_of_all,
     chunks_of_device,
-    cut_queries,
     even,
     key_blocks,
+    query_blocking,
     touched,
 )
 from lss_jax.attention.kernels.dense import dense_attention
@@ -33,7 +33,7 @@ from lss_jax.attention.mask import (
     window,
 )
 from lss_jax.parallel.layout import CHUNKS_PER_DEVICE, Layout
-from lss_jax.parallel.mesh import MODEL, SEQ, cut_axes, over_cut_axes
+from lss_jax.parallel.mesh import MODEL, SEQ, sharded_axes, without_unsharded
 
 LAYOUTS = [Layout(name, devices) for name in CHUNKS_PER_DEVICE for devices in (1, 2, 3, 5, 8)]
 by_layout = pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: f"{layout.name}-{layout.devices}")
@@ -126,8 +126,8 @@ def test_rows_go_to_their_tokens_and_back(sizes, name):
     """Rank-coded: each row is its natural position."""
     seq, model = sizes
     layout, mesh = Layout(name, seq, model), mesh_of(1, seq, model)
-    spec = over_cut_axes(P((SEQ, MODEL)), mesh)
-    axes = cut_axes(mesh)
+    spec = without_unsharded(P((SEQ, MODEL)), mesh)
+    axes = sharded_axes(mesh)
     position_L = jnp.arange(layout.padded(50))
 
     @jax.jit
@@ -158,10 +158,10 @@ def test_key_blocks_hold_each_position_once(layout, target):
 
     def answered_for(keys: KeyBlocks, position_nl) -> np.ndarray:
         assert 1 <= keys.size <= target
-        begin_t, end_t, first_t, segment_t, place_t = (np.asarray(x) for x in keys[:5])
+        begin_t, end_t, first_t, segment_t, offset_t = (np.asarray(x) for x in keys[:5])
         assert np.all((first_t <= begin_t) & (begin_t < end_t) & (end_t <= first_t + keys.size))
         assert np.all(begin_t[1:] >= end_t[:-1]), "the blocks are in natural order"
-        for first, segment, place in zip(first_t, segment_t, place_t, strict=True):
+        for first, segment, place in zip(first_t, segment_t, offset_t, strict=True):
             read_k = position_nl[segment, place : place + keys.size]
             np.testing.assert_array_equal(read_k, first + np.arange(keys.size))
         return np.concatenate([np.arange(begin, end) for begin, end in zip(begin_t, end_t, strict=True)])
@@ -216,17 +216,17 @@ def test_even_blocks_cover_a_length(length):
 def test_queries_are_cut_and_put_together_again(runs, run_length, size, block_heads):
     """Each query is coded by its row, place and head, from one on: zero is the padding."""
     batch, kv_heads, repeats, length = 2, 3, 2, runs * run_length
-    cut = QueryCut(batch, runs, run_length, size, kv_heads, block_heads)
+    blocking = QueryBlocking(batch, runs, run_length, size, kv_heads, block_heads)
     row, place, head = np.indices((batch, length, kv_heads * repeats))
     x_BlHK = jnp.asarray(1 + row * 10_000 + place * 100 + head)[..., None] * jnp.array([1, -1])
-    x_igmK = cut.split(x_BlHK)
-    np.testing.assert_array_equal(cut.join(x_igmK), x_BlHK)
-    np.testing.assert_array_equal(cut.split_scalars(x_BlHK[..., 0]), x_igmK[..., 0])
+    x_igmK = blocking.split(x_BlHK)
+    np.testing.assert_array_equal(blocking.join(x_igmK), x_BlHK)
+    np.testing.assert_array_equal(blocking.split_per_head(x_BlHK[..., 0]), x_igmK[..., 0])
 
-    row_i, head_i = map(np.asarray, cut.first_rows_and_heads())
+    row_i, head_i = map(np.asarray, blocking.batch_rows_and_heads())
     of_places = jnp.asarray(1 + place * 100)[..., 0]
     for of_rows in (of_places[0], of_places):
-        place_iq = np.asarray(cut.split_rows(of_rows))
+        place_iq = np.asarray(blocking.split_per_query(of_rows))
         assert x_igmK.shape[:3] == (len(row_i), block_heads, repeats * size)
         for (i, g, m), code in np.ndenumerate(np.asarray(x_igmK[..., 0])):
             of_query = place_iq[i, m % size]
@@ -239,5 +239,5 @@ def test_queries_are_cut_and_put_together_again(runs, run_length, size, block_he
 )
 def test_small_blocks_have_many_heads(length, heads, kv_heads, key_block, expected):
     """At most 64 queries and 32 keys of one head, or as many scores of several."""
-    cut = cut_queries((1, length, heads, kv_heads), Layout("contiguous", 1), (64, 32), key_block)
-    assert cut.block_heads == expected
+    blocking = query_blocking((1, length, heads, kv_heads), Layout("contiguous", 1), (64, 32), key_block)
+    assert blocking.block_heads == expected

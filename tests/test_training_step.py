@@ -25,7 +25,7 @@ from jax.sharding import PartitionSpec as P
 
 from lss_jax.data.batch import IGNORED
 from lss_jax.models.losses import cross_entropy, vocab_parallel_cross_entropy
-from lss_jax.parallel.dropout import AFTER_ATTENTION, AFTER_MLP, ATTENTION, EMBEDDING, LAYER, Dropout
+from lss_jax.parallel.dropout import AFTER_ATTENTION, AFTER_MLP, ATTENTION_WEIGHTS, EMBEDDING, LAYER, Dropout
 from lss_jax.parallel.mesh import MODEL
 from lss_jax.training.optimizer import make_optimizer
 from lss_jax.training.state import init_state
@@ -293,7 +293,7 @@ def test_dropout_is_at_every_place_and_each_has_a_key_of_its_own(monkeypatch):
     monkeypatch.setattr(Dropout, "at", noted)
     model, mesh = model_on(2, 4, **DROPPING)
     jax.eval_shape(make_loss_and_gradient(model, mesh), model.shapes, batch_on(mesh, model.config), 0)
-    assert set(places) == {EMBEDDING, LAYER, ATTENTION, AFTER_ATTENTION, AFTER_MLP}
+    assert set(places) == {EMBEDDING, LAYER, ATTENTION_WEIGHTS, AFTER_ATTENTION, AFTER_MLP}
 
 
 def test_dropout_depends_on_seed_and_step_and_spares_evaluation():

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lss_jax.attention.kernels.blocks import chunks_of_all, cut_queries, key_blocks, too_short, visits
+from lss_jax.attention.kernels.blocks import chunks_of_all, key_blocks, query_blocking, too_short, visits
 from lss_jax.attention.mask import Intervals, bidirectional
 from lss_jax.parallel.layout import Layout
 
@@ -23,7 +23,7 @@ def computed_blocks(
     for position_l in jnp.asarray(layout.positions(length)).reshape(layout.devices, l):
         intervals = mask(position_l)
         rows = intervals.start.shape[0] if intervals.start.ndim == 2 else 1
-        queries = cut_queries((rows, l, 1, 1), layout, (block_queries, block_keys), keys.size)
+        queries = query_blocking((rows, l, 1, 1), layout, (block_queries, block_keys), keys.size)
         counts.append(visits(keys, queries, intervals.start, intervals.end))
     return np.array(counts)
 

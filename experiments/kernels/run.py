@@ -30,7 +30,7 @@ from lss_jax.attention.strategies import make_attend
 from lss_jax.inspection.topology import cpu_devices_of, devices_of
 from lss_jax.parallel.dropout import Dropout
 from lss_jax.parallel.layout import Layout
-from lss_jax.parallel.mesh import SEQ, cut_axes, make_mesh, over_cut_axes
+from lss_jax.parallel.mesh import SEQ, make_mesh, sharded_axes, without_unsharded
 from lss_jax.runtime import distributed
 
 HERE = Path(__file__).parent
@@ -116,7 +116,7 @@ def program(case: Case, mesh: Mesh, kernel: str | None):
     """LSS attention, causal, zigzag, forward and backward: global `q, k, v, do` and positions to `o, dq, dk, dv`."""
     assert kernel
     layout = Layout("zigzag", mesh.shape[SEQ])
-    axis = SEQ if SEQ in cut_axes(mesh) else None
+    axis = SEQ if SEQ in sharded_axes(mesh) else None
     setting = Setting(axis, layout, kernel, 512, 512, gather_groups=1, regather=False, interpret=False)
 
     def on_device(q_BlHK, k_BlGK, v_BlGK, do_BlHK, position_l):
@@ -125,7 +125,7 @@ def program(case: Case, mesh: Mesh, kernel: str | None):
         o_BlHK, transpose = jax.vjp(attend, q_BlHK, k_BlGK, v_BlGK)
         return o_BlHK, *transpose(do_BlHK)
 
-    x_spec, sequence_spec = (over_cut_axes(spec, mesh) for spec in (P(None, SEQ), P(SEQ)))
+    x_spec, sequence_spec = (without_unsharded(spec, mesh) for spec in (P(None, SEQ), P(SEQ)))
     return jax.jit(
         jax.shard_map(on_device, mesh=mesh, in_specs=(*[x_spec] * 4, sequence_spec), out_specs=(x_spec,) * 4)
     )
@@ -135,7 +135,7 @@ def arguments_of(case: Case, mesh: Mesh) -> list[jax.ShapeDtypeStruct]:
     """Shapes and shardings of `q, k, v, do` and positions for one sequence."""
     L = case.l * mesh.shape[SEQ]
     heads = (case.heads, case.kv_heads, case.kv_heads, case.heads)
-    x_sharding, sequence = (NamedSharding(mesh, over_cut_axes(spec, mesh)) for spec in (P(None, SEQ), P(SEQ)))
+    x_sharding, sequence = (NamedSharding(mesh, without_unsharded(spec, mesh)) for spec in (P(None, SEQ), P(SEQ)))
     arrays = [jax.ShapeDtypeStruct((1, L, count, case.K), case.dtype, sharding=x_sharding) for count in heads]
     return [*arrays, jax.ShapeDtypeStruct((L,), "int32", sharding=sequence)]
 

@@ -31,7 +31,7 @@ from lss_jax.attention.mask import causal
 from lss_jax.attention.setting import Setting
 from lss_jax.attention.strategies import STRATEGIES, make_attend
 from lss_jax.parallel.layout import Layout
-from lss_jax.parallel.mesh import SEQ, make_mesh, over_cut_axes
+from lss_jax.parallel.mesh import SEQ, make_mesh, without_unsharded
 from lss_jax.runtime import distributed
 
 DEVICES = (1, 2, 4, 8, 16, 32, 64)
@@ -71,7 +71,7 @@ def computed(strategy: str, devices: int, arrays_1LHK: list[np.ndarray]) -> list
     """A strategy's `o, dq, dk, dv` in natural order, `[L, H, K]`, with its rounding, as float64."""
     layout = Layout("zigzag", devices)
     mesh = make_mesh((1, devices, 1), jax.devices()[:devices])
-    spec, spec_l = over_cut_axes(P(None, SEQ), mesh), over_cut_axes(P(SEQ), mesh)
+    spec, spec_l = without_unsharded(P(None, SEQ), mesh), without_unsharded(P(SEQ), mesh)
     axis = SEQ if devices > 1 else None
     setting = Setting(axis, layout, "blockwise", BLOCK, BLOCK, gather_groups=1, regather=False, interpret=True)
     position_L = layout.positions(arrays_1LHK[0].shape[1])

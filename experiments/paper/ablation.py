@@ -34,7 +34,7 @@ from lss_jax.attention import lss
 from lss_jax.attention.residuals import COMMUNICATED
 from lss_jax.inspection import contract, hlo, operations
 from lss_jax.inspection.contract import sent
-from lss_jax.parallel.mesh import cut_axes, named_axes
+from lss_jax.parallel.mesh import named_axes, sharded_axes
 from lss_jax.runtime import distributed
 from lss_jax.training import step
 
@@ -70,7 +70,7 @@ def in_one_sum(partial: Any, specs: Any, mesh: Mesh) -> Any:
     """Gradients summed over all devices that replicate a parameter at once, instead of over `seq`, then `data`."""
     leaves, treedef = jax.tree.flatten(partial)
     missing = [
-        tuple(axis for axis in cut_axes(mesh) if axis not in named_axes(spec)) for spec in jax.tree.leaves(specs)
+        tuple(axis for axis in sharded_axes(mesh) if axis not in named_axes(spec)) for spec in jax.tree.leaves(specs)
     ]
     for axes in dict.fromkeys(missing):
         group = [index for index, others in enumerate(missing) if others == axes]

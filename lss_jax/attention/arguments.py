@@ -39,7 +39,7 @@ class Seen(NamedTuple):
         return (size, size) if isinstance(size, int) else size
 
     def problems(self) -> Iterator[str]:
-        """What the intervals have to say for themselves is left to `mask`."""
+        """All but those of the intervals, which `mask` raises."""
         if self.prefix < 0:
             yield f"prefix={self.prefix} must be at least 0"
         if self.prefix > 0 and not self.is_causal:
@@ -85,7 +85,7 @@ def _intervals(bounds: tuple[Any, Any], shape_BL: tuple[int, ...]) -> Intervals:
 
 
 def array_problems(query: jax.Array, key: jax.Array, value: jax.Array) -> Iterator[str]:
-    """Of shapes and dtypes."""
+    """Shapes or dtypes that do not go together."""
     shapes = f"query {query.shape}, key {key.shape}, value {value.shape}"
     dtypes = [str(x.dtype) for x in (query, key, value)]
     if min(query.ndim, key.ndim, value.ndim) < 3:
@@ -102,7 +102,7 @@ def array_problems(query: jax.Array, key: jax.Array, value: jax.Array) -> Iterat
 
 
 def mesh_problems(mesh: Mesh, axes: tuple[Names, str, Names]) -> Iterator[str]:
-    """Names that are not there, but for the usual ones of batch and heads; or no place for a mesh."""
+    """No mesh, a call inside `shard_map`, or names that the mesh does not have (but for the usual two)."""
     if not isinstance(mesh, Mesh):
         yield f"mesh={mesh!r} is no jax.sharding.Mesh; give one, as of jax.make_mesh((jax.device_count(),), ({SEQ!r},))"
         return
@@ -122,7 +122,7 @@ def mesh_problems(mesh: Mesh, axes: tuple[Names, str, Names]) -> Iterator[str]:
 
 
 def option_problems(attention: AttentionConfig, seen: Seen, shards: Shards) -> Iterator[str]:
-    """By the names of the config's keys, as its rules have them."""
+    """Options that do not go together, by the names of the config's keys, as its rules have them."""
     numbers = ("block_queries", "block_keys", "gather_groups")
     yield from less_than_1({name: getattr(attention, name) for name in numbers})
     yield from seen.problems()

@@ -28,7 +28,7 @@ def attention_fn(mesh: Mesh, **options: Any) -> Callable[..., jax.Array]:
     Returns:
       A function of global `query [..., L, H, K]`, `key` and `value [..., L, G, K]` to `[..., L, H, K]`, with the
       arguments of `flax.nnx.dot_product_attention`. It raises a `ConfigError` for those that it cannot respect (an
-      array as mask, and so the cache of `decode=True`; a bias; dropout; a precision; weights to be kept), and where
+      array as mask, and so the cache of `decode=True`; a bias; dropout; a precision; weights to be sown), and where
       `dot_product_attention` does.
     """
 

@@ -35,7 +35,7 @@ from lss_jax.attention.strategies import make_attend
 from lss_jax.attention.strategy import Shards
 from lss_jax.config.schema import AttentionConfig, ConfigError, typed
 from lss_jax.parallel.layout import Layout
-from lss_jax.parallel.mesh import DATA, MODEL, SEQ, axes_of, over_cut_axes
+from lss_jax.parallel.mesh import DATA, MODEL, SEQ, axes_of, without_unsharded
 
 SECTION = re.compile(r"\b(attention|model|mesh)\.")  # of a config's key: an argument is called the same without it
 
@@ -112,7 +112,7 @@ class Sharded(NamedTuple):
 
     def spec(self, *dimensions: tuple[str, ...] | str) -> P:
         """For `shard_map`: without the axes that have one device."""
-        return over_cut_axes(P(*dimensions), self.mesh)
+        return without_unsharded(P(*dimensions), self.mesh)
 
 
 def _sharded(mesh: Mesh, axes: tuple[Names, str, Names], batch: int, heads: int) -> Sharded:

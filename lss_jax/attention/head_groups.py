@@ -1,6 +1,7 @@
 """LSS in groups of heads, one collective each: the next group's keys and values travel while one is computed.
 
-Two groups of gathered keys and values are held at a time. How a group is computed is `lss`; here is the order.
+Two groups of gathered keys and values are held at a time. With `regather` none is saved, and each group is gathered
+once more in the backward pass. How one group is computed stands in `lss`; here is the order.
 """
 
 from collections.abc import Callable, Iterator
@@ -46,7 +47,7 @@ def in_groups(heads: Heads, one_group: OneGroup, setting: Setting) -> jax.Array:
 
 
 def _forward(heads, one_group, setting):
-    """With `setting.regather` no gathered pair is saved."""
+    """A group's gather waits for the last but one group's output, so that two groups are held."""
     outputs: list[jax.Array] = []
     saved = []
     for group, (queries, kv_2BGlK) in enumerate(heads.groups(setting.gather_groups)):
@@ -60,9 +61,9 @@ def _forward(heads, one_group, setting):
 
 
 def _backward(one_group, setting, residuals, do_BlHK):
-    """Each group waits for the previous group's gradients and scatter.
+    """Each group waits for the previous group's query gradients and scatter.
 
-    So dense scores exist of one group only; and scatters that do not wait XLA fuses on TPUs, and holds all of them.
+    Otherwise dense scores of several groups live at once, and XLA fuses the scatters on TPU and holds all of them.
     """
     heads, o_BlHK, saved = residuals
     dq: list[jax.Array] = []

@@ -1,8 +1,8 @@
 """LSS attention (arXiv 2311.02382, Sec. 3): each device attends from its own segment, and nobody aggregates the output.
 
 Two collectives per layer and training step: one gather of keys and values in the forward pass, one scatter of their
-gradients in the backward pass. Nvidia's sequence parallelism needs eight. Heads may be split into groups, with these
-two collectives for each (the paper: one group): in which order, says `head_groups`.
+gradients in the backward pass. Nvidia's sequence parallelism needs eight. Heads may be split into groups (the paper:
+one), with the two collectives for each: `head_groups` says in which order, and when keys and values are re-gathered.
 """
 
 import jax

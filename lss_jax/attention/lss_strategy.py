@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 
 from lss_jax.attention.kernels import KERNELS
-from lss_jax.attention.kernels.blockwise import blocks_of_keys, scattered
+from lss_jax.attention.kernels.blockwise import blocks_of_keys, ordered_first
 from lss_jax.attention.lss import lss_attention, traffic
 from lss_jax.attention.setting import Setting
 from lss_jax.attention.strategy import Held, Shards, Strategy, own_segment
@@ -37,7 +37,7 @@ def _held(sizes: Sizes, setting: Setting) -> Held:
         saved=sizes.pair if setting.regather else pairs,
         communicated=0 if setting.regather or setting.axis is None else pairs,
         exchanged=0,
-        copies=3 if scattered(sizes.l, setting) else 2,
+        copies=3 if ordered_first(sizes.l, setting) else 2,
         in_work=(13, 4) if setting.regather else (12, 3),
     )
 

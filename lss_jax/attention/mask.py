@@ -13,7 +13,7 @@ import jax.numpy as jnp
 class Intervals(NamedTuple):
     """A query sees the keys at natural positions `start <= position < end`, and none where `end <= start`.
 
-    Both are int32, `[l]` for all rows of the batch, or `[B, l]`.
+    Both are int32, `[l]` for all batch rows, or `[B, l]`.
     """
 
     start: jax.Array
@@ -29,7 +29,7 @@ class Intervals(NamedTuple):
 
 
 def bidirectional(positions_l: jax.Array, length: int) -> Intervals:
-    """Each token sees all of the `length` tokens; the padding behind them is seen by none, and sees none."""
+    """Each token sees all of the `length` tokens; the padding behind them is masked out, as keys and as queries."""
     start = jnp.zeros_like(positions_l)
     return Intervals(start, jnp.where(positions_l < length, length, start))
 
@@ -45,7 +45,7 @@ def prefix_causal(positions_l: jax.Array, prefix: int) -> Intervals:
 
 
 def window(positions_l: jax.Array, width: int) -> Intervals:
-    """Each token sees the `width` tokens that end with itself, and all later ones: to be met with a causal mask."""
+    """Each token sees the `width` tokens that end with itself, and all later ones: for a causal mask to meet."""
     start = jnp.maximum(positions_l - (width - 1), 0)
     return Intervals(start, jnp.full_like(start, jnp.iinfo(jnp.int32).max))
 
@@ -63,7 +63,7 @@ def documents(bounds_2Bl: jax.Array) -> Intervals:
 def packed(document_BL: jax.Array) -> Intervals:
     """The same, from the number of each token's document: `[..., L]`, the whole sequence in natural order.
 
-    A document is a run of equal numbers, which may be used again after another one.
+    A document is a run of equal numbers; a number may come back after another document.
     """
     position_L, axis = jnp.arange(document_BL.shape[-1], dtype=jnp.int32), document_BL.ndim - 1
     differs = document_BL[..., 1:] != document_BL[..., :-1]

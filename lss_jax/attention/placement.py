@@ -6,18 +6,18 @@ from lss_jax.attention.setting import Setting
 from lss_jax.attention.strategies import STRATEGIES
 from lss_jax.config.schema import AttentionConfig, Config, ConfigError
 from lss_jax.parallel.layout import Layout, layout_on
-from lss_jax.parallel.mesh import SEQ, if_cut
+from lss_jax.parallel.mesh import SEQ, axis_if_sharded
 
 FUSED = {"triton": "NVIDIA GPUs of compute capability 8.0 or more", "mosaic": "TPUs"}  # kernels for some devices alone
 
 
 def setting_on(config: Config, mesh: Mesh | AbstractMesh) -> Setting:
     """The static side of a config's attention on this mesh."""
-    return setting_of(config.attention, layout_on(config, mesh), if_cut(SEQ, mesh), mesh)
+    return setting_of(config.attention, layout_on(config, mesh), axis_if_sharded(SEQ, mesh), mesh)
 
 
 def setting_of(attention: AttentionConfig, layout: Layout, axis: str | None, mesh: Mesh | AbstractMesh) -> Setting:
-    """The same, where `axis` (None if it has one device) cuts the sequence into the segments of `layout`."""
+    """The same, where `axis` (None if it has one device) shards the sequence into the segments of `layout`."""
     return Setting(
         axis=axis,
         layout=layout,

@@ -1,7 +1,7 @@
 """Ring attention (Liu et al. 2023, arXiv 2310.01889): keys and values go round, every device adds what it sees of them.
 
-Per layer and training step `N - 1` sends of a segment's pair forward; on the way back as many again, and `N` of its
-gradient, which goes along with it and comes home in the end. Two segments' pairs are held at a time.
+Per layer and training step `N - 1` sends of a segment's pair in the forward pass; in the backward pass as many, and `N`
+of its gradient, which goes along with it and comes home in the end. Two segments' pairs are held at a time.
 """
 
 from collections.abc import Iterator
@@ -17,9 +17,9 @@ from lss_jax.attention.kernels.blockwise import (
     Gradients,
     accumulate,
     cotangents,
-    cut_and_blocks,
     differentiate,
     finish,
+    in_blocks,
     no_gradients,
     nothing_yet,
     varying_like,
@@ -55,7 +55,7 @@ def _ring(queries: Queries, kv_2BGlK: jax.Array, setting: Setting) -> jax.Array:
 
 def _forward(queries, kv_2BGlK, setting):
     keys = _keys_in_turn(0, kv_2BGlK, setting)
-    cut, blocks = cut_and_blocks(queries, kv_2BGlK.shape[2], keys, setting)
+    blocking, blocks = in_blocks(queries, kv_2BGlK.shape[2], keys, setting)
 
     def attend(turn, kv_2BGlK, softmax):
         return accumulate(blocks, kv_2BGlK[None], _keys_in_turn(turn, kv_2BGlK, setting), softmax)
@@ -69,15 +69,15 @@ def _forward(queries, kv_2BGlK, setting):
     start = varying_like((kv_2BGlK, nothing_yet(blocks)), (blocks, kv_2BGlK))
     kv_last_2BGlK, softmax = jax.lax.fori_loop(0, last, one_turn, start)
     o_igmK, lse_igm = finish(attend(last, kv_last_2BGlK, softmax))
-    output = checkpoint_name(Output(cut.join(o_igmK).astype(queries.q_BlHK.dtype), lse_igm), ATTENDED)
+    output = checkpoint_name(Output(blocking.join(o_igmK).astype(queries.q_BlHK.dtype), lse_igm), ATTENDED)
     return output.o_BlHK, (queries, kv_2BGlK, output)
 
 
 def _backward(setting, saved, do_BlHK):
     queries, kv_2BGlK, output = saved
     keys = _keys_in_turn(0, kv_2BGlK, setting)
-    cut, blocks = cut_and_blocks(queries, kv_2BGlK.shape[2], keys, setting)
-    given = cotangents(cut, output, do_BlHK)
+    blocking, blocks = in_blocks(queries, kv_2BGlK.shape[2], keys, setting)
+    given = cotangents(blocking, output, do_BlHK)
 
     def attend(turn, kv_2BGlK, gradients):
         keys = _keys_in_turn(turn, kv_2BGlK, setting)
@@ -94,7 +94,7 @@ def _backward(setting, saved, do_BlHK):
     kv_last_2BGlK, gradients = jax.lax.fori_loop(0, last, one_turn, start)
     dq_igmK, dkv_12BGKl = attend(last, kv_last_2BGlK, gradients)  # after N sends every gradient is at home
     dkv_2BGlK = dkv_12BGKl[0].swapaxes(3, 4)
-    dq_BlHK = cut.join(dq_igmK).astype(do_BlHK.dtype)
+    dq_BlHK = blocking.join(dq_igmK).astype(do_BlHK.dtype)
     return queries._replace(q_BlHK=dq_BlHK, mask=None, dropout=None), dkv_2BGlK.astype(kv_2BGlK.dtype)
 
 
@@ -110,7 +110,7 @@ def _send_on(x: jax.Array, setting: Setting) -> jax.Array:
 
 
 def _keys_in_turn(turn: jax.Array | int, kv_2BGlK: jax.Array, setting: Setting) -> KeyBlocks:
-    """The blocks of the segment that this device holds in a turn: that of the device `turn` places before it."""
+    """The blocks of the segment that this device holds in a turn: that of the device `turn` before it in the ring."""
     here = jax.lax.axis_index(setting.axis) if setting.axis else jnp.zeros((), jnp.int32)
     source = (here - turn) % setting.layout.devices
     return key_blocks(chunks_of_device(setting.layout, kv_2BGlK.shape[3], source), setting.block_keys)
@@ -126,7 +126,7 @@ def _problems(attention: AttentionConfig, _shards: Shards) -> Iterator[str]:
 
 
 def _held(sizes: Sizes, _setting: Setting) -> Held:
-    """One segment's keys and values at a time, none of them saved."""
+    """One segment's keys and values at a time; those of other devices are not saved."""
     pair = sizes.pair
     return Held(pair=pair, read=pair, saved=pair, communicated=0, exchanged=0, copies=2, in_work=(14, 4))
 

@@ -22,6 +22,6 @@ class Setting:
     interpret: bool  # fused kernels step by step, as on CPUs
 
     @property
-    def uncut(self) -> "Setting":
+    def unsharded(self) -> "Setting":
         """The same for whole sequences in natural order, as a device has them after an exchange of heads."""
         return dataclasses.replace(self, axis=None, layout=Layout("contiguous", 1))

@@ -47,7 +47,7 @@ class Held(NamedTuple):
     saved: int  # keys and values
     communicated: int  # what came from other devices
     exchanged: int  # queries or outputs once more, in the shape in which they travelled
-    copies: int  # of `read` that live at once in attention's backward pass: gradients, and both in natural order
+    copies: int  # arrays of the size of `read` that live at once in attention's backward pass
     in_work: tuple[int, int]  # arrays between regions and inside of them, in a block's backward pass with remat
 
 
@@ -55,7 +55,7 @@ class Option(NamedTuple):
     """A key of the config's attention that only some strategies have a use for."""
 
     unused: Any  # its value where it does nothing
-    useless: str  # why other strategies have no use for it
+    useless: str  # why the other strategies have no use for it
     remedy: str
 
 

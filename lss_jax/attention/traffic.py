@@ -20,13 +20,13 @@ class Traffic(NamedTuple):
 
     @property
     def bytes(self) -> int:
-        """Of its result on one device."""
+        """The size of its result on one device."""
         return self.elements * self.itemsize
 
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
-    """Of one call of attention on one device: `l` is the (padded) segment, `itemsize` that of the compute dtype."""
+    """One call of attention on one device: `l` is the (padded) segment, `itemsize` that of the compute dtype."""
 
     B: int
     l: int
@@ -42,7 +42,7 @@ class Sizes:
 
 
 def sizes_of(config: Config, mesh: Mesh | AbstractMesh) -> Sizes:
-    """Of one call of attention on one device."""
+    """What one call of attention works on, on one device."""
     layout = layout_on(config, mesh)
     return Sizes(
         B=config.data.batch_size // mesh.shape[DATA] // config.optim.accumulate,

@@ -67,14 +67,14 @@ def _exchanged(queries: Queries, k_BlgK: jax.Array, v_BlgK: jax.Array, setting: 
 def _forward(queries, k_BlgK, v_BlgK, setting):
     q_BLhK, k_BLhK, v_BLhK = checkpoint_name(_to_heads((queries.q_BlHK, k_BlgK, v_BlgK), setting), COMMUNICATED)
     queries, kv_12BhLK = queries._replace(q_BlHK=q_BLhK), stacked(k_BLhK, v_BLhK)[None]
-    output = KERNELS[setting.kernel].forward(queries, kv_12BhLK, setting.uncut)
+    output = KERNELS[setting.kernel].forward(queries, kv_12BhLK, setting.unsharded)
     o_BlHK = checkpoint_name(_to_sequence((output.o_BlHK,), setting)[0], ATTENDED)
     return o_BlHK, Residuals(queries, kv_12BhLK, output)
 
 
 def _backward(setting, residuals, do_BlHK):
     do_BLhK = _to_heads((do_BlHK,), setting)[0]
-    dq_BLhK, dkv_12BhKL = KERNELS[setting.kernel].backward(residuals, do_BLhK, setting.uncut)
+    dq_BLhK, dkv_12BhKL = KERNELS[setting.kernel].backward(residuals, do_BLhK, setting.unsharded)
     dk_BLhK, dv_BLhK = dkv_12BhKL[0].astype(do_BlHK.dtype).transpose(0, 1, 4, 2, 3)
     dq_BlHK, dk_BlgK, dv_BlgK = _to_sequence((dq_BLhK, dk_BLhK, dv_BLhK), setting)
     return residuals.queries._replace(q_BlHK=dq_BlHK, mask=None, dropout=None), dk_BlgK, dv_BlgK
@@ -131,7 +131,7 @@ def _held(sizes: Sizes, setting: Setting) -> Held:
 def _whole_sequence(sizes: Sizes, setting: Setting) -> tuple[Sizes, Setting]:
     """A kernel computes the whole sequence of some heads."""
     N = setting.layout.devices
-    return dataclasses.replace(sizes, l=sizes.l * N, H=sizes.H // N, G=max(sizes.G // N, 1)), setting.uncut
+    return dataclasses.replace(sizes, l=sizes.l * N, H=sizes.H // N, G=max(sizes.G // N, 1)), setting.unsharded
 
 
 ULYSSES = Strategy(

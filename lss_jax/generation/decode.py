@@ -27,7 +27,7 @@ from lss_jax.generation.sampling import Sampling, sample
 from lss_jax.models import FAMILIES, Model, Params, build_model
 from lss_jax.models.layers import Segment
 from lss_jax.parallel.layout import layout_on
-from lss_jax.parallel.mesh import DATA, MODEL, SEQ, if_cut, like, shardings
+from lss_jax.parallel.mesh import DATA, MODEL, SEQ, axis_if_sharded, like, shardings
 from lss_jax.parallel.scopes import ATTENTION
 from lss_jax.parallel.tensor_parallel import own_part
 from lss_jax.tasks import make_task
@@ -43,7 +43,7 @@ def make_prefill(model: Model, mesh: Mesh, tokens: int) -> Callable[[Params, jax
     The cache has room for `tokens` more. It leaves out each prompt's last token, which the first step adds; under a
     prefix mask the others have attended to that token all the same.
     """
-    config, layout, axis = model.config, layout_on(model.config, mesh), if_cut(MODEL, mesh)
+    config, layout, axis = model.config, layout_on(model.config, mesh), axis_if_sharded(MODEL, mesh)
     prompt_specs = (P(DATA, SEQ), P(SEQ), P(DATA))
 
     @partial(
@@ -81,7 +81,7 @@ def make_step(model: Model, mesh: Mesh, length: int) -> Step:
     `length` is that of the padded prompts. Each step writes to the next device of the sequence group, so that the cache
     stays balanced.
     """
-    config, axis, seq_axis = model.config, if_cut(MODEL, mesh), if_cut(SEQ, mesh)
+    config, axis, seq_axis = model.config, axis_if_sharded(MODEL, mesh), axis_if_sharded(SEQ, mesh)
     layout = layout_on(config, mesh)
     specs = model.with_tables(lambda _: ROWS, model.specs)
     logits_spec = P(DATA, MODEL) if config.model.vocab_parallel else ROWS

@@ -19,7 +19,7 @@ from lss_jax.config.schema import Config
 from lss_jax.inspection.hlo import Collective
 from lss_jax.models import Model, costs_of
 from lss_jax.parallel.layout import layout_on
-from lss_jax.parallel.mesh import MODEL, SEQ, cut_axes, named_axes
+from lss_jax.parallel.mesh import MODEL, SEQ, named_axes, sharded_axes
 from lss_jax.parallel.scopes import ATTENTION, ELSEWHERE, GRADIENTS, MASK, OPTIMIZER, POSITIONS
 from lss_jax.tasks import make_task
 from lss_jax.training.state import moment_specs, param_specs
@@ -158,7 +158,7 @@ def _gradients(model: Model, mesh: Mesh | AbstractMesh) -> Part:
     padded_shapes = model.with_tables(
         lambda leaf: jax.ShapeDtypeStruct((padded(leaf.shape[0]), *leaf.shape[1:]), leaf.dtype), model.shapes
     )
-    for axis in cut_axes(mesh):
+    for axis in sharded_axes(mesh):
         elements = len(make_task(model.config).sums._fields)  # they ride along
         for leaf, spec in zip(jax.tree.leaves(padded_shapes), jax.tree.leaves(model.specs), strict=True):
             if axis not in named_axes(spec):
@@ -192,7 +192,7 @@ def _padded(config: Config, mesh: Mesh | AbstractMesh) -> bool:
 
 def _sharding_axes(mesh: Mesh | AbstractMesh, *axes: str) -> tuple[str, ...]:
     """The given axes without those of size 1, in the mesh's order."""
-    return tuple(axis for axis in cut_axes(mesh) if axis in axes)
+    return tuple(axis for axis in sharded_axes(mesh) if axis in axes)
 
 
 # Bytes that a device of a group of n sends per byte of the result, by ring algorithms (Thakur et al. 2005, Sec. 4).

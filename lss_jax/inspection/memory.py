@@ -23,7 +23,7 @@ from lss_jax.attention.strategy import Held
 from lss_jax.attention.traffic import sizes_of
 from lss_jax.config.schema import Config
 from lss_jax.models import Model, costs_of
-from lss_jax.parallel.mesh import MODEL, SEQ, cut_axes, over_cut_axes
+from lss_jax.parallel.mesh import MODEL, SEQ, sharded_axes, without_unsharded
 from lss_jax.tasks import make_task
 from lss_jax.training.optimizer import moments_of
 from lss_jax.training.state import moment_specs, param_specs
@@ -145,7 +145,7 @@ def _residuals(config: Config, arrays: Arrays, mesh: Mesh | AbstractMesh) -> flo
     if config.model.remat == "none":
         in_dtype = (_gelu_residuals() + 1) * hidden + 2 * region + 2 * heads + held.exchanged + held.saved
         return narrow * in_dtype + 6 * part + lse
-    summed = part if MODEL in cut_axes(mesh) else 0
+    summed = part if MODEL in sharded_axes(mesh) else 0
     return narrow * (part + summed + heads + held.exchanged + held.communicated) + lse
 
 
@@ -185,6 +185,6 @@ def _numbers(model: Model, specs: Any, mesh: Mesh | AbstractMesh, copies: Any = 
     copies = copies or jax.tree.map(lambda _: 1, model.shapes)
 
     def of_leaf(leaf: jax.ShapeDtypeStruct, spec: PartitionSpec, copies: int) -> int:
-        return copies * math.prod(NamedSharding(mesh, over_cut_axes(spec, mesh)).shard_shape(leaf.shape))
+        return copies * math.prod(NamedSharding(mesh, without_unsharded(spec, mesh)).shard_shape(leaf.shape))
 
     return sum(jax.tree.leaves(jax.tree.map(of_leaf, model.shapes, specs, copies)))

@@ -13,10 +13,10 @@ import jax.numpy as jnp
 from jax.extend.core import ClosedJaxpr, Jaxpr
 from jax.sharding import AbstractMesh, Mesh
 
-from lss_jax.attention.kernels.blocks import cut_queries, visits
+from lss_jax.attention.kernels.blocks import query_blocking, visits
 from lss_jax.attention.kernels.interface import Queries
 from lss_jax.attention.kernels.targets import TARGETS
-from lss_jax.attention.kernels.tiles import facts, plan_of
+from lss_jax.attention.kernels.tiles import facts, tiling_of
 from lss_jax.attention.mask import Intervals
 from lss_jax.attention.placement import setting_on
 from lss_jax.attention.setting import Setting
@@ -41,7 +41,7 @@ def outside_attention(model: Model, mesh: Mesh | AbstractMesh) -> int:
 
 
 def _orthogonalizing(model: Model) -> int:
-    """Operations of Muon's update: five iterations of three products for every matrix of layers and heads, on every device."""
+    """Operations of Muon's update: five iterations of three products per matrix, on every device."""
     config = model.config.model
     if model.config.optim.name != "muon":
         return 0
@@ -71,11 +71,11 @@ def _scores(mask: Intervals, sizes: Sizes, setting: Setting, strategy: Strategy)
         q_BlHK: Any = jax.ShapeDtypeStruct((B, l, H, K), dtype)
         kv_N2BGlK = jax.ShapeDtypeStruct((layout.devices, 2, B, G, l, K), dtype)
         queries = Queries(q_BlHK, mask, None)  # of which the shape and the dtype are enough
-        plan = plan_of(queries, kv_N2BGlK, setting, TARGETS[setting.kernel])
-        tables, _ = facts(plan, queries)
-        return int((tables.stop_Bj - tables.first_Bj).sum()) * H * plan.queries.size * plan.key_size
+        tiling = tiling_of(queries, kv_N2BGlK, setting, TARGETS[setting.kernel])
+        tables, _ = facts(tiling, queries)
+        return int((tables.stop_Bj - tables.first_Bj).sum()) * H * tiling.queries.size * tiling.key_size
     keys = strategy.key_blocks(l, setting)
-    blocks = cut_queries((B, l, H, G), layout, (setting.block_queries, setting.block_keys), keys.size)
+    blocks = query_blocking((B, l, H, G), layout, (setting.block_queries, setting.block_keys), keys.size)
     return visits(keys, blocks, mask.start, mask.end) * blocks.block_heads * (H // G) * blocks.size * keys.size
 
 

@@ -16,10 +16,10 @@ from lss_jax.attention.residuals import ATTENDED, COMMUNICATED
 from lss_jax.attention.strategies import Attend
 from lss_jax.config.schema import ModelConfig
 from lss_jax.models.embeddings import INIT_STDDEV, Rope
-from lss_jax.parallel.dropout import AFTER_ATTENTION, AFTER_MLP, ATTENTION, LAYER, Dropout
+from lss_jax.parallel.dropout import AFTER_ATTENTION, AFTER_MLP, ATTENTION_WEIGHTS, LAYER, Dropout
 from lss_jax.parallel.mesh import MODEL
 from lss_jax.parallel.scopes import REGIONS
-from lss_jax.parallel.tensor_parallel import SCATTERED, gather_sequence, scatter_sequence
+from lss_jax.parallel.tensor_parallel import REGION_OUTPUT, gather_sequence, scatter_sequence
 
 REPLICATED = {"spec": P()}
 
@@ -117,7 +117,7 @@ class SelfAttention(nnx.Module):
         q_BlHK, k_BlGK = self.query(x_BlE), self.key(x_BlE)
         if self.rotary:
             q_BlHK, k_BlGK = (self.rope(x_BlHK, segment.positions_l) for x_BlHK in (q_BlHK, k_BlGK))
-        dropout = segment.dropout and segment.dropout.at(ATTENTION)._replace(position_l=segment.positions_l)
+        dropout = segment.dropout and segment.dropout.at(ATTENTION_WEIGHTS)._replace(position_l=segment.positions_l)
         o_BlHK, own = segment.attend(q_BlHK, k_BlGK, self.value(x_BlE), dropout, past)
         return self.out.biased(scatter_sequence(self.out.product(o_BlHK), segment.model_axis)), own
 
@@ -194,7 +194,7 @@ class Stack(nnx.Module):
             return block(x_BpE, layer_segment, past)
 
         if self.remat:
-            saved = jax.checkpoint_policies.save_only_these_names(ATTENDED, COMMUNICATED, SCATTERED)
+            saved = jax.checkpoint_policies.save_only_these_names(ATTENDED, COMMUNICATED, REGION_OUTPUT)
             apply = nnx.remat(apply, policy=saved)
 
         @nnx.scan(in_axes=(nnx.Carry, 0, 0, 0), out_axes=(nnx.Carry, 0), unroll=self.unroll)

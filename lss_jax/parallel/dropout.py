@@ -1,8 +1,8 @@
 """Dropout that does not depend on the mesh: each element's fate is a hash of what it is, not of where it is computed.
 
-An element is known by the seed, the step, the layer, the place in the block, the row of the batch, its natural
-positions, and its head or feature. Every mesh, layout and strategy therefore drops the same elements; and so does the
-backward pass of blockwise attention, or a block that is computed again, without anything kept.
+An element is known by the seed, the step, the layer, the site in the layer, the batch row, its natural positions, and
+its head or feature. Every mesh, layout and strategy therefore drops the same elements; and so does the backward pass of
+blockwise attention, or a layer that is recomputed, with nothing saved.
 """
 
 from typing import Any, NamedTuple
@@ -12,11 +12,12 @@ import jax.numpy as jnp
 
 from lss_jax.parallel.hashing import hashed, mixed
 
-EMBEDDING, LAYER, ATTENTION, AFTER_ATTENTION, AFTER_MLP = range(5)  # the places; those in a layer after its number
+# The sites of a model; a site within a layer comes after the layer's number.
+EMBEDDING, LAYER, ATTENTION_WEIGHTS, AFTER_ATTENTION, AFTER_MLP = range(5)
 
 
 class Dropout(NamedTuple):
-    """Dropout of this step over this device's rows and positions; `key` is a hash of everything above them."""
+    """Dropout of this step over this device's batch rows and positions; `key` is a hash of everything above them."""
 
     rate: Any  # of the elements that become zero
     key: jax.Array  # uint32
@@ -25,7 +26,7 @@ class Dropout(NamedTuple):
     first_head: Any  # of this device's heads, its number in the whole model
 
     def at(self, *coordinates: int | jax.Array) -> "Dropout":
-        """The same, further down: in this layer, at this place."""
+        """The same, further down: in this layer, at this site."""
         return self._replace(key=hashed(self.key, *coordinates))
 
     def of_heads(self, head_H: jax.Array) -> "PairDropout":
@@ -49,7 +50,7 @@ class PairDropout(NamedTuple):
 
 
 def dropped(x: jax.Array, stream: jax.Array, coordinate: jax.Array, rate: Any) -> jax.Array:
-    """Drops elements of `x` by the hashes of what they are so far (`stream`) and one more coordinate; all broadcast."""
+    """Drops elements of `x` by a hash of what they are so far (`stream`) and of one more coordinate; all broadcast."""
     bits = mixed(stream ^ mixed(coordinate))
     keeps = bits >= (jnp.float32(rate) * 2.0**32).astype(jnp.uint32)
     return jnp.where(keeps, x.astype(jnp.float32) / (1.0 - jnp.float32(rate)), 0.0).astype(x.dtype)

@@ -19,13 +19,13 @@ import jax
 from jax.sharding import Mesh, PartitionSpec
 
 from lss_jax.parallel.buckets import in_buckets
-from lss_jax.parallel.mesh import DATA, MODEL, SEQ, cut_axes, named_axes
+from lss_jax.parallel.mesh import DATA, MODEL, SEQ, named_axes, sharded_axes
 from lss_jax.parallel.scopes import GRADIENTS
 
 
 def reduction_axes(spec: PartitionSpec, mesh: Mesh) -> tuple[str, ...]:
     """The axes over which a gradient is summed: those that shard the step, but not its parameter."""
-    return tuple(axis for axis in cut_axes(mesh) if axis not in named_axes(spec))
+    return tuple(axis for axis in sharded_axes(mesh) if axis not in named_axes(spec))
 
 
 def finished(partial: jax.Array, axes: tuple[str, ...]) -> jax.Array:

@@ -1,8 +1,8 @@
 """Token order: which natural (global) positions each device of a sequence group holds.
 
 A global array of the sequence is in *layout order*: the devices' segments one after the other. Under `contiguous` (the
-paper's) that is the natural order. Under `zigzag` the sequence is cut into `2N` chunks and device `i` holds chunks `i`
-and `2N-1-i`, an early and a late one, so that a causal mask gives every device the same work.
+paper's) that is the natural order. Under `zigzag` the sequence is split into `2N` chunks and device `i` holds chunks
+`i` and `2N-1-i`, an early and a late one, so that a causal mask gives every device the same work.
 """
 
 import dataclasses
@@ -43,7 +43,7 @@ class Layout:
 
     @property
     def pieces_D2(self) -> np.ndarray:
-        """Under `zigzag`, with each device's rows cut in two: which of the `2D` natural pieces it holds, `D = NM`.
+        """Under `zigzag`, with each device's tokens split in two: which of the `2D` natural pieces it holds, `D = NM`.
 
         Always an even and an odd one. Within a chunk they are neighbours; and where a device has the last piece of its
         early chunk `i` and the first of its late one, `(i + 1) M - 1` and `(2N - 1 - i) M`, `M` is odd.
@@ -51,12 +51,12 @@ class Layout:
         return (self.chunks_NC[..., None] * self.parts + np.arange(self.parts)).reshape(-1, 2)
 
     def padded(self, length: int) -> int:
-        """The shortest length, at least `length`, that cuts into equal chunks, and these into equal parts."""
+        """The shortest length, at least `length`, that splits into equal chunks, and these into equal parts."""
         pieces = self.devices * self.chunks_per_device * self.parts
         return -(-length // pieces) * pieces
 
     def positions(self, length: int) -> np.ndarray:
-        """The natural position of each place of a (padded) sequence in layout order, int32 `[length]`."""
+        """The natural position of each token of a (padded) sequence in layout order, int32 `[length]`."""
         chunk = length // (self.devices * self.chunks_per_device)
         return (self.chunks_NC.reshape(-1, 1) * chunk + np.arange(chunk)).ravel().astype(np.int32)
 
@@ -80,23 +80,23 @@ class Layout:
             chunks = jnp.stack((early, late[::-1]), axis=1)
         return jnp.moveaxis(chunks.reshape(self.devices, -1, *x.shape[1:]), 1, axis + 1)
 
-    def from_natural(self, rows_p: jax.Array, axes: tuple[str, ...]) -> jax.Array:
-        """Inside `shard_map` over `axes`: rows cut in natural order (leading axis) to those of this device's tokens.
+    def from_natural(self, x_p: jax.Array, axes: tuple[str, ...]) -> jax.Array:
+        """Inside `shard_map` over `axes`: what belongs to tokens (leading axis), from natural order to layout order.
 
-        Cut into two pieces each, the devices have the natural pieces `2j` and `2j + 1` at first. Of the even pieces
+        Split in two pieces each, the devices have the natural pieces `2j` and `2j + 1` at first. Of the even pieces
         every device needs one, and of the odd ones too: two sends, or on two devices one, for the even ones are there.
         """
-        if not self._moves_rows:
-            return rows_p
-        pieces = zip(jnp.split(rows_p, 2), self._moves, strict=True)
+        if not self._moves_tokens:
+            return x_p
+        pieces = zip(jnp.split(x_p, 2), self._moves, strict=True)
         even_and_odd = [_sent(piece, axes, moves) for piece, moves in pieces]
         return jnp.concatenate(self._swapped_where_odd_first(even_and_odd, axes))
 
-    def to_natural(self, rows_p: jax.Array, axes: tuple[str, ...]) -> jax.Array:
+    def to_natural(self, x_p: jax.Array, axes: tuple[str, ...]) -> jax.Array:
         """The inverse of `from_natural`."""
-        if not self._moves_rows:
-            return rows_p
-        even_and_odd = self._swapped_where_odd_first(jnp.split(rows_p, 2), axes)
+        if not self._moves_tokens:
+            return x_p
+        even_and_odd = self._swapped_where_odd_first(jnp.split(x_p, 2), axes)
         back = [[(there, here) for here, there in moves] for moves in self._moves]
         pieces = zip(even_and_odd, back, strict=True)
         return jnp.concatenate([_sent(piece, axes, moves) for piece, moves in pieces])
@@ -104,10 +104,10 @@ class Layout:
     @property
     def sends(self) -> int:
         """How many collectives `from_natural` takes, and `to_natural` as many."""
-        return sum(map(_leave, self._moves)) if self._moves_rows else 0
+        return sum(map(_leave, self._moves)) if self._moves_tokens else 0
 
     @property
-    def _moves_rows(self) -> bool:
+    def _moves_tokens(self) -> bool:
         return self.name == "zigzag" and self.devices > 1
 
     @property
@@ -117,7 +117,7 @@ class Layout:
         return [[(device, holder[2 * device + odd]) for device in range(len(holder) // 2)] for odd in (0, 1)]
 
     def _swapped_where_odd_first(self, pair: Sequence[jax.Array], axes: tuple[str, ...]) -> list[jax.Array]:
-        """The even and the odd piece in the order in which the device holds them, and back."""
+        """The even and the odd piece in the order in which the device holds them; and the inverse, by the same swap."""
         first, second = pair
         odd_first = jnp.asarray(self.pieces_D2[:, 0] % 2 == 1)[jax.lax.axis_index(axes)]
         return [jnp.where(odd_first, second, first), jnp.where(odd_first, first, second)]

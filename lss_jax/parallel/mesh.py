@@ -25,14 +25,14 @@ def make_mesh(sizes: tuple[int, int, int], devices: Sequence[jax.Device] | None 
     return Mesh(placed, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
-def cut_axes(mesh: Mesh | AbstractMesh) -> tuple[str, ...]:
+def sharded_axes(mesh: Mesh | AbstractMesh) -> tuple[str, ...]:
     """The axes with more than one device: only these may leave a collective in the compiled program."""
     return tuple(axis for axis in mesh.axis_names if mesh.shape[axis] > 1)
 
 
-def if_cut(axis: str, mesh: Mesh | AbstractMesh) -> str | None:
+def axis_if_sharded(axis: str, mesh: Mesh | AbstractMesh) -> str | None:
     """The axis, None if it has one device."""
-    return axis if axis in cut_axes(mesh) else None
+    return axis if axis in sharded_axes(mesh) else None
 
 
 def named_axes(spec: PartitionSpec) -> frozenset[str]:
@@ -41,28 +41,28 @@ def named_axes(spec: PartitionSpec) -> frozenset[str]:
 
 
 def axes_of(part: str | tuple[str, ...] | None) -> tuple[str, ...]:
-    """The axes that cut one dimension, the slowest first, from its part of a spec."""
+    """The axes that shard one dimension, the slowest first, from its part of a spec."""
     return (part,) if isinstance(part, str) else part or ()
 
 
-def over_cut_axes(spec: PartitionSpec, mesh: Mesh | AbstractMesh) -> PartitionSpec:
+def without_unsharded(spec: PartitionSpec, mesh: Mesh | AbstractMesh) -> PartitionSpec:
     """The spec without the axes of size 1.
 
-    What is never cut never varies: with these specs `shard_map` sees values that do not vary over an axis of size 1,
-    and nothing asks for a collective there (XLA on CPU would keep it).
+    What is not sharded does not vary: with these specs `shard_map` sees values that do not vary over an axis of size
+    1, and nothing asks for a collective there (XLA on CPU would leave it in the program).
     """
-    cut = cut_axes(mesh)
+    sharded = sharded_axes(mesh)
 
-    def keep(part):
-        kept = tuple(axis for axis in axes_of(part) if axis in cut)
-        return kept[0] if len(kept) == 1 else kept or None
+    def without(part):
+        axes = tuple(axis for axis in axes_of(part) if axis in sharded)
+        return axes[0] if len(axes) == 1 else axes or None
 
-    return PartitionSpec(*map(keep, spec))
+    return PartitionSpec(*map(without, spec))
 
 
 def shardings(specs, mesh: Mesh | AbstractMesh):
     """A tree of specs as a tree of shardings on `mesh`."""
-    return jax.tree.map(lambda spec: NamedSharding(mesh, over_cut_axes(spec, mesh)), specs)
+    return jax.tree.map(lambda spec: NamedSharding(mesh, without_unsharded(spec, mesh)), specs)
 
 
 def like(shapes: Any, shardings: Any) -> Any:

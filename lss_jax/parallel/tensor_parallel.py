@@ -1,17 +1,17 @@
-"""Nvidia's tensor and sequence parallelism (Korthikanti et al. 2022, arXiv 2205.05198): weights cut over `model`.
+"""Nvidia's tensor and sequence parallelism (Korthikanti et al. 2022, arXiv 2205.05198): weights sharded over `model`.
 
 The devices of a model group share a segment. Between regions each holds its part of it, `x_BpE`, for residuals, norms,
 dropout and loss; inside a region (attention, or the MLP) each holds all of it, for its own heads or columns. In with a
-gather, out with a scatter, and their transposes on the way back: 4 + 4 collectives per layer.
+gather, out with a scatter, and their transposes in the backward pass: 4 + 4 collectives per layer.
 
-Everywhere `axis` is the mesh axis of the model group, None if nothing is cut over it.
+Everywhere `axis` is the mesh axis of the model group, None if nothing is sharded over it.
 """
 
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-SCATTERED = "region_output"  # a part: no larger than the block's input, and cheaper to keep than to sum again
+REGION_OUTPUT = "region_output"  # a part: no larger than the layer's input, and cheaper to save than to sum once more
 
 
 def gather_sequence(x_BpE: jax.Array, axis: str | None) -> jax.Array:
@@ -22,17 +22,17 @@ def gather_sequence(x_BpE: jax.Array, axis: str | None) -> jax.Array:
 
 
 def scatter_sequence(x_BlE: jax.Array, axis: str | None) -> jax.Array:
-    """Out of a region: the sum of all devices' terms, of which each keeps its own tokens, `x_BpE`.
+    """Out of a region: the sum of all devices' terms, of which each gets its own tokens', `x_BpE`.
 
     The terms travel in the compute dtype, as Megatron's: the residual that they are added to is rounded to it as well.
     """
     if axis is None:
         return x_BlE
-    return checkpoint_name(jax.lax.psum_scatter(x_BlE, axis, scatter_dimension=1, tiled=True), SCATTERED)
+    return checkpoint_name(jax.lax.psum_scatter(x_BlE, axis, scatter_dimension=1, tiled=True), REGION_OUTPUT)
 
 
 def own_part(x: jax.Array, axis: str | None, dimension: int) -> jax.Array:
-    """This device's part of what all devices of its group have: `l` to `p` in one dimension, without a collective."""
+    """This device's part of what its whole model group has: `l` to `p` in one dimension, without a collective."""
     if axis is None:
         return x
     size = x.shape[dimension] // jax.lax.axis_size(axis)
@@ -40,9 +40,9 @@ def own_part(x: jax.Array, axis: str | None, dimension: int) -> jax.Array:
 
 
 def own_numbers(number: jax.Array, count: int, axis: str) -> tuple[jax.Array, jax.Array]:
-    """Of things cut into shares of `count`: the number of each in this device's share, and whether it is there.
+    """Global numbers of things that are sharded, `count` per device, as numbers on this device, and which are here.
 
-    What is not there gets a number too, so that something can be read, and thrown away.
+    What is elsewhere gets a number too, so that something can be read, and masked out.
     """
     here = number - jax.lax.axis_index(axis) * count
     return jnp.clip(here, 0, count - 1), (here >= 0) & (here < count)

@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec as P
 
 from lss_jax.models import Model
 from lss_jax.parallel.layout import layout_on
-from lss_jax.parallel.mesh import DATA, SEQ, axes_of, cut_axes, named_axes, shardings
+from lss_jax.parallel.mesh import DATA, SEQ, axes_of, named_axes, sharded_axes, shardings
 
 
 class TrainState(NamedTuple):
@@ -56,7 +56,7 @@ def moment_specs(model: Model, mesh: Mesh | AbstractMesh) -> Any:
 
 def _shard_further(spec: P, shape: tuple[int, ...], mesh: Mesh | AbstractMesh) -> P:
     """The spec with `data` and `seq`, where it omits them, added to the first dimension that both divide, or one."""
-    free = [axis for axis in (DATA, SEQ) if axis in cut_axes(mesh) and axis not in named_axes(spec)]
+    free = [axis for axis in (DATA, SEQ) if axis in sharded_axes(mesh) and axis not in named_axes(spec)]
     parts = [axes_of(part) for part in spec] + [()] * (len(shape) - len(spec))
     for axes in (free, free[:1], free[1:]):
         for dimension, size in enumerate(shape):

@@ -18,7 +18,7 @@ from lss_jax.models.layers import Segment, without_past
 from lss_jax.parallel.dropout import Dropout
 from lss_jax.parallel.gradients import double_sum, varying
 from lss_jax.parallel.hashing import hashed
-from lss_jax.parallel.mesh import DATA, MODEL, SEQ, if_cut, like, over_cut_axes
+from lss_jax.parallel.mesh import DATA, MODEL, SEQ, axis_if_sharded, like, without_unsharded
 from lss_jax.parallel.scopes import OPTIMIZER
 from lss_jax.parallel.tensor_parallel import own_part
 from lss_jax.tasks import make_task
@@ -123,7 +123,7 @@ def _sums(model: Model, mesh: Mesh, over: int | None, spec: P) -> jax.stages.Wra
     task = make_task(model.config)
     in_specs = on_mesh((model.specs, task.batch_specs()), mesh)
 
-    @partial(jax.shard_map, mesh=mesh, in_specs=in_specs, out_specs=over_cut_axes(spec, mesh))
+    @partial(jax.shard_map, mesh=mesh, in_specs=in_specs, out_specs=without_unsharded(spec, mesh))
     def on_segments(params: Params, batch: Any) -> Any:
         losses = local_losses(model, mesh, in_layout_order(params, model, mesh), batch, None)
         sums = jax.tree.map(lambda losses_Bp: jnp.sum(losses_Bp, over), losses)
@@ -134,7 +134,7 @@ def _sums(model: Model, mesh: Mesh, over: int | None, spec: P) -> jax.stages.Wra
 
 def local_losses(model: Model, mesh: Mesh, params: Params, batch: Any, dropout: Dropout | None) -> Any:
     """The task's losses on this device's part of its segment, `[B, p]` each, from local parameters and batch."""
-    config, axis, task = model.config, if_cut(MODEL, mesh), make_task(model.config)
+    config, axis, task = model.config, axis_if_sharded(MODEL, mesh), make_task(model.config)
     positions_l, positions_p = batch.positions, own_part(batch.positions, axis, 0)
     attend = make_attend(config.attention.strategy, task.mask(batch.positions, batch), setting_on(config, mesh))
     segment = Segment(
@@ -151,7 +151,7 @@ def dropout_of(config: Config, mesh: Mesh, batch: Any, step: jax.Array) -> Dropo
     """The dropout of a step for the rows and positions of a local batch, None if nothing is dropped."""
     if not config.model.dropout:
         return None
-    axis = if_cut(MODEL, mesh)
+    axis = axis_if_sharded(MODEL, mesh)
     first_head = jax.lax.axis_index(axis) * (config.model.heads // mesh.shape[MODEL]) if axis else 0
     key = hashed(jnp.uint32(config.seed), step)
     return Dropout(config.model.dropout, key, batch.rows, batch.positions, first_head)
@@ -180,4 +180,4 @@ def sum_over_microbatches(function: Callable[[Any], Any], batch: Any, specs: Any
 
 def on_mesh(specs: Any, mesh: Mesh) -> Any:
     """The specs for `shard_map` on this mesh: without its axes of size 1."""
-    return jax.tree.map(lambda spec: over_cut_axes(spec, mesh), specs)
+    return jax.tree.map(lambda spec: without_unsharded(spec, mesh), specs)

@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 
 from lss_jax.models import Model, Params
 from lss_jax.parallel.layout import layout_on
-from lss_jax.parallel.mesh import DATA, cut_axes
+from lss_jax.parallel.mesh import DATA, sharded_axes
 from lss_jax.parallel.scopes import POSITIONS
 
 
@@ -51,7 +51,7 @@ def cropped(gradient: Params, model: Model, mesh: Mesh) -> Params:
 
 
 def _sequence_axes(mesh: Mesh) -> tuple[str, ...]:
-    return tuple(axis for axis in cut_axes(mesh) if axis != DATA)
+    return tuple(axis for axis in sharded_axes(mesh) if axis != DATA)
 
 
 def _missing_rows(model: Model, mesh: Mesh) -> int:

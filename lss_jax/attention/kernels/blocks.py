@@ -1,7 +1,7 @@
-"""Blocks of queries and of keys: how they are cut, where they lie, and which of them an interval touches.
+"""Blocks of queries and of keys: how they are made, where they lie, and which of them an interval touches.
 
 Letters beside the usual: `n` segments of `s` keys; `c` runs of consecutive keys; `t` blocks of `k` keys; `i` blocks of
-queries, each of one row of the batch, `g` key/value heads and `q` neighbours, that is `m = R q` rows of each head.
+queries, each of one row of the batch, `g` key/value heads and `q` neighbours, that is `m = R q` queries of each.
 """
 
 from typing import Any, NamedTuple
@@ -17,17 +17,17 @@ SMALLEST_BLOCK = 128  # runs shorter than this are not worth blocks of their own
 class KeyChunks(NamedTuple):
     """Runs of `length` consecutive keys, in the order of their positions.
 
-    Run `c` starts at natural position `start_c[c]` and lies in segment `segment_c[c]` from place `place_c[c]`.
+    Run `c` starts at natural position `start_c[c]`; it lies in segment `segment_c[c]`, from key `offset_c[c]` on.
     """
 
     start_c: Any
     segment_c: Any
-    place_c: Any
+    offset_c: Any
     length: int
 
 
 class KeyBlocks(NamedTuple):
-    """The key blocks in natural order, all of `size` keys, read from `place_t` of segment `segment_t`.
+    """The key blocks in natural order, all of `size` keys, read from `offset_t` on in segment `segment_t`.
 
     Block `t` answers for the keys at positions `begin_t` to `end_t` (exclusive). The last block of a run reaches back,
     so as to be as long as the others: the first key that it reads is at position `first_t`, at or before `begin_t`.
@@ -37,7 +37,7 @@ class KeyBlocks(NamedTuple):
     end_t: jax.Array
     first_t: jax.Array
     segment_t: jax.Array
-    place_t: jax.Array
+    offset_t: jax.Array
     size: int
 
 
@@ -58,26 +58,26 @@ def chunks_of_device(layout: Layout, segment_length: int, device: jax.Array) -> 
 
 
 def key_blocks(chunks: KeyChunks, target: int) -> KeyBlocks:
-    """Cuts every run into equal blocks of at most `target` keys."""
+    """Equal blocks of each run, with up to `target` keys."""
     blocks, size = even(chunks.length, target)
-    offset_t = jnp.arange(blocks) * size
-    read_t = jnp.minimum(offset_t, chunks.length - size)
+    in_run_t = jnp.arange(blocks) * size
+    read_t = jnp.minimum(in_run_t, chunks.length - size)
 
-    def of_all_runs(first_c: Any, offset_t: jax.Array) -> jax.Array:
-        return (jnp.asarray(first_c, jnp.int32)[:, None] + offset_t).ravel()
+    def of_all_runs(first_c: Any, in_run_t: jax.Array) -> jax.Array:
+        return (jnp.asarray(first_c, jnp.int32)[:, None] + in_run_t).ravel()
 
     return KeyBlocks(
-        begin_t=of_all_runs(chunks.start_c, offset_t),
-        end_t=of_all_runs(chunks.start_c, jnp.minimum(offset_t + size, chunks.length)),
+        begin_t=of_all_runs(chunks.start_c, in_run_t),
+        end_t=of_all_runs(chunks.start_c, jnp.minimum(in_run_t + size, chunks.length)),
         first_t=of_all_runs(chunks.start_c, read_t),
-        segment_t=of_all_runs(chunks.segment_c, 0 * offset_t),
-        place_t=of_all_runs(chunks.place_c, read_t),
+        segment_t=of_all_runs(chunks.segment_c, 0 * in_run_t),
+        offset_t=of_all_runs(chunks.offset_c, read_t),
         size=size,
     )
 
 
 def even(length: int, target: int) -> tuple[int, int]:
-    """The number and the size of equal blocks, at most `target` long, that cover `length`."""
+    """The number and the size of equal blocks, up to `target` long, that cover `length`."""
     blocks = -(-length // target)
     return blocks, -(-length // blocks)
 
@@ -97,14 +97,14 @@ def touched(keys: KeyBlocks, start_q: jax.Array, end_q: jax.Array) -> tuple[jax.
     return first, jnp.maximum(first, stop)
 
 
-def visits(keys: KeyBlocks, cut: "QueryCut", start: jax.Array, end: jax.Array) -> int:
+def visits(keys: KeyBlocks, blocking: "QueryBlocking", start: jax.Array, end: jax.Array) -> int:
     """How many pairs of a block of queries and a block of keys a kernel computes; intervals `[l]` or `[B, l]`."""
-    first_i, stop_i = touched(keys, cut.split_rows(start), cut.split_rows(end))
+    first_i, stop_i = touched(keys, blocking.split_per_query(start), blocking.split_per_query(end))
     return int((stop_i - first_i).sum())
 
 
-class QueryCut(NamedTuple):
-    """How local queries `[B, l, H, K]` are cut into equal blocks; none reaches over the end of one of the `runs`."""
+class QueryBlocking(NamedTuple):
+    """Local queries `[B, l, H, K]` in equal blocks, of which none reaches over the end of one of the `runs`."""
 
     batch: int
     runs: int
@@ -127,19 +127,19 @@ class QueryCut(NamedTuple):
         x = x.transpose(0, 2, 5, 1, 3, 4, 6).reshape(self.batch, self.runs, -1, self.kv_heads * m // self.size, K)
         return x[:, :, : self.run_length].reshape(self.batch, -1, *x.shape[3:])
 
-    def split_scalars(self, x_BlH: jax.Array) -> jax.Array:
+    def split_per_head(self, x_BlH: jax.Array) -> jax.Array:
         """The same for a number per query and head: `x_igm`."""
         return self.split(x_BlH[..., None])[..., 0]
 
-    def split_rows(self, x: jax.Array) -> jax.Array:
+    def split_per_query(self, x: jax.Array) -> jax.Array:
         """The same for a number per query, `[l]` or `[B, l]`: `x_iq`."""
         x_1iq = self._padded(x, x.ndim - 1).reshape(-1, 1, self.runs * self._blocks, self.size)
         return jnp.broadcast_to(x_1iq, (self.batch, self.kv_heads // self.block_heads, *x_1iq.shape[2:])).reshape(
             -1, self.size
         )
 
-    def first_rows_and_heads(self) -> tuple[jax.Array, jax.Array]:
-        """The row of the batch and the first key/value head of each block: `row_i, head_i`."""
+    def batch_rows_and_heads(self) -> tuple[jax.Array, jax.Array]:
+        """The batch row and the first key/value head of each block: `row_i, head_i`."""
         head_groups = self.kv_heads // self.block_heads
         index_i = jnp.arange(self.batch * head_groups * self.runs * self._blocks) // (self.runs * self._blocks)
         return index_i // head_groups, index_i % head_groups * self.block_heads
@@ -157,9 +157,9 @@ class QueryCut(NamedTuple):
         return jnp.pad(x.reshape(*before, self.runs, -1, *after), widths).reshape(*before, -1, *after)
 
 
-def cut_queries(
+def query_blocking(
     shape_BlHG: tuple[int, int, int, int], layout: Layout, largest: tuple[int, int], key_block: int
-) -> QueryCut:
+) -> QueryBlocking:
     """Equal blocks of local queries, no larger than the `largest` (queries, keys), to meet blocks of `key_block` keys.
 
     Where both are smaller than they may be, a block has as many key/value heads as give it the scores that one head
@@ -171,4 +171,4 @@ def cut_queries(
     size = even(l // runs, block_queries)[1]
     room = block_queries * block_keys // (size * key_block * (H // kv_heads))
     heads = max(heads for heads in range(1, kv_heads + 1) if kv_heads % heads == 0 and heads <= max(room, 1))
-    return QueryCut(batch=B, runs=runs, run_length=l // runs, size=size, kv_heads=kv_heads, block_heads=heads)
+    return QueryBlocking(batch=B, runs=runs, run_length=l // runs, size=size, kv_heads=kv_heads, block_heads=heads)

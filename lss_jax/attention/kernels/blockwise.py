@@ -1,7 +1,7 @@
 """Blockwise attention: exact, in memory that is linear in the sequence, and no work where the mask shows nothing.
 
 The softmax is taken block by block of keys with a running maximum and sum (Milakov & Gimelshein 2018, arXiv
-1805.02867; Rabe & Staats 2021, arXiv 2112.05682). The backward pass computes the scores again from each row's
+1805.02867; Rabe & Staats 2021, arXiv 2112.05682). The backward pass recomputes the scores from each query's
 log-sum-exp (Dao et al. 2022, arXiv 2205.14135). It is plain JAX: one program for CPU, GPU and TPU.
 
 Keys and values are used as a gather leaves them, segments stacked in `kv_n2BGsK`, in no particular order: a table of
@@ -17,10 +17,10 @@ from jax.ad_checkpoint import checkpoint_name
 
 from lss_jax.attention.kernels.blocks import (
     KeyBlocks,
-    QueryCut,
+    QueryBlocking,
     chunks_of_all,
-    cut_queries,
     key_blocks,
+    query_blocking,
     too_short,
     touched,
 )
@@ -34,39 +34,39 @@ from lss_jax.parallel.dropout import dropped
 def forward(queries: Queries, kv_N2BGlK: jax.Array, setting: Setting) -> Output:
     """Attention over the keys and values of all segments."""
     kv_n2BGsK, keys = _ordered(kv_N2BGlK, setting)
-    cut, blocks = cut_and_blocks(queries, kv_N2BGlK.shape[3], keys, setting)
+    blocking, blocks = in_blocks(queries, kv_N2BGlK.shape[3], keys, setting)
     o_igmK, lse_igm = finish(accumulate(blocks, kv_n2BGsK, keys, nothing_yet(blocks)))
-    return checkpoint_name(Output(cut.join(o_igmK).astype(queries.q_BlHK.dtype), lse_igm), ATTENDED)
+    return checkpoint_name(Output(blocking.join(o_igmK).astype(queries.q_BlHK.dtype), lse_igm), ATTENDED)
 
 
 def backward(residuals: Residuals, do_BlHK: jax.Array, setting: Setting) -> tuple[jax.Array, jax.Array]:
     """`dq_BlHK`, and these queries' part of `dkv_N2BGKl` in float32."""
     queries, kv_N2BGlK, output = residuals
     kv_n2BGsK, keys = _ordered(kv_N2BGlK, setting)
-    cut, blocks = cut_and_blocks(queries, kv_N2BGlK.shape[3], keys, setting)
-    given, start = cotangents(cut, output, do_BlHK), no_gradients(blocks, kv_n2BGsK)
+    blocking, blocks = in_blocks(queries, kv_N2BGlK.shape[3], keys, setting)
+    given, start = cotangents(blocking, output, do_BlHK), no_gradients(blocks, kv_n2BGsK)
     dq_igmK, dkv_n2BGKs = differentiate(blocks, kv_n2BGsK, keys, cotangents=given, gradients=start)
-    if scattered(kv_N2BGlK.shape[4], setting):
+    if ordered_first(kv_N2BGlK.shape[4], setting):
         dkv_n2BGKs = setting.layout.segments(dkv_n2BGKs[0], 4)
-    return cut.join(dq_igmK).astype(do_BlHK.dtype), dkv_n2BGKs
+    return blocking.join(dq_igmK).astype(do_BlHK.dtype), dkv_n2BGKs
 
 
 def _ordered(kv_N2BGlK: jax.Array, setting: Setting) -> tuple[jax.Array, KeyBlocks]:
-    """The keys as they lie and their blocks; runs too short for a block are first put together in natural order."""
+    """The keys as they lie and their blocks; runs too short for blocks are first put together in natural order."""
     keys = blocks_of_keys(kv_N2BGlK.shape[4], setting)
-    if scattered(kv_N2BGlK.shape[4], setting):
+    if ordered_first(kv_N2BGlK.shape[4], setting):
         kv_N2BGlK = setting.layout.natural(kv_N2BGlK, 4)[None]
     return kv_N2BGlK, keys
 
 
 def blocks_of_keys(segment_length: int, setting: Setting) -> KeyBlocks:
     """The blocks of all keys, as the kernel has them."""
-    if scattered(segment_length, setting):
-        segment_length, setting = segment_length * setting.layout.devices, setting.uncut
+    if ordered_first(segment_length, setting):
+        segment_length, setting = segment_length * setting.layout.devices, setting.unsharded
     return key_blocks(chunks_of_all(setting.layout, segment_length), setting.block_keys)
 
 
-def scattered(segment_length: int, setting: Setting) -> bool:
+def ordered_first(segment_length: int, setting: Setting) -> bool:
     """Whether runs are too short for blocks of their own, so that keys are first put together in natural order."""
     layout = setting.layout
     return layout.devices > 1 and too_short(segment_length // layout.chunks_per_device, setting.block_keys)
@@ -76,7 +76,7 @@ class QueryBlocks(NamedTuple):
     """Queries in blocks of neighbours, with what goes with them; one scan takes them in turn."""
 
     q_igmK: jax.Array
-    start_iq: jax.Array  # the intervals; empty for the padding
+    start_iq: jax.Array  # the intervals; empty for the padding, which is masked out
     end_iq: jax.Array
     row_i: jax.Array  # of the batch
     head_i: jax.Array  # the first of the key/value heads in the block
@@ -84,19 +84,22 @@ class QueryBlocks(NamedTuple):
     rate_i: jax.Array | None
 
 
-def cut_and_blocks(queries: Queries, kv_heads: int, keys: KeyBlocks, setting: Setting) -> tuple[QueryCut, QueryBlocks]:
-    """How the local queries are cut, and their blocks."""
+def in_blocks(queries: Queries, kv_heads: int, keys: KeyBlocks, setting: Setting) -> tuple[QueryBlocking, QueryBlocks]:
+    """The local queries in blocks, and how these were made."""
     (q_BlHK, mask, dropout), largest = queries, (setting.block_queries, setting.block_keys)
     B, l, H, _ = q_BlHK.shape
-    cut = cut_queries((B, l, H, kv_heads), setting.layout, largest, key_block=keys.size)
-    row_i, head_i = cut.first_rows_and_heads()
+    blocking = query_blocking((B, l, H, kv_heads), setting.layout, largest, key_block=keys.size)
+    row_i, head_i = blocking.batch_rows_and_heads()
     stream_igm, rate_i = None, None
     if dropout is not None:
-        stream_igm, rate_i = cut.split_scalars(dropout.stream_BlH), jnp.full(len(row_i), dropout.rate, jnp.float32)
-    return cut, QueryBlocks(
-        q_igmK=cut.split(q_BlHK),
-        start_iq=cut.split_rows(mask.start),
-        end_iq=cut.split_rows(mask.end),
+        stream_igm, rate_i = (
+            blocking.split_per_head(dropout.stream_BlH),
+            jnp.full(len(row_i), dropout.rate, jnp.float32),
+        )
+    return blocking, QueryBlocks(
+        q_igmK=blocking.split(q_BlHK),
+        start_iq=blocking.split_per_query(mask.start),
+        end_iq=blocking.split_per_query(mask.end),
         row_i=row_i,
         head_i=head_i,
         stream_igm=stream_igm,
@@ -129,7 +132,7 @@ def accumulate(queries: QueryBlocks, kv_n2BGsK: jax.Array, keys: KeyBlocks, soft
             k_gkK, v_gkK = _read(kv_n2BGsK, keys, t, queries)
             s_gmk = _scores(queries, k_gkK, keys, t)
             new_max_gm = jnp.maximum(max_gm, s_gmk.max(-1))
-            shift_gm = jnp.where(new_max_gm == -jnp.inf, 0.0, new_max_gm)  # a row that has seen nothing yet
+            shift_gm = jnp.where(new_max_gm == -jnp.inf, 0.0, new_max_gm)  # a query that has seen nothing yet
             p_gmk = jnp.exp(s_gmk - shift_gm[..., None])
             shrink_gm = jnp.exp(max_gm - shift_gm)
             sum_gm = sum_gm * shrink_gm + p_gmk.sum(-1)
@@ -142,7 +145,7 @@ def accumulate(queries: QueryBlocks, kv_n2BGsK: jax.Array, keys: KeyBlocks, soft
 
 
 def finish(softmax: Softmax) -> tuple[jax.Array, jax.Array]:
-    """Attention rows and log-sum-exp, float32: `o_igmK, lse_igm`; both zero for a query that saw nothing."""
+    """The output and its log-sum-exp, float32: `o_igmK, lse_igm`; both zero for a query that saw nothing."""
     seen_igm = softmax.sum_igm > 0
     sum_igm = jnp.where(seen_igm, softmax.sum_igm, 1.0)
     lse_igm = jnp.where(seen_igm, softmax.max_igm, 0.0) + jnp.log(sum_igm)
@@ -158,10 +161,10 @@ class Cotangents(NamedTuple):
 
 
 class Gradients(NamedTuple):
-    """Float32, and so far: of the queries, and of the keys and values.
+    """The gradients so far, float32.
 
-    The latter lie with the keys along the last axis: `do^T p` is a product as it stands, `p^T do` would take twice the
-    time for the transposition of the larger factor (XLA on CPU).
+    Those of keys and values lie with the keys along the last axis: `do^T p` is a product as it stands, `p^T do` would
+    take twice the time for the transposition of the larger factor (XLA on CPU).
     """
 
     dq_igmK: jax.Array
@@ -173,10 +176,10 @@ def no_gradients(queries: QueryBlocks, kv_n2BGsK: jax.Array) -> Gradients:
     return Gradients(jnp.zeros_like(queries.q_igmK, jnp.float32), jnp.zeros_like(kv_n2BGsK.swapaxes(4, 5), jnp.float32))
 
 
-def cotangents(cut: QueryCut, output: Output, do_BlHK: jax.Array) -> Cotangents:
-    """By block, as the queries are."""
+def cotangents(blocking: QueryBlocking, output: Output, do_BlHK: jax.Array) -> Cotangents:
+    """In blocks, like the queries."""
     odo_BlH = jnp.einsum("BlHK,BlHK->BlH", output.o_BlHK, do_BlHK, preferred_element_type=jnp.float32)
-    return Cotangents(cut.split(do_BlHK), output.lse, cut.split_scalars(odo_BlH))
+    return Cotangents(blocking.split(do_BlHK), output.lse, blocking.split_per_head(odo_BlH))
 
 
 def differentiate(
@@ -196,7 +199,7 @@ def differentiate(
             dk_gKk = product("gmK,gmk->gKk", queries.q_igmK, ds_gmk)
             dq_gmK = gradients.dq_igmK + product("gmk,gkK->gmK", ds_gmk, k_gkK)
             d_2gKk = jnp.stack((dk_gKk, dv_gKk))
-            return Gradients(dq_gmK, _add(gradients.dkv_n2BGKs, d_2gKk, at=_place(keys, t, queries)))
+            return Gradients(dq_gmK, _add(gradients.dkv_n2BGKs, d_2gKk, at=_start_of(keys, t, queries)))
 
         so_far = Gradients(dq_gmK, dkv_n2BGKs)
         dq_gmK, dkv_n2BGKs = _over_touched(keys, queries, one_block_of_keys, init=so_far, reads=(kv_n2BGsK, given))
@@ -228,14 +231,14 @@ def _over_touched(keys, queries, body, *, init, reads):
 def _read(kv_n2BGsK, keys, t, queries):
     """Keys and values of a block, `[g, k, K]` each."""
     _, pair, _, _, _, K = kv_n2BGsK.shape
-    *at, place = _place(keys, t, queries)
+    *at, offset = _start_of(keys, t, queries)
     sizes = (1, pair, 1, queries.q_igmK.shape[0], keys.size, K)
-    return jax.lax.dynamic_slice(kv_n2BGsK, (*at, place, 0), sizes)[0, :, 0]
+    return jax.lax.dynamic_slice(kv_n2BGsK, (*at, offset, 0), sizes)[0, :, 0]
 
 
-def _place(keys, t, queries):
+def _start_of(keys, t, queries):
     """Where the keys and values of a block start: indices to `n2BGs`."""
-    return keys.segment_t[t], 0, queries.row_i, queries.head_i, keys.place_t[t]
+    return keys.segment_t[t], 0, queries.row_i, queries.head_i, keys.offset_t[t]
 
 
 def _add(dkv_n2BGKs, d_2gKk, at):

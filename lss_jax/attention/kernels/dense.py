@@ -1,7 +1,7 @@
 """Dense attention: the whole score matrix at once, as the paper has it. Exact and simple, and `l x L` in memory.
 
-Between the two passes it keeps a log-sum-exp per row, as the other kernels do, and computes the scores again from it
-(Dao et al. 2022, arXiv 2205.14135): they are there for one layer at a time.
+It saves a log-sum-exp per query, as the other kernels do, and recomputes the scores from it in the backward pass (Dao
+et al. 2022, arXiv 2205.14135): they exist for one layer at a time.
 """
 
 import jax
@@ -26,8 +26,8 @@ def backward(residuals: Residuals, do_BlHK: jax.Array, setting: Setting) -> tupl
     (q_BlHK, mask, dropout), kv_N2BGlK, (o_BlHK, lse_BGm) = residuals
     k_BGLK, v_BGLK = setting.layout.natural(kv_N2BGlK, 4)
     G, scale = k_BGLK.shape[1], q_BlHK.shape[3] ** -0.5
-    q_BGmK, do_BGmK = rows_of_heads(q_BlHK, G), rows_of_heads(do_BlHK, G)
-    odo_BGm = jnp.einsum("BGmK,BGmK->BGm", rows_of_heads(o_BlHK, G), do_BGmK, preferred_element_type=jnp.float32)
+    q_BGmK, do_BGmK = by_kv_head(q_BlHK, G), by_kv_head(do_BlHK, G)
+    odo_BGm = jnp.einsum("BGmK,BGmK->BGm", by_kv_head(o_BlHK, G), do_BGmK, preferred_element_type=jnp.float32)
     p_BGmL = jnp.exp(_scores(q_BGmK, k_BGLK, mask) - lse_BGm[..., None])
     dv_BGKL = product("BGmK,BGmL->BGKL", do_BGmK, _dropped(p_BGmL, dropout))
     dp_BGmL = _dropped(product("BGmK,BGLK->BGmL", do_BGmK, v_BGLK), dropout)
@@ -35,22 +35,22 @@ def backward(residuals: Residuals, do_BlHK: jax.Array, setting: Setting) -> tupl
     dk_BGKL = product("BGmK,BGmL->BGKL", q_BGmK, ds_BGmL)
     dq_BGmK = product("BGmL,BGLK->BGmK", ds_BGmL, k_BGLK)
     dkv_N2BGKl = setting.layout.segments(jnp.stack((dk_BGKL, dv_BGKL)), 4)
-    return heads_of_rows(dq_BGmK, q_BlHK.shape).astype(q_BlHK.dtype), dkv_N2BGKl
+    return by_query_head(dq_BGmK, q_BlHK.shape).astype(q_BlHK.dtype), dkv_N2BGKl
 
 
 def dense_attention(queries: Queries, kv_2BGLK: jax.Array) -> Output:
     """Attention over all `L` keys in natural order; scores and softmax are float32."""
     (q_BlHK, mask, dropout), (k_BGLK, v_BGLK) = queries, kv_2BGLK
-    s_BGmL = _scores(rows_of_heads(q_BlHK, k_BGLK.shape[1]), k_BGLK, mask)
+    s_BGmL = _scores(by_kv_head(q_BlHK, k_BGLK.shape[1]), k_BGLK, mask)
     lse_BGm = jax.nn.logsumexp(s_BGmL, axis=-1)
     lse_BGm = jnp.where(lse_BGm == -jnp.inf, 0.0, lse_BGm)
     p_BGmL = _dropped(jnp.exp(s_BGmL - lse_BGm[..., None]), dropout)
     o_BGmK = product("BGmL,BGLK->BGmK", p_BGmL, v_BGLK)
-    return Output(heads_of_rows(o_BGmK, q_BlHK.shape).astype(q_BlHK.dtype), lse_BGm)
+    return Output(by_query_head(o_BGmK, q_BlHK.shape).astype(q_BlHK.dtype), lse_BGm)
 
 
-def rows_of_heads(x_BlHK: jax.Array, kv_heads: int) -> jax.Array:
-    """`x_BGmK`: `G` key/value heads serve `H` query heads, `R = H/G` neighbours each, as `m = R*l` rows of one head.
+def by_kv_head(x_BlHK: jax.Array, kv_heads: int) -> jax.Array:
+    """`x_BGmK`: `G` key/value heads serve `H` query heads, `R = H/G` neighbours each, as `m = R*l` queries of one head.
 
     Source: Ainslie et al. 2023, arXiv 2305.13245.
     """
@@ -58,8 +58,8 @@ def rows_of_heads(x_BlHK: jax.Array, kv_heads: int) -> jax.Array:
     return x_BlHK.reshape(B, l, kv_heads, H // kv_heads, K).transpose(0, 2, 3, 1, 4).reshape(B, kv_heads, -1, K)
 
 
-def heads_of_rows(x_BGmK: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """The inverse of `rows_of_heads`, for an `x_BlHK` of this shape."""
+def by_query_head(x_BGmK: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """The inverse of `by_kv_head`, for an `x_BlHK` of this shape."""
     B, l, _, K = shape
     return x_BGmK.reshape(B, x_BGmK.shape[1], -1, l, K).transpose(0, 3, 1, 2, 4).reshape(shape)
 
@@ -75,5 +75,5 @@ def _scores(q_BGmK: jax.Array, k_BGLK: jax.Array, mask: Intervals) -> jax.Array:
 def _dropped(x_BGmL: jax.Array, dropout: PairDropout | None) -> jax.Array:
     if dropout is None:
         return x_BGmL
-    stream_BGm1 = rows_of_heads(dropout.stream_BlH[..., None], x_BGmL.shape[1])
+    stream_BGm1 = by_kv_head(dropout.stream_BlH[..., None], x_BGmL.shape[1])
     return dropped(x_BGmL, stream_BGm1, jnp.arange(x_BGmL.shape[3]), dropout.rate)

@@ -1,9 +1,9 @@
 """The blockwise algorithm as fused kernels in Pallas, for GPUs ("triton") and TPUs ("mosaic"): scores stay on the chip.
 
 The mathematics is that of `blockwise`. A program of the grid takes one block of one head's queries past the blocks of
-keys that it touches; on the way back another takes one block of keys past the queries that touch it. Scores stand as
-`s_km`, keys down and queries across, so that whatever there is one of per query is a row. The letters are those of
-`tiles`; names in `_ref` are arrays as a program sees them.
+keys that it touches; in the backward pass another takes one block of keys past the queries that touch it. Scores are
+`s_km`, keys down and queries across, so that a number per query is a row of a matrix. The letters are those of `tiles`;
+names in `_ref` are arrays as a program sees them.
 """
 
 from typing import Any, NamedTuple
@@ -15,7 +15,7 @@ from jax.experimental import pallas as pl
 
 from lss_jax.attention.kernels.interface import Output, Queries, Residuals
 from lss_jax.attention.kernels.targets import Target
-from lss_jax.attention.kernels.tiles import END, START, STREAM, Plan, Tables, facts, plan_of
+from lss_jax.attention.kernels.tiles import END, START, STREAM, Tables, Tiling, facts, tiling_of
 from lss_jax.attention.residuals import ATTENDED
 from lss_jax.attention.setting import Setting
 from lss_jax.parallel.dropout import dropped
@@ -26,59 +26,63 @@ LSE, ODO = range(2)  # rows of `floats_BHj2m`
 def forward(queries: Queries, kv_N2BGlK: jax.Array, setting: Setting, target: Target) -> Output:
     """Attention over the keys and values of all segments; the log-sum-exp is `lse_BHj1m`."""
     q_BlHK = queries.q_BlHK
-    plan = plan_of(queries, kv_N2BGlK, setting, target)
-    tables, ints_BHj3m = facts(plan, queries)
-    q_BHjmK, kv_n2BGsK = plan.split_queries(q_BlHK), plan.split_keys(kv_N2BGlK)
+    tiling = tiling_of(queries, kv_N2BGlK, setting, target)
+    tables, ints_BHj3m = facts(tiling, queries)
+    q_BHjmK, kv_n2BGsK = tiling.split_queries(q_BlHK), tiling.split_keys(kv_N2BGlK)
     *grid, m, K = q_BHjmK.shape
     o_BHjmK, lse_BHj1m = _call(
         _outputs,
-        plan,
+        tiling,
         tables,
         grid=grid,
         inputs=[(q_BHjmK, _own), (ints_BHj3m, _own), (kv_n2BGsK, _anywhere)],
         outputs=[(q_BHjmK, _own), (jax.ShapeDtypeStruct((*grid, 1, m), jnp.float32), _own)],
-        walked=[(plan.key_size, K, kv_n2BGsK.dtype)] * 2,
+        walked=[(tiling.key_size, K, kv_n2BGsK.dtype)] * 2,
     )
-    return checkpoint_name(Output(plan.join_queries(o_BHjmK, q_BlHK.shape[3]), lse_BHj1m), ATTENDED)
+    return checkpoint_name(Output(tiling.join_queries(o_BHjmK, q_BlHK.shape[3]), lse_BHj1m), ATTENDED)
 
 
 def backward(residuals: Residuals, do_BlHK: jax.Array, setting: Setting, target: Target) -> tuple[jax.Array, jax.Array]:
     """`dq_BlHK`, and these queries' part of `dkv_N2BGKl` in float32."""
     queries, kv_N2BGlK, (o_BlHK, lse_BHj1m) = residuals
     q_BlHK = queries.q_BlHK
-    plan = plan_of(queries, kv_N2BGlK, setting, target)
-    tables, ints_BHj3m = facts(plan, queries)
+    tiling = tiling_of(queries, kv_N2BGlK, setting, target)
+    tables, ints_BHj3m = facts(tiling, queries)
     odo_BlH = jnp.einsum("BlHK,BlHK->BlH", o_BlHK, do_BlHK, preferred_element_type=jnp.float32)
-    floats_BHj2m = jnp.concatenate((lse_BHj1m, plan.split_scalars(odo_BlH)[..., None, :]), axis=3)
-    q_BHjmK, do_BHjmK, kv_n2BGsK = plan.split_queries(q_BlHK), plan.split_queries(do_BlHK), plan.split_keys(kv_N2BGlK)
+    floats_BHj2m = jnp.concatenate((lse_BHj1m, tiling.split_per_head(odo_BlH)[..., None, :]), axis=3)
+    q_BHjmK, do_BHjmK, kv_n2BGsK = (
+        tiling.split_queries(q_BlHK),
+        tiling.split_queries(do_BlHK),
+        tiling.split_keys(kv_N2BGlK),
+    )
     of_queries = (q_BHjmK, do_BHjmK, ints_BHj3m, floats_BHj2m)
     (dq_BHjmK,) = _call(
         _query_gradient,
-        plan,
+        tiling,
         tables,
         grid=q_BHjmK.shape[:3],
         inputs=[*((x, _own) for x in of_queries), (kv_n2BGsK, _anywhere)],
         outputs=[(q_BHjmK, _own)],
-        walked=[(plan.key_size, q_BHjmK.shape[4], kv_n2BGsK.dtype)] * 2,
+        walked=[(tiling.key_size, q_BHjmK.shape[4], kv_n2BGsK.dtype)] * 2,
     )
     n, _, B, G, _, _ = kv_n2BGsK.shape
     (dkv_n2BGKs,) = _call(
         _key_gradients,
-        plan,
+        tiling,
         tables,
-        grid=(B, G, n * plan.blocks_per_segment),
+        grid=(B, G, n * tiling.blocks_per_segment),
         inputs=[*((x, _anywhere) for x in of_queries), (kv_n2BGsK, _own_keys)],
         outputs=[(jax.ShapeDtypeStruct(kv_n2BGsK.mT.shape, jnp.float32), _own_keys_last)],
         walked=[(*x.shape[3:], x.dtype) for x in of_queries],
     )
     K = q_BlHK.shape[3]
-    return plan.join_queries(dq_BHjmK, K), plan.join_key_gradients(dkv_n2BGKs, K)
+    return tiling.join_queries(dq_BHjmK, K), tiling.join_key_gradients(dkv_n2BGKs, K)
 
 
 class _Program(NamedTuple):
     """What a program of the grid finds its way by, and the buffers that it walks through."""
 
-    tiling: Plan
+    tiling: Tiling
     tables: Tables
     buffers: Any
 
@@ -202,7 +206,7 @@ def _scores(program: _Program, q_mK, k_kK, seen_km):
 
 
 def _dot(a, b, contracted: tuple[int, int]):
-    """In the dtype of the inputs, the narrower one, with float32 sums; float32 is not cut short."""
+    """In the dtype of the inputs, the narrower one, with float32 sums; float32 is not rounded to less."""
     dtype = min(a.dtype, b.dtype, key=lambda dtype: dtype.itemsize)
     exact = jax.lax.Precision.HIGHEST if dtype == jnp.float32 else None
     axes = (contracted[:1], contracted[1:])
@@ -213,7 +217,7 @@ def _dot(a, b, contracted: tuple[int, int]):
 
 def _over_keys(program: _Program, kv_ref, body, init):
     """`body(t, load, carry)` over the blocks of keys that this program's queries touch, in natural order."""
-    plan, tables, buffers = program
+    tiling, tables, buffers = program
     b, head, j = (pl.program_id(axis) for axis in range(3))
     g = head // (pl.num_programs(1) // kv_ref.shape[3])
     at = b * pl.num_programs(2) + j
@@ -221,8 +225,8 @@ def _over_keys(program: _Program, kv_ref, body, init):
     def part(pair):
         def where(turn):
             t = tables.order_t[turn]
-            place = pl.multiple_of(t % plan.blocks_per_segment * plan.key_size, plan.key_size)
-            return t // plan.blocks_per_segment, pair, b, g, pl.ds(place, plan.key_size)
+            offset = pl.multiple_of(t % tiling.blocks_per_segment * tiling.key_size, tiling.key_size)
+            return t // tiling.blocks_per_segment, pair, b, g, pl.ds(offset, tiling.key_size)
 
         return where
 
@@ -230,40 +234,40 @@ def _over_keys(program: _Program, kv_ref, body, init):
         return body(tables.order_t[turn], load, carry)
 
     sources = [(kv_ref, part(0)), (kv_ref, part(1))]
-    return plan.target.walk(
+    return tiling.target.walk(
         tables.first_Bj[at], tables.stop_Bj[at], in_turn, init=init, sources=sources, buffers=buffers
     )
 
 
-def _own(plan: Plan, x: Any) -> pl.BlockSpec:
+def _own(tiling: Tiling, x: Any) -> pl.BlockSpec:
     """The block of an array `[B, H, j, ...]` that is the program's own."""
     return pl.BlockSpec((None, None, None, *x.shape[3:]), lambda b, h, j: (b, h, j, 0, 0))
 
 
-def _own_keys(plan: Plan, x: Any) -> pl.BlockSpec:
+def _own_keys(tiling: Tiling, x: Any) -> pl.BlockSpec:
     """The program's own block of keys and values `[n, 2, B, G, s, K]`."""
 
     def index(b, g, t):
-        return t // plan.blocks_per_segment, 0, b, g, t % plan.blocks_per_segment, 0
+        return t // tiling.blocks_per_segment, 0, b, g, t % tiling.blocks_per_segment, 0
 
-    return pl.BlockSpec((None, 2, None, None, plan.key_size, x.shape[5]), index)
+    return pl.BlockSpec((None, 2, None, None, tiling.key_size, x.shape[5]), index)
 
 
-def _own_keys_last(plan: Plan, x: Any) -> pl.BlockSpec:
+def _own_keys_last(tiling: Tiling, x: Any) -> pl.BlockSpec:
     """The same of their gradients `[n, 2, B, G, K, s]`."""
 
     def index(b, g, t):
-        return t // plan.blocks_per_segment, 0, b, g, 0, t % plan.blocks_per_segment
+        return t // tiling.blocks_per_segment, 0, b, g, 0, t % tiling.blocks_per_segment
 
-    return pl.BlockSpec((None, 2, None, None, x.shape[4], plan.key_size), index)
+    return pl.BlockSpec((None, 2, None, None, x.shape[4], tiling.key_size), index)
 
 
-def _anywhere(plan: Plan, x: Any) -> pl.BlockSpec:
+def _anywhere(tiling: Tiling, x: Any) -> pl.BlockSpec:
     """The whole array, where it is: the program reads parts of it."""
     return pl.BlockSpec(memory_space=pl.ANY)
 
 
-def _call(kernel, plan: Plan, tables: Tables, *, grid, inputs, outputs, walked) -> Any:
+def _call(kernel, tiling: Tiling, tables: Tables, *, grid, inputs, outputs, walked) -> Any:
     """Runs `kernel(program, input_refs, output_refs)` for every program of the grid.
 
     Inputs and outputs are pairs of an array (or its shape) and what a program sees of it; `walked` are the blocks that
@@ -275,17 +279,17 @@ def _call(kernel, plan: Plan, tables: Tables, *, grid, inputs, outputs, walked) 
         refs, of_tables = refs[len(tables) :], refs[: len(tables)]
         refs, of_inputs = refs[len(inputs) :], refs[: len(inputs)]
         of_outputs, buffers = refs[: len(outputs)], refs[len(outputs) :]
-        kernel(_Program(plan, Tables(*of_tables), buffers), of_inputs, of_outputs)
+        kernel(_Program(tiling, Tables(*of_tables), buffers), of_inputs, of_outputs)
 
     return pl.pallas_call(
         program,
         grid=tuple(grid),
-        in_specs=[plan.target.tables] * len(tables) + [seen(plan, x) for x, seen in inputs],
-        out_specs=[seen(plan, x) for x, seen in outputs],
+        in_specs=[tiling.target.tables] * len(tables) + [seen(tiling, x) for x, seen in inputs],
+        out_specs=[seen(tiling, x) for x, seen in outputs],
         out_shape=[
             jax.ShapeDtypeStruct(x.shape, x.dtype, manual_axis_type=varies.manual_axis_type) for x, _ in outputs
         ],
-        scratch_shapes=plan.target.buffers(walked),
-        compiler_params=plan.target.compiler,
-        interpret=plan.interpret,
+        scratch_shapes=tiling.target.buffers(walked),
+        compiler_params=tiling.target.compiler,
+        interpret=tiling.interpret,
     )(*tables, *(x for x, _ in inputs))

@@ -1,4 +1,4 @@
-"""How the fused kernels cut queries and keys into padded blocks, and the tables by which their programs find their way.
+"""Queries and keys in padded blocks for the fused kernels, and the tables by which their programs find their way.
 
 Compilers for GPUs and TPUs want blocks of powers of two: runs of tokens are padded to whole blocks, and narrow heads
 with zeros. The letters are those of `blocks`; `j` counts the blocks of a head's queries, each of `m`, and `t` those of
@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from lss_jax.attention.kernels.blocks import QueryCut, chunks_of_all, too_short
+from lss_jax.attention.kernels.blocks import QueryBlocking, chunks_of_all, too_short
 from lss_jax.attention.kernels.interface import Queries
 from lss_jax.attention.kernels.targets import SMALLEST, Target
 from lss_jax.attention.setting import Setting
@@ -19,12 +19,12 @@ from lss_jax.parallel.layout import Layout
 START, END, STREAM = range(3)  # rows of `ints_BHj3m`
 
 
-class Plan(NamedTuple):
+class Tiling(NamedTuple):
     """What is known of a call at compile time: above all, the blocks of queries and of keys."""
 
-    queries: QueryCut  # each block of one head
-    layout: Layout  # of the keys as they are cut
-    unordered: Layout | None  # the one that they come in, if its runs are too short for blocks
+    queries: QueryBlocking  # each block of one head
+    layout: Layout  # of the keys in the blocks
+    unordered: Layout | None  # of the keys as they come, if its runs are too short for blocks
     run: int  # keys without padding
     key_size: int  # k
     scale: float
@@ -39,7 +39,7 @@ class Plan(NamedTuple):
 
     @property
     def blocks_per_segment(self) -> int:
-        """Of keys."""
+        """Blocks of keys in one segment."""
         return self.layout.chunks_per_device * self.padded_run // self.key_size
 
     def split_queries(self, x_BlHK: jax.Array) -> jax.Array:
@@ -52,14 +52,14 @@ class Plan(NamedTuple):
         """The inverse: `x_BlHK`."""
         return self.queries.join(x_BHjmK.reshape(-1, 1, *x_BHjmK.shape[3:]))[..., :K]
 
-    def split_rows(self, x: jax.Array) -> jax.Array:
+    def split_per_query(self, x: jax.Array) -> jax.Array:
         """A number per query, `[l]` or `[B, l]`, as `x_BHjm`."""
-        return self.queries.split_rows(x).reshape(self.queries.batch, self.queries.kv_heads, -1, self.queries.size)
+        return self.queries.split_per_query(x).reshape(self.queries.batch, self.queries.kv_heads, -1, self.queries.size)
 
-    def split_scalars(self, x_BlH: jax.Array) -> jax.Array:
+    def split_per_head(self, x_BlH: jax.Array) -> jax.Array:
         """A number per query and head, as `x_BHjm`."""
         B, _, H = x_BlH.shape
-        return self.queries.split_scalars(x_BlH).reshape(B, H, -1, self.queries.size)
+        return self.queries.split_per_head(x_BlH).reshape(B, H, -1, self.queries.size)
 
     def split_keys(self, kv_N2BGlK: jax.Array) -> jax.Array:
         """`kv_n2BGsK`, all runs padded to whole blocks, `K` widened."""
@@ -78,7 +78,7 @@ class Plan(NamedTuple):
 
 
 class Tables(NamedTuple):
-    """The numbers by which programs find their way, one-dimensional; rows of the batch one after the other."""
+    """The numbers by which programs find their way, one-dimensional; batch rows one after the other."""
 
     order_t: Any  # the blocks of keys in natural order
     begin_t: Any  # the natural positions of block `t`: from here ...
@@ -90,11 +90,8 @@ class Tables(NamedTuple):
     rate_1: Any  # of dropout
 
 
-def plan_of(queries: Queries, kv_N2BGlK: Any, setting: Setting, target: Target) -> Plan:
-    """How queries and keys of these shapes and dtype are cut.
-
-    Blocks are no larger than the config says, and than the target has room for.
-    """
+def tiling_of(queries: Queries, kv_N2BGlK: Any, setting: Setting, target: Target) -> Tiling:
+    """The blocks for queries and keys of these shapes and dtype: bounded by the config, and by the target's room."""
     B, l, H, K = queries.q_BlHK.shape
     layout = setting.layout
     least = SMALLEST if setting.interpret else target.least
@@ -105,9 +102,9 @@ def plan_of(queries: Queries, kv_N2BGlK: Any, setting: Setting, target: Target) 
     size = _block_size(l // runs, most_queries, least)
     unordered, run = None, kv_N2BGlK.shape[4] // layout.chunks_per_device
     if layout.devices > 1 and too_short(run, most_keys):
-        unordered, layout, run = layout, setting.uncut.layout, run * len(layout.chunks_NC.ravel())
-    return Plan(
-        queries=QueryCut(batch=B, runs=runs, run_length=l // runs, size=size, kv_heads=H, block_heads=1),
+        unordered, layout, run = layout, setting.unsharded.layout, run * len(layout.chunks_NC.ravel())
+    return Tiling(
+        queries=QueryBlocking(batch=B, runs=runs, run_length=l // runs, size=size, kv_heads=H, block_heads=1),
         layout=layout,
         unordered=unordered,
         run=run,
@@ -133,19 +130,21 @@ def _width(K: int) -> int:
     return max(SMALLEST, 1 << (K - 1).bit_length())
 
 
-def facts(plan: Plan, queries: Queries) -> tuple[Tables, jax.Array]:
+def facts(tiling: Tiling, queries: Queries) -> tuple[Tables, jax.Array]:
     """The tables, and the rows `START`, `END` and `STREAM` of the queries, `ints_BHj3m`."""
     _, mask, dropout = queries
-    chunks = chunks_of_all(plan.layout, plan.run * plan.layout.chunks_per_device)
-    offsets = jnp.arange(0, plan.padded_run, plan.key_size)
+    chunks = chunks_of_all(tiling.layout, tiling.run * tiling.layout.chunks_per_device)
+    offsets = jnp.arange(0, tiling.padded_run, tiling.key_size)
     blocks_per_run = len(offsets)
-    runs = chunks.segment_c * plan.layout.chunks_per_device + chunks.place_c // plan.run  # as stored, in natural order
+    runs = (
+        chunks.segment_c * tiling.layout.chunks_per_device + chunks.offset_c // tiling.run
+    )  # as stored, in natural order
     order_t = (runs[:, None] * blocks_per_run + jnp.arange(blocks_per_run)).ravel()
     start_c = jnp.asarray(chunks.start_c)[jnp.argsort(jnp.asarray(runs))]
     begin_t = (start_c[:, None] + offsets).ravel()
-    end_t = (start_c[:, None] + jnp.minimum(offsets + plan.key_size, plan.run)).ravel()
+    end_t = (start_c[:, None] + jnp.minimum(offsets + tiling.key_size, tiling.run)).ravel()
 
-    start_BHjm, end_BHjm = plan.split_rows(mask.start), plan.split_rows(mask.end)
+    start_BHjm, end_BHjm = tiling.split_per_query(mask.start), tiling.split_per_query(mask.end)
     sees_Bjm = (start_BHjm < end_BHjm)[:, 0]
     start_Bj1 = jnp.min(start_BHjm[:, 0], -1, where=sees_Bjm, initial=jnp.iinfo(jnp.int32).max, keepdims=True)
     end_Bj1 = jnp.max(end_BHjm[:, 0], -1, where=sees_Bjm, initial=0, keepdims=True)
@@ -163,7 +162,7 @@ def facts(plan: Plan, queries: Queries) -> tuple[Tables, jax.Array]:
         stop_Bt=stop_Bt.ravel(),
         rate_1=rate_1,
     )
-    stream_BHjm = jnp.zeros_like(start_BHjm) if dropout is None else plan.split_scalars(dropout.stream_BlH)
+    stream_BHjm = jnp.zeros_like(start_BHjm) if dropout is None else tiling.split_per_head(dropout.stream_BlH)
     return tables, jnp.stack((start_BHjm, end_BHjm, stream_BHjm.astype(jnp.int32)), axis=3)
 
 
