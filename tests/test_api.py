@@ -95,7 +95,7 @@ def test_a_config_is_found_from_anywhere(tmp_path):
         ({"model.witdh": 3}, "did you mean 'model.width'"),
         ({"model": 3}, "is a group of keys"),
         ({"model.width": "3"}, "model.width='3' is of type str; give a value of type int"),
-        ({"attention.strategy": "star"}, "attention.strategy='star' is not known; choose one of 'lss', 'ring'"),
+        ({"attention.layout": "star"}, "attention.layout='star' is not known; choose one of 'contiguous', 'zigzag'"),
     ],
 )
 def test_overrides_that_cannot_be(overrides, message):

@@ -15,9 +15,8 @@ from lss_jax.attention.kernels import KERNELS
 from lss_jax.attention.mask import Intervals, bidirectional, causal
 from lss_jax.attention.setting import Setting
 from lss_jax.attention.strategies import STRATEGIES, make_attend
-from lss_jax.config.schema import AttentionConfig, DataConfig, ModelConfig
+from lss_jax.config.schema import AttentionConfig, DataConfig
 from lss_jax.data.sources import SOURCES
-from lss_jax.models import FAMILIES
 from lss_jax.parallel.dropout import Dropout
 from lss_jax.parallel.hashing import hashed, mixed
 from lss_jax.parallel.layout import CHUNKS_PER_DEVICE, Layout
@@ -183,7 +182,6 @@ def test_of_many_groups_two_are_held_at_a_time(way):
     [
         (AttentionConfig, "layout", CHUNKS_PER_DEVICE),
         (AttentionConfig, "kernel", {"auto", *KERNELS}),
-        (ModelConfig, "family", FAMILIES),
         (DataConfig, "source", SOURCES),
     ],
 )

@@ -133,13 +133,13 @@ def test_the_text_and_the_json_tell_the_same():
 
 def test_a_second_gather_is_seen(monkeypatch):
     """Keys and values each for themselves, and one after the other."""
-    real = lss._gathered
+    real = lss.all_gather
 
-    def one_by_one(kv_2BGlK, setting):
-        both = real(kv_2BGlK, setting)
-        return real(kv_2BGlK + 0 * both[0], setting)
+    def one_by_one(kv_2BGlK, axis):
+        both = real(kv_2BGlK, axis)
+        return real(kv_2BGlK + 0 * both[0], axis)
 
-    monkeypatch.setattr(lss, "_gathered", one_by_one)
+    monkeypatch.setattr(lss, "all_gather", one_by_one)
     result = audited(*model_on(1, 8, model__layers=LAYERS))
     assert any("attention forward: all-gather over seq: 6 with" in problem for problem in problems(result, None))
 

@@ -78,6 +78,8 @@ def test_neighbouring_devices_share_a_sequence():
 
 
 BAD = {
+    "attention.strategy='star'": r"'star' is not known; choose one of 'lss', 'ring', 'ulysses'",
+    "task='star' model.family='x'": r"model.family='x' is not known; choose .*\ntask='star' is not known; choose one",
     "mesh.seq=-2": r"mesh.data=-1, mesh.seq=-2, mesh.model=1: each size must be at least 1, and at most one may be -1",
     "mesh.seq=-1": r"mesh.data=-1, mesh.seq=-1, mesh.model=1: each size must",
     "mesh.seq=3": r"needs a multiple of 3 devices, but 8 are found; .*JAX_NUM_CPU_DEVICES=3",

@@ -34,7 +34,7 @@ def test_examples_of_the_readme_run():
 
 
 @pytest.mark.parametrize(
-    ("quoted", "path"), zip(QUOTED, ("attention/lss.py", "parallel/gradients.py"), strict=True), ids=lambda x: x[-12:]
+    ("quoted", "path"), [*zip(QUOTED, ("attention/lss.py", "parallel/gradients.py"), strict=True)], ids=["lss", "law"]
 )
 def test_the_readme_quotes_the_code_as_it_is(quoted, path):
     code = (ROOT / "lss_jax" / path).read_text()

@@ -188,7 +188,7 @@ def test_metrics_after_the_checkpoint_are_dropped_and_half_lines_too(tmp_path):
 def test_console_lines_tell_rate_and_time_left():
     record = {"step": 10, "split": "train", "loss": 2.0, "bits_per_byte": 2.9, "learning_rate": 1e-3}
     record |= {"grad_norm": 0.5, "tokens_per_second": 1234.5, "step_seconds": 2.0}
-    assert console_line(record, 100) == (
+    assert console_line(record, 100, "loss 2.0000  2.9000 bits/byte") == (
         "step  10/100  train loss 2.0000  2.9000 bits/byte  lr 1.00e-03  |grad| 0.50  1,234 tokens/s  3m00s left"
     )
     assert [duration(s) for s in (4, 184, 7500)] == ["4s", "3m04s", "2h05m"]
