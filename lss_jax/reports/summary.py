@@ -9,7 +9,7 @@ from lss_jax.training.trainer import Trainer
 TOKENS = 200  # of the sample
 SAMPLING = Sampling(temperature=0.5, top_k=None, top_p=0.95, seed=0)
 BINS = 9  # the last ones: a line of a terminal
-MORE = 4  # times as many batches as an evaluation, since each bin has few of their tokens
+MORE = 16  # times as many batches as an evaluation, since each bin has few of their tokens
 
 
 def lines_of(trainer: Trainer) -> list[str]:
