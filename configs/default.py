@@ -3,8 +3,10 @@
     python -m lss_jax.train --config configs/default.py
 
 Reproduces: nothing of the paper's; it shows that everything works here, with each sequence sharded over all devices.
-Cost: MEASURED.
-Expected: MEASURED.
+Cost: measured with Python 3.11 on two idle CPU cores (8 simulated devices): 2:42 minutes in all, compilation,
+evaluations and the summary included.
+Expected: 1.77 bits per byte on the first 16 validation batches after 600 steps, fewer in every bin of what came before
+in the window: from 3.99 after one byte to 1.72 after 129 to 256 (measured; the corpus is the running Python's own).
 """
 
 from ml_collections import ConfigDict

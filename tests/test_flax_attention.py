@@ -99,7 +99,7 @@ def test_options_of_all_layers():
         ),
         ({"dropout_rate": 0.1, "deterministic": False}, {}, "dropout_rate=0.1 is refused, since attention"),
         ({}, {"sow_weights": True}, "sow_weights=True is refused, since attention weights exist in blocks alone; use"),
-        ({"precision": "highest"}, {}, "precision=highest is refused, since the way back would not know it; use"),
+        ({"precision": "highest"}, {}, "precision=highest is refused, since the backward pass would not know it; use"),
     ],
     ids=["mask", "dropout", "weights", "precision"],
 )

@@ -68,7 +68,7 @@ WRONG_OPTIONS = {
         "gather_groups": 6,
         "mesh": (1, 2, 2),
     },
-    "regather=True has no use with strategy='ulysses', which keeps no gathered pairs; use regather=False": {
+    "regather=True has no use with strategy='ulysses', which saves no gathered pairs; use regather=False": {
         "strategy": "ulysses",
         "regather": True,
         "mesh": (1, 2, 1),

@@ -74,7 +74,7 @@ def _problems(query, bias, mask, *, dropout_rate: float, precision, module) -> I
         )
     if precision is not None:
         yield (
-            f"precision={precision} is refused, since the way back would not know it; use precision=None and "
+            f"precision={precision} is refused, since the backward pass would not know it; use precision=None and "
             f"jax.config.update('jax_default_matmul_precision', ...)"
         )
     if module is not None:

@@ -61,7 +61,7 @@ class Option(NamedTuple):
 
 OPTIONS = {
     "gather_groups": Option(1, "which gathers nothing", 'use attention.gather_groups=1 or attention.strategy="lss"'),
-    "regather": Option(False, "which keeps no gathered pairs", "use attention.regather=False"),
+    "regather": Option(False, "which saves no gathered pairs", "use attention.regather=False"),
 }
 
 
