@@ -1,6 +1,6 @@
 """Sequence-parallel transformer training in JAX: the LSS Transformer (arXiv 2311.02382).
 
-The public functions are exported here; the rest is in the modules (README, "The package").
+The public functions are exported here; the rest is in the modules (docs/package.md).
 
 >>> import tempfile
 >>> import lss_jax

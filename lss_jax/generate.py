@@ -46,7 +46,7 @@ def main() -> int:
     sampling = Sampling(arguments.temperature, arguments.top_k, arguments.top_p, arguments.seed)
     check(config, workdir, prompts, arguments.tokens, sampling)
     with cli.start(arguments, config):
-        mesh = mesh_of(config, jax.devices())
+        mesh = mesh_of(config, jax.devices(), trains=False)
         step, generation = generation_of(config, workdir, mesh, prompts, arguments.tokens, sampling)
         _note(f"devices  {_devices(mesh)}")
         _note(f"model    {workdir}, step {step}")

@@ -50,7 +50,8 @@ def train(trainer: Trainer, peers: Alone | Peers) -> str:
     prints, steps = distributed.is_first(), trainer.config.optim.steps
     if prints:
         introduce(trainer)
-    if trainer.step < steps:
+    trained = trainer.step < steps
+    if trained:
         if prints:
             print("compiling the training step ...", flush=True)
         seconds = trainer.compile()
@@ -66,7 +67,7 @@ def train(trainer: Trainer, peers: Alone | Peers) -> str:
                 trainer.close()
             raise
     trainer.close()
-    learned = summary.lines_of(trainer) if trainer.step >= steps else []  # on the devices of all processes
+    learned = summary.lines_of(trainer) if trained and trainer.step >= steps else []  # on all processes' devices
     return summary_of(trainer, learned) if prints else ""
 
 
@@ -86,9 +87,8 @@ def introduce(trainer: Trainer) -> None:
         f"data     {config.data.source}, {len(trainer.splits['train'].data):,} {trainer.task.items} to train on; "
         f"a step is {config.data.batch_size} sequences of {config.data.seq_len:,} tokens, {part:,} per device"
     )
-    if config.data.separator:
-        documents = trainer.splits["train"].documents
-        print(f"packed   {documents:,} documents in the training data, each ending with {config.data.separator!r}")
+    for line in trainer.task.introduction(trainer.splits["train"]):
+        print(line)
     print(f"workdir  {trainer.workdir}" + (f", going on after step {trainer.step}" if trainer.step else ""), flush=True)
     for key, (then, now) in trainer.changes.items():
         print(f"changed  {key} from {then!r} to {now!r}", flush=True)
@@ -109,12 +109,13 @@ def summary_of(trainer: Trainer, learned: list[str]) -> str:
     if "train" in last:
         lines.append(f"  speed  {last['train']['tokens_per_second']:,.0f} tokens/s")
     profile = ", profile/" if (workdir / "profile").is_dir() else ""
+    prompt = config.sample_prompt
     again, folder = shlex.join(["python", "-m", "lss_jax.train", *sys.argv[1:]]), shlex.quote(str(workdir))
     lines += [
         *learned,
         f"  files  {workdir}/: checkpoints/, metrics.jsonl, tensorboard/, config.json{profile}",
         "next:",
-        f"  python -m lss_jax.generate --workdir {folder} --prompt 'def '",
+        *[f"  python -m lss_jax.generate --workdir {folder} --prompt {shlex.quote(prompt)}"] * bool(prompt),
         f"  python -m lss_jax.evaluate --workdir {folder} --split test --by-position",
         f"  {again} --config.optim.steps={2 * trainer.step}   # train on",
         f"  pip install tensorboard && tensorboard --logdir {folder}",

@@ -129,7 +129,7 @@ def test_a_whole_split_on_other_meshes_and_lengths(kept):
 
 
 def test_lengths_beyond_a_learned_table_are_refused():
-    with pytest.raises(ConfigError, match=r"60 is beyond the table .*which has data.seq_len=48 rows; evaluate at most"):
+    with pytest.raises(ConfigError, match=r"60 is beyond .*which has data.seq_len=48 rows; use lengths up to"):
         at_length(small_config(), 60)
 
 

@@ -32,6 +32,7 @@ HERE = Path(__file__).parent
 SMALL = {
     "model.layers": 2,
     "model.width": 64,
+    "model.positions": "learned",
     "data.seq_len": 128,
     "data.batch_size": 8,
     "eval_every": 0,
@@ -40,6 +41,10 @@ SMALL = {
     "checkpoint_every": 10,
     "heartbeat_timeout": 10,
     "optim.steps": 100_000,
+    "optim.name": "adamw",
+    "optim.learning_rate": 1e-3,
+    "optim.beta1": 0.9,
+    "optim.beta2": 0.95,
 }
 DEVICES = 2
 AFTER = 35  # steps before the fault strikes; by then there are two checkpoints

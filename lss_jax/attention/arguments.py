@@ -25,7 +25,7 @@ def refuse(problems: Iterable[str]) -> None:
 
 
 class Seen(NamedTuple):
-    """What each query sees, as `dot_product_attention` is told."""
+    """What each query sees, by the arguments of `dot_product_attention`."""
 
     is_causal: bool
     local_window_size: int | tuple[int, int] | None
@@ -116,7 +116,7 @@ def mesh_problems(mesh: Mesh, axes: tuple[Names, str, Names]) -> Iterator[str]:
     if missing or len(set(names)) < len(names) or axes[1] not in mesh.axis_names:
         yield (
             f"axes={axes!r} do not name axes of this mesh, which has {', '.join(map(repr, mesh.axis_names))}; give its "
-            f"names for what cuts batch, sequence and heads, each once and None for nothing, as axes=(None, "
+            f"names for the axes that shard batch, sequence and heads, each once and None for none, as axes=(None, "
             f"{mesh.axis_names[0]!r}, None)"
         )
 

@@ -78,8 +78,8 @@ def dot_product_attention(
       value: as `key`.
       mesh: any mesh with an axis for the sequence.
       is_causal: a token sees itself and what came before.
-      local_window_size: so many tokens to the left and to the right are seen; one number is both, as in JAX.
-      prefix: with `is_causal`, the first so many tokens see one another.
+      local_window_size: numbers of tokens seen to the left and to the right; one number is both, as in JAX.
+      prefix: with `is_causal`, number of tokens at the start that see one another.
       intervals: `(start, end)`: a query sees keys at `start <= position < end`, integers `[L]` or `[..., L]`.
       scale: of the scores; None is `K**-0.5`.
       strategy: "lss", "ring" or "ulysses"; this and the next six as in `configs/base.py`.

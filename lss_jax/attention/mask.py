@@ -51,7 +51,7 @@ def window(positions_l: jax.Array, width: int) -> Intervals:
 
 
 def neighbours(positions_l: jax.Array, left: int, right: int) -> Intervals:
-    """Each token sees itself and so many tokens on either side."""
+    """Each token sees itself, `left` tokens before it and `right` tokens after it."""
     return Intervals(jnp.maximum(positions_l - left, 0), positions_l + right + 1)
 
 

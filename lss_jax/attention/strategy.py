@@ -1,6 +1,6 @@
 """What a strategy is: what it is given, and all that the rest of the code asks about it.
 
-A strategy is declared in its own file, by its `Strategy`, and listed in `strategies`. Rules, the contract with the
+A strategy is declared beside it, by its `Strategy`, and listed in `strategies`. Rules, the contract with the
 compiler, the memory model and the planner read the declaration; none knows a strategy by name.
 """
 

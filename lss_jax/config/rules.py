@@ -119,11 +119,6 @@ def _cross_field(config: Config) -> Iterator[str]:
             f"optim.warmup_steps={optim.warmup_steps} is more than optim.steps={optim.steps}; "
             f"warm up for at most {optim.steps} steps"
         )
-    if optim.name == "muon" and optim.shard_state:
-        yield (
-            'optim.shard_state=True leaves each device a share of a matrix, and optim.name="muon" needs all of it; '
-            'use optim.shard_state=False or optim.name="adamw"'
-        )
     if config.profile.steps > 0 and config.profile.start > optim.steps > 0:
         yield (
             f"profile.start={config.profile.start} is beyond the last step, optim.steps={optim.steps}; trace from an "
@@ -146,6 +141,22 @@ def attention_problems(attention: AttentionConfig, heads: int, kv_heads: int) ->
         yield f"attention.window={attention.window} must be less than 2**31; use 0 for all that came before"
 
 
+def optimizer_problems(config: Config, sizes: MeshSizes | None) -> Iterator[str]:
+    """Errors in how the state of the optimizer is sharded: for training alone, as others read parameters only."""
+    if config.optim.name != "muon":
+        return
+    if config.optim.shard_state:
+        yield (
+            'optim.shard_state=True leaves each device a shard of a matrix, and optim.name="muon" needs all of it; '
+            'use optim.shard_state=False or optim.name="adamw"'
+        )
+    if sizes and sizes[2] > 1:
+        yield (
+            f'mesh.model={sizes[2]} shards the matrices of layers, and optim.name="muon" needs all of each; '
+            f'use mesh.model=1, or train anew with optim.name="adamw"'
+        )
+
+
 def _mesh_problems(config: Config, sizes: MeshSizes) -> Iterator[str]:
     data, _, model = sizes
     batch, accumulate = config.data.batch_size, config.optim.accumulate
@@ -157,11 +168,6 @@ def _mesh_problems(config: Config, sizes: MeshSizes) -> Iterator[str]:
                 f"model.{key}={value} is not divisible by mesh.model={model}, which shards it; "
                 f"use model.{key}={next_multiple(value, model)} or a mesh.model that divides it"
             )
-    if config.optim.name == "muon" and model > 1:
-        yield (
-            f'mesh.model={model} shards the matrices of layers, and optim.name="muon" needs all of each; '
-            f'use mesh.model=1 or optim.name="adamw"'
-        )
     if accumulate > 0 and batch % (data * accumulate):
         yield (
             f"data.batch_size={batch} is not divisible by mesh.data={data} times optim.accumulate={accumulate}; "

@@ -22,6 +22,7 @@ from lss_jax.attention.mask import Intervals
 from lss_jax.attention.placement import setting_on
 from lss_jax.attention.strategies import make_attend
 from lss_jax.config.schema import Config, ConfigError
+from lss_jax.data.text import ByteText
 from lss_jax.generation.cache import CACHE_SPECS, Cache, attend_to_cache, fill, write
 from lss_jax.generation.sampling import Sampling, sample
 from lss_jax.models import FAMILIES, Model, Params, build_model
@@ -31,8 +32,9 @@ from lss_jax.parallel.mesh import DATA, MODEL, SEQ, axis_if_sharded, like, shard
 from lss_jax.parallel.scopes import ATTENTION
 from lss_jax.parallel.tensor_parallel import own_part
 from lss_jax.tasks import make_task
-from lss_jax.tasks.language_model import LanguageModel
-from lss_jax.training.step import in_layout_order, on_mesh
+from lss_jax.tasks.task import Task
+from lss_jax.training.step import on_mesh
+from lss_jax.training.tables import in_layout_order
 
 ROWS = P((DATA, MODEL))  # a spec for one token per row: a model group's rows are its segment
 
@@ -144,7 +146,7 @@ class Generation:
         self, config: Config, mesh: Mesh, params: Params, prompts: Sequence[bytes], tokens: int, sampling: Sampling
     ):
         check_request(config, prompts, tokens, sampling)
-        self._text = text = task_of(config).text
+        self._text = text = text_of(config)
         self._prompts, self._tokens, self._params = list(prompts), tokens, params
         self._separator = config.data.separator.encode()
         surplus = -len(prompts) % (mesh.shape[DATA] * mesh.shape[MODEL])  # padding rows, whose texts are dropped
@@ -198,18 +200,25 @@ class Generation:
                     return
 
 
-def task_of(config: Config) -> LanguageModel:
+def task_of(config: Config) -> Task:
     """The config's task, if it and the model's family can generate.
 
     Raises:
       ConfigError: one of them cannot.
     """
     task, family = make_task(config), config.model.family
-    if not isinstance(task, LanguageModel):
+    if task.text is None:
         raise ConfigError(f"task={config.task!r} has no text to generate; give a run of a language model")
-    if not hasattr(FAMILIES[family].module, "recall"):
-        raise ConfigError(f"model.family={family!r} has no method recall, so that it cannot generate")
+    if not FAMILIES[family].generates:
+        raise ConfigError(f"model.family={family!r} cannot generate; give a run of one that can, as 'decoder'")
     return task
+
+
+def text_of(config: Config) -> type[ByteText]:
+    """What the tokens of the config's task stand for; raises a `ConfigError` where that is nothing."""
+    text = task_of(config).text
+    assert text is not None
+    return text
 
 
 def _forward_model(config: Config) -> Model:
@@ -233,6 +242,8 @@ def check_request(config: Config, prompts: Sequence[bytes], tokens: int, samplin
 
 def _problems_of(prompt: bytes, name: str, config: Config, tokens: int) -> Iterator[str]:
     separator, prefix, seq_len = config.data.separator, config.attention.prefix, config.data.seq_len
+    task = task_of(config)
+    items, length = task.items, len(text_of(config).tokens_of(prompt))
     if not prompt:
         yield f"{name} is empty, and there must be something to continue; give at least one byte"
     if separator and separator.encode() in prompt:
@@ -240,18 +251,18 @@ def _problems_of(prompt: bytes, name: str, config: Config, tokens: int) -> Itera
             f"{name} has data.separator={separator!r} in it, after which a new document starts that does not attend to "
             f"anything before; give only what follows the last one"
         )
-    if len(prompt) < prefix:
+    if length < prefix:
         yield (
-            f"{name} has {len(prompt)} bytes, less than attention.prefix={prefix}, and the model was not trained to "
-            f"predict bytes of the prefix; give at least {prefix}"
+            f"{name} has {length} {items}, less than attention.prefix={prefix}, and the model was not trained to "
+            f"predict {items} of the prefix; give at least {prefix}"
         )
     if config.model.positions != "learned":
         return
     longer = 'train with a longer data.seq_len, or with model.positions="rope", which has no end'
-    if len(prompt) > seq_len:
-        yield f"{name} has {len(prompt)} bytes, more than data.seq_len={seq_len} learned positions; cut it, or {longer}"
-    elif len(prompt) + tokens - 1 > seq_len:
+    if length > seq_len:
+        yield f"{name} has {length} {items}, more than data.seq_len={seq_len} learned positions; cut it, or {longer}"
+    elif length + tokens - 1 > seq_len:
         yield (
-            f"{name} has {len(prompt)} bytes, and data.seq_len={seq_len} learned positions leave room for "
-            f"--tokens={seq_len + 1 - len(prompt)}, not {tokens}; ask for less, or {longer}"
+            f"{name} has {length} {items}, and data.seq_len={seq_len} learned positions leave room for "
+            f"--tokens={seq_len + 1 - length}, not {tokens}; ask for less, or {longer}"
         )

@@ -52,14 +52,16 @@ def generate_text(
     config = config or from_dict(saved_config(workdir))
     prompts, sampling = [prompt.encode()], Sampling(temperature, top_k, top_p, seed)
     check(config, workdir, prompts, tokens, sampling)
-    mesh = mesh_of(config, devices)
+    mesh = mesh_of(config, devices, trains=False)
     _, generation = generation_of(config, workdir, mesh, prompts, tokens, sampling)
     return b"".join([*prompts, *(new for (new,) in generation)]).decode(errors="replace")
 
 
 def check(config: Config, workdir: Path, prompts: Sequence[bytes], tokens: int, sampling: Sampling) -> None:
     """Raises a ConfigError, before anything is compiled, for what cannot work."""
-    gather_problems(lambda: check_request(config, prompts, tokens, sampling), lambda: check_workdir(config, workdir))
+    gather_problems(
+        lambda: check_request(config, prompts, tokens, sampling), lambda: check_workdir(config, workdir, trains=False)
+    )
 
 
 def generation_of(

@@ -2,8 +2,8 @@
 
 A new family is one file, and one line in `FAMILIES`: an NNX module made of `(config, rngs)` that maps a local batch's
 inputs and a `Segment` to its outputs. Each of its parameters says in its metadata how it is sharded (`spec`), and
-whether it has a row for each position of the sequence (`row_per_position`). A family whose module has a method
-`recall`, as the decoder's has, can generate text.
+whether it has a row for each position of the sequence (`row_per_position`). A family that
+`generates` text has a module with a method `recall`, as the decoder's.
 """
 
 import dataclasses
@@ -18,7 +18,7 @@ from lss_jax.models import decoder_costs
 from lss_jax.models.decoder import Decoder
 from lss_jax.models.family import Costs, Family
 
-FAMILIES = {"decoder": Family(Decoder, Costs(decoder_costs.traffic, decoder_costs.products))}
+FAMILIES = {"decoder": Family(Decoder, Costs(decoder_costs.traffic, decoder_costs.products), generates=True)}
 
 Params = dict[str, Any]  # nested, leaves are arrays; names as in the modules
 
@@ -64,7 +64,7 @@ def costs_of(model: "Model") -> Costs:
     """What the model's family declares for `inspection`.
 
     Raises:
-      ConfigError: nothing.
+      ConfigError: the family declares none.
     """
     family = model.config.model.family
     costs = FAMILIES[family].costs
@@ -96,7 +96,7 @@ def build_model(config: Config) -> Model:
         return nnx.to_pure_dict(jax.tree.map(read, state, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable)))
 
     specs = metadata(lambda variable: variable.spec)
-    tables = metadata(lambda variable: variable.has_metadata("row_per_position"))
+    tables = metadata(lambda variable: "row_per_position" in variable.get_metadata() and variable.row_per_position)
     return Model(config, graphdef, nnx.to_pure_dict(state), specs, tables)
 
 

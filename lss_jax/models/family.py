@@ -22,3 +22,4 @@ class Family(NamedTuple):
 
     module: Callable[[Config, nnx.Rngs], nnx.Module]
     costs: Costs | None = None
+    generates: bool = False  # whether the module has a method `recall`, as the decoder's

@@ -51,10 +51,10 @@ def evaluate_by_position(
     Raises:
       ConfigError: there is no run or no checkpoint, or a length does not fit the config, the data or the devices.
     """
-    check_workdir(config, workdir)
+    check_workdir(config, workdir, trains=False)
     configs = {length: at_length(config, length) for length in lengths}
-    gather_problems(*(lambda c=c: validate(c, len(jax.devices())) for c in configs.values()))
-    mesh = mesh_of(config, jax.devices())
+    gather_problems(*(lambda c=c: validate(c, len(jax.devices()), trains=False) for c in configs.values()))
+    mesh = mesh_of(config, jax.devices(), trains=False)
     tasks = {length: make_task(c) for length, c in configs.items()}
     splits = {length: tasks[length].splits(mesh)[name] for length in reversed(lengths)}  # the longest may be too long
     step, params = restore_params(build_model(config), mesh, workdir)
@@ -75,7 +75,7 @@ def at_length(config: Config, length: int) -> Config:
     if config.model.positions == "learned" and length > config.data.seq_len:
         raise ConfigError(
             f'--lengths: {length} is beyond the table of model.positions="learned", which has data.seq_len='
-            f"{config.data.seq_len} rows; evaluate at most so many, or train with rope, sinusoidal or none"
+            f"{config.data.seq_len} rows; use lengths up to that, or train with rope, sinusoidal or none"
         )
     return dataclasses.replace(config, data=dataclasses.replace(config.data, seq_len=length))
 

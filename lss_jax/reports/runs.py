@@ -117,8 +117,8 @@ def caveats(runs: Sequence[Run]) -> list[str]:
                 f"Validation is over the first {counted[1]:,} {run.task.items} in {run.name}, {counted[0]:,} in "
                 f"{runs[0].name}."
             )
-        if (now.attention.prefix, now.data.separator) != (first.attention.prefix, first.data.separator):
-            found.append(
-                f"By attention.prefix or data.separator {run.name} predicts other {run.task.items} than {runs[0].name}."
-            )
+        deciding = run.task.counted()
+        if deciding != runs[0].task.counted():
+            keys, items = " or ".join(deciding), run.task.items
+            found.append(f"By {keys} {run.name} predicts other {items} than {runs[0].name}.")
     return found

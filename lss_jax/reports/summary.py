@@ -1,7 +1,7 @@
 """What a finished run has learned: its headline metric by how much came before, and a sample of its text."""
 
 from lss_jax.config.schema import ConfigError
-from lss_jax.generation.decode import Generation, task_of
+from lss_jax.generation.decode import Generation
 from lss_jax.generation.sampling import Sampling
 from lss_jax.reports.by_position import binned, shown_bin, sums_by_position
 from lss_jax.training.trainer import Trainer
@@ -35,7 +35,6 @@ def sample(trainer: Trainer) -> list[str]:
     if not prompt:
         return []
     try:
-        task_of(trainer.config)
         generation = Generation(trainer.config, trainer.mesh, trainer.state.params, [prompt], TOKENS, SAMPLING)
     except ConfigError as error:
         return [f"  no sample: {error}"]

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterator
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -35,12 +35,20 @@ class LanguageModel(Task):
     items: ClassVar[str] = "bytes"
     metrics: ClassVar[tuple[Metric, ...]] = (NATS, BITS)
     headline: ClassVar[Metric] = BITS
-    text: ClassVar[type[ByteText]] = ByteText  # what the tokens stand for, for generation
+    text = ByteText
 
     @property
     def packed(self) -> bool:
         """Whether windows hold several documents, which do not attend to one another."""
         return bool(self.config.data.separator)
+
+    def introduction(self, split: WindowSplit) -> Iterator[str]:
+        if self.packed:
+            ends = repr(self.config.data.separator)
+            yield f"packed   {split.documents:,} documents in the training data, each ending with {ends}"
+
+    def counted(self) -> dict[str, Any]:
+        return {"attention.prefix": self.config.attention.prefix, "data.separator": self.config.data.separator}
 
     def problems(self) -> Iterator[str]:
         vocab, needed = self.config.model.vocab, self.text.vocab

@@ -13,14 +13,16 @@ from lss_jax.storage.workdir import saved_config
 from lss_jax.training.optimizer import make_optimizer
 
 
-def check_workdir(config: Config, workdir: Path) -> dict[str, tuple[Any, Any]]:
-    """Refuses a config whose model the run's checkpoints do not fit; returns what else differs, key to (then, now).
+def check_workdir(config: Config, workdir: Path, *, trains: bool = True) -> dict[str, tuple[Any, Any]]:
+    """Refuses a config that the run's checkpoints do not fit; returns what else differs, key to (then, now).
+
+    Moments must fit only where the run trains on.
 
     Raises:
       ConfigError: there is no run in `workdir`, or its parameters have other shapes; one line per key that shapes them.
     """
     saved = from_dict(saved_config(workdir))
-    for what, shapes in (("parameters", shapes_of), ("moments", moments_of)):
+    for what, shapes in (("parameters", shapes_of), *([("moments", moments_of)] if trains else [])):
         misfits = shaping(saved, config, shapes)
         if misfits:
             raise ConfigError(

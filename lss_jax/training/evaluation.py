@@ -91,8 +91,8 @@ def evaluate_run(
     """
     workdir, devices = Path(workdir), jax.devices() if devices is None else devices
     config = config or from_dict(saved_config(workdir))
-    check_workdir(config, workdir)
-    mesh = mesh_of(config, devices)
+    check_workdir(config, workdir, trains=False)
+    mesh = mesh_of(config, devices, trains=False)
     task, model = make_task(config), build_model(config)
     data = task.splits(mesh)[split]
     step, params = restore_params(model, mesh, workdir)

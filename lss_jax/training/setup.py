@@ -8,15 +8,17 @@ from jax.sharding import Mesh
 from lss_jax.attention.placement import kernel_on
 from lss_jax.attention.strategies import strategy_problems
 from lss_jax.attention.strategy import Shards
-from lss_jax.config.rules import MeshSizes, problems
+from lss_jax.config.rules import MeshSizes, optimizer_problems, problems
 from lss_jax.config.schema import Config, ConfigError
 from lss_jax.models import family_problems
 from lss_jax.parallel.mesh import make_mesh
 from lss_jax.tasks import task_problems
 
 
-def validate(config: Config, device_count: int) -> MeshSizes:
+def validate(config: Config, device_count: int, *, trains: bool = True) -> MeshSizes:
     """Checks everything that can be known before data is opened and anything is compiled; returns the mesh sizes.
+
+    What only reads parameters, and does not train, may do without the rules of the optimizer.
 
     Raises:
       ConfigError: all problems at once, a line each: those of any config, then of its strategy, family and task.
@@ -24,19 +26,20 @@ def validate(config: Config, device_count: int) -> MeshSizes:
     found, sizes = problems(config, device_count)
     found += strategy_problems(config.attention, _shards(config, sizes))
     found += [*family_problems(config), *task_problems(config)]
+    found += optimizer_problems(config, sizes) if trains else []
     if found:
         raise ConfigError("\n".join(found))
     assert sizes is not None
     return sizes
 
 
-def mesh_of(config: Config, devices: Sequence[jax.Device]) -> Mesh:
-    """The mesh that a config asks for, made of these devices.
+def mesh_of(config: Config, devices: Sequence[jax.Device], *, trains: bool = True) -> Mesh:
+    """The mesh that a config asks for, made of these devices; see `validate`.
 
     Raises:
       ConfigError: the config does not fit them, or names a kernel for others.
     """
-    mesh = make_mesh(validate(config, len(devices)), devices)
+    mesh = make_mesh(validate(config, len(devices), trains=trains), devices)
     kernel_on(config.attention, mesh)
     return mesh
 
