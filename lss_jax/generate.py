@@ -47,7 +47,9 @@ def main() -> int:
     check(config, workdir, prompts, arguments.tokens, sampling)
     with cli.start(arguments, config):
         mesh = mesh_of(config, jax.devices(), trains=False)
-        step, generation = generation_of(config, workdir, mesh, prompts, arguments.tokens, sampling)
+        step, generation = generation_of(
+            config, workdir, mesh, prompts=prompts, tokens=arguments.tokens, sampling=sampling
+        )
         _note(f"devices  {_devices(mesh)}")
         _note(f"model    {workdir}, step {step}")
         _note(f"cache    {shown_size(generation.cache_bytes)} per device, as compiled")

@@ -10,8 +10,10 @@ import pytest
 from helpers import TEXT, change, small_config
 
 from lss_jax.config.schema import ConfigError
+from lss_jax.generation.generate import generate_text
 from lss_jax.storage.metrics import MetricsWriter, console_line, duration, read_records
 from lss_jax.storage.workdir import saved_config
+from lss_jax.training.evaluation import evaluate_run
 from lss_jax.training.trainer import Trainer
 
 
@@ -248,3 +250,16 @@ def test_a_damaged_checkpoint_is_one_error(config, interrupted):
     with pytest.raises(ConfigError, match=r"no sound checkpoint is left: .*checkpoints/2 \(.*\); put one back"):
         Trainer(change(config, optim__steps=12), interrupted)
     assert contents(interrupted) == before
+
+
+def test_a_run_of_muon_is_evaluated_and_generates_where_it_could_not_train(config, tmp_path):
+    """Muon needs whole matrices, which a `model` axis shards; parameters do not care."""
+    trainer = Trainer(change(config, optim__name="muon", optim__steps=2, optim__warmup_steps=1), tmp_path)
+    list(trainer.fit())
+    trainer.close()
+    trained = evaluate_run(tmp_path, batches=1)
+    hybrid = change(trainer.config, mesh__data=2, mesh__seq=2, mesh__model=2)
+    assert evaluate_run(tmp_path, batches=1, config=hybrid)["loss"] == pytest.approx(trained["loss"], rel=1e-5)
+    assert len(generate_text(tmp_path, "ab", tokens=3, temperature=0, config=hybrid)) == 5
+    with pytest.raises(ConfigError, match=r"mesh.model=2 shards the matrices of layers"):
+        Trainer(hybrid, tmp_path)

@@ -13,9 +13,10 @@ from typing import NamedTuple
 from lss_jax.attention.placement import setting_on
 from lss_jax.attention.traffic import sizes_of
 from lss_jax.inspection.contract import SENT, Contract
-from lss_jax.inspection.memory import arrays_of, memory_of
+from lss_jax.inspection.memory import memory_of
 from lss_jax.inspection.operations import outside_attention
 from lss_jax.models import Model
+from lss_jax.models.decoder_memory import arrays_of
 from lss_jax.parallel.mesh import SEQ
 
 
@@ -81,8 +82,8 @@ def bytes_moved(model: Model, mesh) -> float:
     """Bytes read and written in a device's memory, counted: parameters and moments, activations, dense scores or keys.
 
     Parameters are read three times; their gradients, moments and new values are written and read once. A layer reads
-    and writes ten arrays of the size `part` and four of the size `hidden` (`memory.arrays_of`), once forward and twice
-    backward.
+    and writes ten arrays of the size `part` and four of the size `hidden` (`decoder_memory.arrays_of`), once forward
+    and twice backward.
     """
     config, arrays, memory = model.config, arrays_of(model.config, mesh), memory_of(model, mesh)
     sizes, setting = sizes_of(config, mesh), setting_on(config, mesh)

@@ -61,7 +61,8 @@ def make_prefill(model: Model, mesh: Mesh, tokens: int) -> Callable[[Params, jax
         def attend(q_BlHK, k_BlGK, v_BlGK, dropout, past):
             return strategy(q_BlHK, k_BlGK, v_BlGK, dropout), stacked(k_BlGK, v_BlGK)
 
-        segment = Segment(positions_l, own_part(positions_l, axis, 0), attend, None, axis)
+        positions_p = own_part(positions_l, axis, 0)
+        segment = Segment(positions_l, positions_p, attend, dropout=None, model_axis=axis)
         _, kv_n2BGlK = model.recall(params, tokens_Bl, segment, None)  # the logits are not needed
         return fill(kv_n2BGlK, positions_l, length_B - 1, more=-(-tokens // layout.devices))
 
@@ -102,10 +103,13 @@ def make_step(model: Model, mesh: Mesh, length: int) -> Step:
         @jax.named_scope(ATTENTION)
         def attend(q_1BHK, k_1BGK, v_1BGK, dropout, past_2BGcK):
             own_2BGK = jnp.concatenate((k_1BGK, v_1BGK))
-            o_BHK = attend_to_cache(q_1BHK[0], own_2BGK, past_2BGcK, cache.position_Bc, mask, seq_axis)
+            o_BHK = attend_to_cache(
+                q_1BHK[0], own_2BGK, past_2BGcK, position_Bc=cache.position_Bc, mask=mask, axis=seq_axis
+            )
             return o_BHK[None], own_2BGK
 
-        segment = Segment(position_B, own_part(position_B, axis, 0), attend, None, axis)
+        position_b = own_part(position_B, axis, 0)
+        segment = Segment(position_B, position_b, attend, dropout=None, model_axis=axis)
         logits, kv_n2BGK = model.recall(params, token_B[None], segment, cache.kv_n2BGcK)
         slot = length // layout.devices + number // layout.devices
         mine = seq_axis is None or number % layout.devices == jax.lax.axis_index(seq_axis)

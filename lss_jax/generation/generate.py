@@ -53,7 +53,7 @@ def generate_text(
     prompts, sampling = [prompt.encode()], Sampling(temperature, top_k, top_p, seed)
     check(config, workdir, prompts, tokens, sampling)
     mesh = mesh_of(config, devices, trains=False)
-    _, generation = generation_of(config, workdir, mesh, prompts, tokens, sampling)
+    _, generation = generation_of(config, workdir, mesh, prompts=prompts, tokens=tokens, sampling=sampling)
     return b"".join([*prompts, *(new for (new,) in generation)]).decode(errors="replace")
 
 
@@ -69,4 +69,4 @@ def generation_of(
 ) -> tuple[int, Generation]:
     """The step of the run's newest sound checkpoint, and the `Generation` from its parameters."""
     step, params = restore_params(build_model(config), mesh, workdir)
-    return step, Generation(config, mesh, params, prompts, tokens, sampling)
+    return step, Generation(config, mesh, params, prompts=prompts, tokens=tokens, sampling=sampling)

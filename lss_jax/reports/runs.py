@@ -27,7 +27,11 @@ class Run(NamedTuple):
     records: list[Record]
     data: dict[str, Any] | None  # size and fingerprint from the newest checkpoint; None without one
     by_position: dict[str, dict[str, Any]]  # split to result
-    task: Task
+
+    @property
+    def task(self) -> Task:
+        """The task of its config."""
+        return make_task(self.config)
 
     def of(self, split: str) -> list[Record]:
         """The records of a split."""
@@ -62,7 +66,7 @@ def _read(name: str, workdir: Path) -> Run:
     records = checked_records(workdir / "metrics.jsonl", (metric.name for metric in task.metrics))
     notes = newest_notes(workdir / "checkpoints")
     results = [_read_by_position(path, task) for path in sorted(workdir.glob(f"{BY_POSITION}_*.json"))]
-    return Run(name, workdir, config, records, notes and notes["data"], {r["split"]: r for r in results}, task)
+    return Run(name, workdir, config, records, notes and notes["data"], {r["split"]: r for r in results})
 
 
 def _read_by_position(path: Path, task: Task) -> dict[str, Any]:

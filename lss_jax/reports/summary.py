@@ -35,7 +35,9 @@ def sample(trainer: Trainer) -> list[str]:
     if not prompt:
         return []
     try:
-        generation = Generation(trainer.config, trainer.mesh, trainer.state.params, [prompt], TOKENS, SAMPLING)
+        generation = Generation(
+            trainer.config, trainer.mesh, trainer.state.params, prompts=[prompt], tokens=TOKENS, sampling=SAMPLING
+        )
     except ConfigError as error:
         return [f"  no sample: {error}"]
     text = b"".join([prompt, *(new for (new,) in generation)]).decode(errors="replace")

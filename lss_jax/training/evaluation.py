@@ -44,6 +44,7 @@ def evaluate_split(
     eval_step: Callable[[Params, Any], Any],
     params: Params,
     split: WindowSplit,
+    *,
     name: str,
     batches: int | None,
 ) -> Record:
@@ -99,5 +100,5 @@ def evaluate_run(
     return {
         "step": step,
         "split": split,
-        **evaluate_split(task, make_eval_step(model, mesh), params, data, split, batches),
+        **evaluate_split(task, make_eval_step(model, mesh), params, data, name=split, batches=batches),
     }

@@ -154,7 +154,7 @@ def dropout_of(config: Config, mesh: Mesh, batch: Any, step: jax.Array) -> Dropo
     axis = axis_if_sharded(MODEL, mesh)
     first_head = jax.lax.axis_index(axis) * (config.model.heads // mesh.shape[MODEL]) if axis else 0
     key = hashed(jnp.uint32(config.seed), step)
-    return Dropout(config.model.dropout, key, batch.rows, batch.positions, first_head)
+    return Dropout(config.model.dropout, key, row_B=batch.rows, position_l=batch.positions, first_head=first_head)
 
 
 def sum_over_microbatches(function: Callable[[Any], Any], batch: Any, specs: Any, count: int) -> Any:

@@ -146,7 +146,8 @@ class Trainer:
     def evaluate(self, split: str, batches: int | None = None) -> Record:
         """The metrics over the first `batches` batches of a split, None for all of them."""
         step = {"step": self.step, "split": split}
-        return step | evaluate_split(self.task, self._eval_step, self.state.params, self.splits[split], split, batches)
+        params, data = self.state.params, self.splits[split]
+        return step | evaluate_split(self.task, self._eval_step, params, data, name=split, batches=batches)
 
     def training_batch(self, step: int) -> Any:
         """The global batch of a step (counted from 0), which depends on the seed and the step alone."""
