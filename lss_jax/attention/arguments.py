@@ -39,7 +39,7 @@ class Seen(NamedTuple):
         return (size, size) if isinstance(size, int) else size
 
     def problems(self) -> Iterator[str]:
-        """All but those of the intervals, which `mask` raises."""
+        """What is wrong with the arguments, a line each; errors in the intervals are raised by `mask`."""
         if self.prefix < 0:
             yield f"prefix={self.prefix} must be at least 0"
         if self.prefix > 0 and not self.is_causal:
@@ -65,7 +65,7 @@ class Seen(NamedTuple):
 
 
 def _intervals(bounds: tuple[Any, Any], shape_BL: tuple[int, ...]) -> Intervals:
-    """The user's own, `[L]` or `[..., L]`."""
+    """The user's intervals, `[L]` or `[..., L]`, checked and broadcast."""
     arrays = [jnp.asarray(bound) for bound in bounds]
     shapes = [array.shape for array in arrays]
     for name, array in zip(("start", "end"), arrays, strict=True):

@@ -111,7 +111,7 @@ class Sharded(NamedTuple):
     heads: tuple[str, ...]
 
     def spec(self, *dimensions: tuple[str, ...] | str) -> P:
-        """For `shard_map`: without the axes that have one device."""
+        """The spec of an array for `shard_map`, without the axes that have one device."""
         return without_unsharded(P(*dimensions), self.mesh)
 
 
@@ -203,7 +203,7 @@ def _on_mesh(arrays: Arrays, mask: Intervals, how: How) -> jax.Array:
 
 
 def _moved(arrays_BlHK: tuple[jax.Array, ...], move: Callable[[jax.Array], jax.Array]) -> tuple[jax.Array, ...]:
-    """Tokens to another order, all arrays together."""
+    """The arrays with their tokens in another order, moved together in one array."""
     moved_lBHK = move(jnp.moveaxis(jnp.concatenate(arrays_BlHK, axis=2), 1, 0))
     ends = list(itertools.accumulate(x.shape[2] for x in arrays_BlHK))
     return tuple(jnp.split(jnp.moveaxis(moved_lBHK, 0, 1), ends[:-1], axis=2))

@@ -92,7 +92,9 @@ def _backward(setting, saved, do_BlHK):
     last = setting.layout.devices - 1
     start = varying_like((kv_2BGlK, no_gradients(blocks, kv_2BGlK[None])), (blocks, kv_2BGlK, given))
     kv_last_2BGlK, gradients = jax.lax.fori_loop(0, last, one_turn, start)
-    dq_igmK, dkv_12BGKl = attend(last, kv_last_2BGlK, gradients)  # after N sends every gradient is at home
+    dq_igmK, dkv_12BGKl = attend(
+        last, kv_last_2BGlK, gradients
+    )  # after N sends every gradient is back on its own device
     dkv_2BGlK = dkv_12BGKl[0].swapaxes(3, 4)
     dq_BlHK = blocking.join(dq_igmK).astype(do_BlHK.dtype)
     return queries._replace(q_BlHK=dq_BlHK, mask=None, dropout=None), dkv_2BGlK.astype(kv_2BGlK.dtype)
@@ -102,7 +104,7 @@ _ring.defvjp(_forward, _backward)
 
 
 def _send_on(x: jax.Array, setting: Setting) -> jax.Array:
-    """To the next device, from the one before."""
+    """Sends an array to the next device of the ring, and receives that of the device before."""
     if setting.axis is None:
         return x
     count = setting.layout.devices
@@ -132,7 +134,7 @@ def _held(sizes: Sizes, _setting: Setting) -> Held:
 
 
 def _key_blocks(segment_length: int, setting: Setting) -> KeyBlocks:
-    """Blocks of every segment by itself, as they come by."""
+    """Key blocks of each segment by itself, since a device has one segment at a time."""
     return key_blocks(chunks_of_all(setting.layout, segment_length), setting.block_keys)
 
 

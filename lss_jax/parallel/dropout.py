@@ -26,11 +26,11 @@ class Dropout(NamedTuple):
     first_head: Any  # of this device's heads, its number in the whole model
 
     def at(self, *coordinates: int | jax.Array) -> "Dropout":
-        """The same, further down: in this layer, at this site."""
+        """Dropout at a place further down in the model: with these coordinates (layer, site) in its key."""
         return self._replace(key=hashed(self.key, *coordinates))
 
     def of_heads(self, head_H: jax.Array) -> "PairDropout":
-        """For the attention weights of these heads, counted from this device's first."""
+        """Dropout of the attention weights of these heads, counted from this device's first."""
         head_H = self.first_head + head_H
         return PairDropout(
             self.rate, hashed(self.key, self.row_B[:, None, None], self.position_l[:, None], head_H[None, None])

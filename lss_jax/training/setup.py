@@ -45,7 +45,7 @@ def mesh_of(config: Config, devices: Sequence[jax.Device], *, trains: bool = Tru
 
 
 def _shards(config: Config, sizes: MeshSizes | None) -> Shards:
-    """For the strategy's rules; on one device, where the mesh is wrong for any strategy."""
+    """What a strategy's rules look at; one device, where the mesh is wrong for any strategy."""
     heads, kv_heads = config.model.heads, config.model.kv_heads
     if sizes is None or heads % sizes[2] or kv_heads % sizes[2]:
         return Shards(heads, kv_heads, seq=1, model=1)

@@ -172,12 +172,12 @@ class Gradients(NamedTuple):
 
 
 def no_gradients(queries: QueryBlocks, kv_n2BGsK: jax.Array) -> Gradients:
-    """Before any block."""
+    """Zero gradients, to which blocks add theirs."""
     return Gradients(jnp.zeros_like(queries.q_igmK, jnp.float32), jnp.zeros_like(kv_n2BGsK.swapaxes(4, 5), jnp.float32))
 
 
 def cotangents(blocking: QueryBlocking, output: Output, do_BlHK: jax.Array) -> Cotangents:
-    """In blocks, like the queries."""
+    """What the backward pass knows of each query, in blocks like the queries."""
     odo_BlH = jnp.einsum("BlHK,BlHK->BlH", output.o_BlHK, do_BlHK, preferred_element_type=jnp.float32)
     return Cotangents(blocking.split(do_BlHK), output.lse, blocking.split_per_head(odo_BlH))
 
@@ -242,7 +242,7 @@ def _start_of(keys, t, queries):
 
 
 def _add(dkv_n2BGKs, d_2gKk, at):
-    """With the gradients of a block added where its keys and values lie."""
+    """Adds the gradients of a block to those of all keys and values, where its own are stored."""
     at = (*at[:4], 0, at[4])
     d_121gKk = d_2gKk[None, :, None]
     before = jax.lax.dynamic_slice(dkv_n2BGKs, at, d_121gKk.shape)

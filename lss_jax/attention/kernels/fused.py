@@ -254,7 +254,7 @@ def _own_keys(tiling: Tiling, x: Any) -> pl.BlockSpec:
 
 
 def _own_keys_last(tiling: Tiling, x: Any) -> pl.BlockSpec:
-    """The same of their gradients `[n, 2, B, G, K, s]`."""
+    """A block of the gradients of keys and values, `[n, 2, B, G, K, s]`: that of this program."""
 
     def index(b, g, t):
         return t // tiling.blocks_per_segment, 0, b, g, 0, t % tiling.blocks_per_segment

@@ -74,7 +74,7 @@ def _walk_by_copies(first, stop, body, *, init, sources, buffers):
 
 
 def _two_buffers_each(blocks: Sequence[tuple[int, int, Any]]) -> list:
-    """For blocks of these rows, columns and dtypes: their room on the chip, and semaphores."""
+    """Two buffers on the chip for each block of these rows, columns and dtypes, and their semaphores."""
     rooms = [pltpu.VMEM((2, rows, columns), dtype) for rows, columns, dtype in blocks]
     return [*rooms, pltpu.SemaphoreType.DMA((len(blocks), 2))]
 
