@@ -6,17 +6,13 @@ import sys
 from contextlib import suppress
 from pathlib import Path
 
-import jax
-
 from lss_jax import cli
 from lss_jax.config.schema import RunError
-from lss_jax.models import parameter_count
-from lss_jax.parallel.layout import layout_on
 from lss_jax.reports import summary
 from lss_jax.runtime import distributed
 from lss_jax.runtime.peers import Alone, Peers
 from lss_jax.runtime.signals import stopping_on_signals
-from lss_jax.storage.metrics import console_line, read_records
+from lss_jax.storage.metrics import console_line
 from lss_jax.tasks.task import shown
 from lss_jax.training.trainer import Trainer
 
@@ -47,80 +43,37 @@ def main() -> int:
 
 def train(trainer: Trainer, peers: Alone | Peers) -> str:
     """Trains to the end, or until a signal asks it to stop, and saves; returns a summary for the console."""
-    prints, steps = distributed.is_first(), trainer.config.optim.steps
-    if prints:
-        introduce(trainer)
-    trained = trainer.step < steps
-    if trained:
-        if prints:
-            print("compiling the training step ...", flush=True)
-        seconds = trainer.compile()
-        if prints:
-            print(f"compiled in {seconds:.1f} s", flush=True)
-        try:
-            for record in trainer.fit(peers.may_start):
-                if prints:
-                    print(console_line(record, steps, shown(trainer.task, record)), flush=True)
-            trainer.save()
-        except RunError:
-            with suppress(RunError):  # earlier saves are sound
-                trainer.close()
-            raise
+    steps = trainer.config.optim.steps
+    say(summary.introduction(trainer))
+    if trainer.step < steps:
+        say("compiling the training step ...")
+        say(f"compiled in {trainer.compile():.1f} s")
+        fit(trainer, peers)
     trainer.close()
-    learned = summary.lines_of(trainer) if trained and trainer.step >= steps else []  # on all processes' devices
-    return summary_of(trainer, learned) if prints else ""
+    learned = []
+    if trainer.step >= steps:
+        say("evaluating by position ...")
+        learned = summary.learned(trainer)
+    again = shlex.join(["python", "-m", "lss_jax.train", *sys.argv[1:]])
+    return summary.conclusion(trainer, learned, again) if distributed.is_first() else ""
 
 
-def introduce(trainer: Trainer) -> None:
-    """Prints what is about to run."""
-    config, devices = trainer.config, trainer.mesh.devices.flat
-    sizes = " x ".join(f"{axis}={size}" for axis, size in trainer.mesh.shape.items())
-    layout, attention = layout_on(config, trainer.mesh), config.attention
-    part = layout.padded(config.data.seq_len) // layout.devices // layout.parts
-    processes = f" in {jax.process_count()} processes" if jax.process_count() > 1 else ""
-    print(f"devices  {trainer.mesh.size} {devices[0].device_kind}{processes}, mesh {sizes}")
-    print(
-        f"model    {config.model.family}, {parameter_count(trainer.model):,} parameters, {config.model.dtype}, "
-        f"attention {attention.strategy} ({attention.layout}, {trainer.kernel})"
-    )
-    print(
-        f"data     {config.data.source}, {len(trainer.splits['train'].data):,} {trainer.task.items} to train on; "
-        f"a step is {config.data.batch_size} sequences of {config.data.seq_len:,} tokens, {part:,} per device"
-    )
-    for line in trainer.task.introduction(trainer.splits["train"]):
-        print(line)
-    print(f"workdir  {trainer.workdir}" + (f", going on after step {trainer.step}" if trainer.step else ""), flush=True)
-    for key, (then, now) in trainer.changes.items():
-        print(f"changed  {key} from {then!r} to {now!r}", flush=True)
+def fit(trainer: Trainer, peers: Alone | Peers) -> None:
+    """Trains, with a line on the console for every record, and saves."""
+    try:
+        for record in trainer.fit(peers.may_start):
+            say(console_line(record, trainer.config.optim.steps, shown(trainer.task, record)))
+        trainer.save()
+    except RunError:
+        with suppress(RunError):  # earlier saves are sound
+            trainer.close()
+        raise
 
 
-def summary_of(trainer: Trainer, learned: list[str]) -> str:
-    """The last losses and the speed, what was `learned`, the files of the run, and the commands to try next."""
-    config, workdir = trainer.config, trainer.workdir
-    last = {record["split"]: record for record in read_records(workdir / "metrics.jsonl")}
-    lines = ["", f"done after {trainer.step} of {config.optim.steps} steps"]
-    nats, metric = trainer.task.metrics[0], trainer.task.headline
-    for split, note in (("train", "last step"), ("valid", f"first {config.eval_batches} batches")):
-        if split in last:
-            record = last[split]
-            lines.append(
-                f"  {split}  {record[metric.name]:.4f} {metric.unit}, {record[nats.name]:.4f} {nats.unit}  ({note})"
-            )
-    if "train" in last:
-        lines.append(f"  speed  {last['train']['tokens_per_second']:,.0f} tokens/s")
-    profile = ", profile/" if (workdir / "profile").is_dir() else ""
-    prompt = config.sample_prompt
-    again, folder = shlex.join(["python", "-m", "lss_jax.train", *sys.argv[1:]]), shlex.quote(str(workdir))
-    lines += [
-        *learned,
-        f"  files  {workdir}/: checkpoints/, metrics.jsonl, tensorboard/, config.json{profile}",
-        "next:",
-        *[f"  python -m lss_jax.generate --workdir {folder} --prompt {shlex.quote(prompt)}"] * bool(prompt),
-        f"  python -m lss_jax.evaluate --workdir {folder} --split test --by-position",
-        f"  {again} --config.optim.steps={2 * trainer.step}   # train on",
-        f"  pip install tensorboard && tensorboard --logdir {folder}",
-    ]
-    return "\n".join(lines)
+def say(text: str) -> None:
+    """Prints a text, in process 0 alone."""
+    if distributed.is_first():
+        print(text, flush=True)
 
 
 if __name__ == "__main__":

@@ -141,7 +141,7 @@ def test_a_toy_task_and_a_toy_family_train_on_three_meshes_with_equal_curves(toy
         assert {"loss", "near"} <= records[0].keys() and "bits_per_byte" not in records[0]
         curves[sizes] = [(r["loss"], r["near"]) for r in records]
         assert console_line(records[0], 20, shown(trainer.task, records[0])).startswith("step  5/20  train loss ")
-        learned = "\n".join(summary.lines_of(trainer))
+        learned = "\n".join(summary.learned(trainer))
         assert "share of guesses within 0.1 by positions before" in learned and "no text to generate" in learned
         whole = evaluate_run(workdir, "test", devices=devices)
         curves[sizes].append((whole["loss"], whole["near"]))

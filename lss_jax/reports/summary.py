@@ -1,9 +1,16 @@
-"""What a finished run has learned: its headline metric by how much came before, and a sample of its text."""
+"""What a run says at its start and at its end: losses by how much came before, a sample of its text, the next steps."""
+
+import shlex
+
+import jax
 
 from lss_jax.config.schema import ConfigError
 from lss_jax.generation.decode import Generation
 from lss_jax.generation.sampling import Sampling
+from lss_jax.models import parameter_count
+from lss_jax.parallel.layout import layout_on
 from lss_jax.reports.by_position import binned, shown_bin, sums_by_position
+from lss_jax.storage.metrics import read_records
 from lss_jax.training.trainer import Trainer
 
 TOKENS = 200  # of the sample
@@ -12,8 +19,8 @@ BINS = 9  # the last ones: a line of a terminal
 MORE = 16  # times as many batches as an evaluation, since each bin has few of their tokens
 
 
-def lines_of(trainer: Trainer) -> list[str]:
-    """The lines; every process must ask, since the devices of all compute them."""
+def learned(trainer: Trainer) -> list[str]:
+    """What the model has learned, in lines; every process must ask, since the devices of all compute them."""
     return [*by_position(trainer), *sample(trainer)]
 
 
@@ -42,3 +49,54 @@ def sample(trainer: Trainer) -> list[str]:
         return [f"  no sample: {error}"]
     text = b"".join([prompt, *(new for (new,) in generation)]).decode(errors="replace")
     return ["  sample", *(f"    | {line.rstrip()}" for line in text.splitlines())]
+
+
+def introduction(trainer: Trainer) -> str:
+    """What is about to run: devices, model, data and folder."""
+    config, devices = trainer.config, trainer.mesh.devices.flat
+    sizes = " x ".join(f"{axis}={size}" for axis, size in trainer.mesh.shape.items())
+    layout, attention = layout_on(config, trainer.mesh), config.attention
+    part = layout.padded(config.data.seq_len) // layout.devices // layout.parts
+    processes = f" in {jax.process_count()} processes" if jax.process_count() > 1 else ""
+    train = trainer.splits["train"]
+    return "\n".join(
+        [
+            f"devices  {trainer.mesh.size} {devices[0].device_kind}{processes}, mesh {sizes}",
+            f"model    {config.model.family}, {parameter_count(trainer.model):,} parameters, {config.model.dtype}, "
+            f"attention {attention.strategy} ({attention.layout}, {trainer.kernel})",
+            f"data     {config.data.source}, {len(train.data):,} {trainer.task.items} to train on; "
+            f"a step is {config.data.batch_size} sequences of {config.data.seq_len:,} tokens, {part:,} per device",
+            *trainer.task.introduction(train),
+            f"workdir  {trainer.workdir}" + (f", going on after step {trainer.step}" if trainer.step else ""),
+            *(f"changed  {key} from {then!r} to {now!r}" for key, (then, now) in trainer.changes.items()),
+        ]
+    )
+
+
+def conclusion(trainer: Trainer, learned: list[str], again: str) -> str:
+    """The last losses and the speed, what was `learned`, the files of the run, and the commands to try next.
+
+    `again` is the command of this run.
+    """
+    config, workdir = trainer.config, trainer.workdir
+    last = {record["split"]: record for record in read_records(workdir / "metrics.jsonl")}
+    lines = ["", f"done after {trainer.step} of {config.optim.steps} steps"]
+    loss, metric = trainer.task.metrics[0], trainer.task.headline
+    for split, note in (("train", "last step"), ("valid", f"first {config.eval_batches} batches")):
+        if split in last:
+            values = f"{last[split][metric.name]:.4f} {metric.unit}, {last[split][loss.name]:.4f} {loss.unit}"
+            lines.append(f"  {split}  {values}  ({note})")
+    if "train" in last:
+        lines.append(f"  speed  {last['train']['tokens_per_second']:,.0f} tokens/s")
+    profile = ", profile/" if (workdir / "profile").is_dir() else ""
+    folder, prompt = shlex.quote(str(workdir)), config.sample_prompt
+    lines += [
+        *learned,
+        f"  files  {workdir}/: checkpoints/, metrics.jsonl, tensorboard/, config.json{profile}",
+        "next:",
+        *[f"  python -m lss_jax.generate --workdir {folder} --prompt {shlex.quote(prompt)}"] * bool(prompt),
+        f"  python -m lss_jax.evaluate --workdir {folder} --split test --by-position",
+        f"  {again} --config.optim.steps={2 * trainer.step}   # train on",
+        f"  pip install tensorboard && tensorboard --logdir {folder}",
+    ]
+    return "\n".join(lines)
