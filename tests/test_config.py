@@ -122,8 +122,8 @@ BAD = {
     "optim.beta2=1.0": r"optim.beta2=1.0 must be at least 0 and less than 1",
     "optim.warmup_steps=21": r"optim.warmup_steps=21 is more than optim.steps=20; warm up for at most 20 steps",
     "optim.name='sgd'": r"optim.name='sgd' is not known; choose one of 'adamw', 'muon'",
-    "optim.name='muon' optim.shard_state=True": r"a share of a matrix, and optim.name=\"muon\" needs all of it; use",
-    "optim.name='muon' mesh.model=2": r"mesh.model=2 shards the matrices .*needs all of each; use mesh.model=1 or",
+    "optim.name='muon' optim.shard_state=True": r"a shard of a matrix, and optim.name=\"muon\" needs all of it; use",
+    "optim.name='muon' mesh.model=2": r"mesh.model=2 shards the matrices .*needs all of each; use mesh.model=1, or",
     "data.source='text'": r'data.source="text" needs a file; give data.path',
     "data.path='x'": r"data.path='x' has no use with data.source=\"stdlib\"; use data.source=\"text\"",
 }
