@@ -51,7 +51,7 @@ def train(trainer: Trainer, peers: Alone | Peers) -> str:
         fit(trainer, peers)
     trainer.close()
     learned = []
-    if trainer.step >= steps:
+    if trainer.step >= steps and peers.may_start(steps + 1):  # not when asked to stop: all processes agree
         say("evaluating by position ...")
         learned = summary.learned(trainer)
     again = shlex.join(["python", "-m", "lss_jax.train", *sys.argv[1:]])

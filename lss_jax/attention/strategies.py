@@ -1,6 +1,6 @@
 """Sequence-parallel attention: one file per strategy, one interface, to be read side by side.
 
-A new strategy is one file, which ends with its `Strategy`, and one line in `STRATEGIES`.
+A new strategy is one file, with its `Strategy` at the end or beside it, and one line in `STRATEGIES`.
 """
 
 import dataclasses

@@ -128,7 +128,7 @@ def make_step(model: Model, mesh: Mesh, length: int) -> Step:
 def _mask(config: Config, positions_l: jax.Array) -> Intervals:
     """The config's mask for a single document without end."""
     endless = dataclasses.replace(config.data, seq_len=np.iinfo(np.int32).max)
-    return task_of(dataclasses.replace(config, data=endless)).mask(positions_l)
+    return make_task(dataclasses.replace(config, data=endless)).mask(positions_l)
 
 
 def _first_rows(table_LE: jax.Array, length: int) -> jax.Array:
@@ -150,7 +150,8 @@ class Generation:
         self, config: Config, mesh: Mesh, params: Params, prompts: Sequence[bytes], tokens: int, sampling: Sampling
     ):
         check_request(config, prompts, tokens, sampling)
-        self._text = text = text_of(config)
+        _, text = task_and_text(config)
+        self._text = text
         self._prompts, self._tokens, self._params = list(prompts), tokens, params
         self._separator = config.data.separator.encode()
         surplus = -len(prompts) % (mesh.shape[DATA] * mesh.shape[MODEL])  # padding rows, whose texts are dropped
@@ -204,8 +205,8 @@ class Generation:
                     return
 
 
-def task_of(config: Config) -> Task:
-    """The config's task, if it and the model's family can generate.
+def task_and_text(config: Config) -> tuple[Task, type[ByteText]]:
+    """The config's task and what its tokens stand for, if it and the model's family can generate.
 
     Raises:
       ConfigError: one of them cannot.
@@ -214,15 +215,9 @@ def task_of(config: Config) -> Task:
     if task.text is None:
         raise ConfigError(f"task={config.task!r} has no text to generate; give a run of a language model")
     if not FAMILIES[family].generates:
-        raise ConfigError(f"model.family={family!r} cannot generate; give a run of one that can, as 'decoder'")
-    return task
-
-
-def text_of(config: Config) -> type[ByteText]:
-    """What the tokens of the config's task stand for; raises a `ConfigError` where that is nothing."""
-    text = task_of(config).text
-    assert text is not None
-    return text
+        able = ", ".join(repr(name) for name, one in FAMILIES.items() if one.generates)
+        raise ConfigError(f"model.family={family!r} cannot generate; give a run of one that can: {able}")
+    return task, task.text
 
 
 def _forward_model(config: Config) -> Model:
@@ -246,8 +241,8 @@ def check_request(config: Config, prompts: Sequence[bytes], tokens: int, samplin
 
 def _problems_of(prompt: bytes, name: str, config: Config, tokens: int) -> Iterator[str]:
     separator, prefix, seq_len = config.data.separator, config.attention.prefix, config.data.seq_len
-    task = task_of(config)
-    items, length = task.items, len(text_of(config).tokens_of(prompt))
+    task, text = task_and_text(config)
+    items, length = task.items, len(text.tokens_of(prompt))
     if not prompt:
         yield f"{name} is empty, and there must be something to continue; give at least one byte"
     if separator and separator.encode() in prompt:

@@ -2,8 +2,8 @@
 
 A new family is one file, and one line in `FAMILIES`: an NNX module made of `(config, rngs)` that maps a local batch's
 inputs and a `Segment` to its outputs. Each of its parameters says in its metadata how it is sharded (`spec`), and
-whether it has a row for each position of the sequence (`row_per_position`). A family that
-`generates` text has a module with a method `recall`, as the decoder's.
+whether it has a row for each position of the sequence (`row_per_position`). A family that `generates` text has a module
+with a method `recall`, as the decoder's.
 """
 
 import dataclasses

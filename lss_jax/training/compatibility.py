@@ -41,8 +41,11 @@ def shaping(saved: Config, config: Config, shapes: Callable[[Config], Any]) -> d
     A key counts if changing it alone, from its saved value to the new one, changes shapes or leaves no valid model. If
     only several keys together do that, all that differ count.
     """
-    differing, before = changes(saved, config), shapes(saved)
-    if not differing or shapes(config) == before:
+    differing = changes(saved, config)
+    if not differing:
+        return {}
+    before = shapes(saved)
+    if shapes(config) == before:
         return {}
     alone = {key: pair for key, pair in differing.items() if shapes(with_value(saved, key, pair[1])) != before}
     return alone or differing

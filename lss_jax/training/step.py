@@ -22,7 +22,7 @@ from lss_jax.parallel.mesh import DATA, MODEL, SEQ, axis_if_sharded, like, witho
 from lss_jax.parallel.scopes import OPTIMIZER
 from lss_jax.parallel.tensor_parallel import own_part
 from lss_jax.tasks import make_task
-from lss_jax.tasks.task import means_of
+from lss_jax.tasks.task import Means, means_of
 from lss_jax.training.optimizer import make_optimizer
 from lss_jax.training.state import TrainState, init_state, param_specs, state_shardings
 from lss_jax.training.tables import cropped, in_layout_order, in_natural_order, padded
@@ -65,7 +65,6 @@ def trace_train_step(model: Model, mesh: Mesh) -> jax.stages.Traced:
     return make_train_step(model, optimizer, mesh).trace(state, make_task(config).batch_like(mesh))
 
 
-Means = dict[str, jax.Array]
 MeansAndGradient = Callable[[Params, Any, jax.Array | int], tuple[Means, Params]]
 
 
