@@ -22,6 +22,9 @@ def get_config() -> ConfigDict:
     mesh.data = -1  # data groups, which train on different sequences
     mesh.seq = 1  # devices over which a sequence is sharded
     mesh.model = 1  # devices that share a segment, with heads and MLP columns sharded (tensor parallelism)
+    # What `data` and `seq` shard besides: "none"; "optimizer", Adam's moments (ZeRO-1); or "all", weights and gradients
+    # too (ZeRO-3, FSDP), gathered one layer at a time.
+    mesh.shard = "none"
 
     config.attention = attention = ConfigDict()
     attention.strategy = "lss"  # the paper's; or "ring" or "ulysses"
@@ -33,7 +36,7 @@ def get_config() -> ConfigDict:
     attention.kernel = "auto"
     attention.block_queries = 512  # upper bound on a block; measured for "blockwise" in experiments/attention
     attention.block_keys = 256
-    attention.gather_groups = 1  # "lss": groups of key/value heads, each gathered while the one before is computed
+    attention.head_groups = 1  # groups of heads that are projected, communicated and computed one after the other
     attention.regather = False  # "lss": re-gather keys and values in the backward pass instead of saving them
 
     config.model = model = ConfigDict()
@@ -44,6 +47,9 @@ def get_config() -> ConfigDict:
     model.heads = 4
     model.kv_heads = model.get_oneway_ref("heads")  # fewer than heads: GQA; 1: MQA
     model.mlp_width = model.get_oneway_ref("width") * 4
+    model.norm = "layer"  # LayerNorm; or "rms", RMSNorm
+    model.mlp = "gelu"  # or "swiglu", which has a gate: three matrices
+    model.bias = True  # biases in projections, MLP and LayerNorm
     model.positions = "learned"  # "learned" (sharded like the sequence), "sinusoidal", "rope" or "none"
     model.rope_base = 10_000.0
     model.rope_scaling = "none"  # or, for longer contexts, "linear" (positions / factor) or "ntk" (a larger base)
@@ -52,7 +58,11 @@ def get_config() -> ConfigDict:
     model.vocab_parallel = False  # shard the token embedding and the head over mesh.model, for large vocabularies
     model.dropout = 0.0  # on embeddings, attention weights and both residual branches; the same on every mesh
     model.dtype = "float32"  # of activations; or "bfloat16"; parameters are always float32
-    model.remat = "none"  # "block": recompute each block in the backward pass, to save memory
+    # Recomputed in the backward pass: "none"; "block", each block but its attention; or "offload", each block from its
+    # input, which waits in host memory.
+    model.remat = "none"
+    model.remat_every = 1  # "offload": only every so many layers' input waits, and more is recomputed
+    model.tile = 0  # tokens for which MLP, projections, head and loss are computed at a time; 0: all at once
     model.scan_layers = True  # scan over the layers, which compiles one block; False: unrolled
 
     config.data = data = ConfigDict()
@@ -63,7 +73,10 @@ def get_config() -> ConfigDict:
     data.batch_size = 16  # sequences per step, over all devices
 
     config.optim = optim = ConfigDict()
-    optim.name = "adamw"  # or "muon": for the kernels of layers, which it orthogonalizes; AdamW for the rest
+    # "adamw"; "lion", which has one moment; or "muon", which orthogonalizes the kernels of layers, and AdamW
+    # for the rest.
+    optim.name = "adamw"
+    optim.moments_dtype = "float32"  # in which moments are kept; or "bfloat16"
     optim.steps = 300
     optim.learning_rate = 1e-3  # peak, after warm-up
     optim.warmup_steps = 20
@@ -72,7 +85,6 @@ def get_config() -> ConfigDict:
     optim.beta1 = 0.9  # the momentum of "muon", too
     optim.beta2 = 0.95
     optim.accumulate = 1  # microbatches per step
-    optim.shard_state = False  # shard Adam's moments, also those of replicated weights (ZeRO-1)
     optim.max_skipped = 10  # this many consecutive steps with a non-finite loss or gradient end the run
 
     config.profile = profile = ConfigDict()  # a trace of training steps, in WORKDIR/profile

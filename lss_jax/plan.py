@@ -63,8 +63,8 @@ def main() -> int:
 
 def train_command(path: str, overrides: list[str], config: Config) -> str:
     """The command that trains this config: its file, the user's overrides, and after them the planner's."""
-    ours = {f"mesh.{axis}": size for axis, size in zip(AXES, dataclasses.astuple(config.mesh), strict=True)}
-    ours |= {f"attention.{key}": getattr(config.attention, key) for key in ("strategy", "gather_groups", "regather")}
+    ours = {f"mesh.{axis}": size for axis, size in zip(AXES, dataclasses.astuple(config.mesh)[:3], strict=True)}
+    ours |= {f"attention.{key}": getattr(config.attention, key) for key in ("strategy", "head_groups", "regather")}
     ours |= {"data.seq_len": config.data.seq_len}
     settings = [f"--config.{key}={value}" for key, value in ours.items()]
     return shlex.join(["python", "-m", "lss_jax.train", "--config", path, *overrides, *settings])

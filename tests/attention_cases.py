@@ -13,6 +13,7 @@ import numpy as np
 from helpers import assert_close, mesh_of
 from jax.sharding import PartitionSpec as P
 
+from lss_jax.attention.head_groups import in_head_groups
 from lss_jax.attention.kernels.targets import TARGETS
 from lss_jax.attention.mask import Intervals, bidirectional, causal, documents, prefix_causal, window
 from lss_jax.attention.setting import Setting
@@ -39,14 +40,14 @@ class Case:
     dtype: str = "float32"
     kernel: str = "blockwise"
     blocks: tuple[int, int] = (8, 8)  # of queries, of keys
-    gather_groups: int = 1
+    head_groups: int = 1
     regather: bool = False
     by_row: bool = False  # whether each row of the batch has a mask of its own
 
     def __str__(self) -> str:
         parts = [self.layout, f"{self.data}x{self.seq}", f"{self.kv_heads}of{H}", self.dtype, self.kernel]
         parts += [f"{self.blocks[0]}by{self.blocks[1]}", "masks_by_row" if self.by_row else "shared_masks"]
-        return "-".join(parts + [f"{self.gather_groups}groups"] * (self.gather_groups > 1))
+        return "-".join(parts + [f"{self.head_groups}groups"] * (self.head_groups > 1))
 
     @property
     def order(self) -> Layout:
@@ -73,10 +74,10 @@ def program(case: Case):
     mesh = mesh_of(case.data, case.seq)
     x_spec, rows_spec, sequence_spec = (without_unsharded(spec, mesh) for spec in (P(DATA, SEQ), P(DATA), P(SEQ)))
     axis = SEQ if case.seq > 1 else None
-    setting = Setting(axis, case.order, case.kernel, *case.blocks, case.gather_groups, case.regather, interpret=True)
+    setting = Setting(axis, case.order, case.kernel, *case.blocks, case.regather, interpret=True)
 
     def on_device(q_BlHK, k_BlGK, v_BlGK, do_BlHK, mask, dropout):
-        attend = partial(make_attend(case.strategy, mask, setting), dropout=dropout)
+        attend = partial(in_head_groups(make_attend(case.strategy, mask, setting), case.head_groups), dropout=dropout)
         o_BlHK, transpose = jax.vjp(attend, q_BlHK, k_BlGK, v_BlGK)
         return Results(o_BlHK, *transpose(do_BlHK))
 

@@ -11,7 +11,7 @@ from configs import base
 from lss_jax.config.schema import Config, from_dict
 from lss_jax.data.batch import Batch
 from lss_jax.data.loader import document_edges, read_batch
-from lss_jax.models import Model, build_model
+from lss_jax.models import Model, build_model, resized
 from lss_jax.parallel.layout import layout_on
 from lss_jax.parallel.mesh import make_mesh
 from lss_jax.training.setup import validate
@@ -56,7 +56,8 @@ def mesh_of(data: int, seq: int, model: int = 1) -> jax.sharding.Mesh:
 def model_on(data: int, seq: int, model: int = 1, **changes) -> tuple[Model, jax.sharding.Mesh]:
     config = small_config(mesh__data=data, mesh__seq=seq, mesh__model=model, **changes)
     validate(config, data * seq * model)
-    return build_model(config), mesh_of(data, seq, model)
+    mesh = mesh_of(data, seq, model)
+    return build_model(config, mesh), mesh
 
 
 def make_loss_and_gradient(model: Model, mesh: jax.sharding.Mesh):
@@ -64,8 +65,8 @@ def make_loss_and_gradient(model: Model, mesh: jax.sharding.Mesh):
     means_and_gradient = make_means_and_gradient(model, mesh)
 
     def loss_and_gradient(params, batch, step):
-        means, gradient = means_and_gradient(params, batch, step)
-        return means["loss"], gradient
+        means, gradient = means_and_gradient(jax.tree.map(resized, params, model.shapes), batch, step)
+        return means["loss"], jax.tree.map(resized, gradient, model.natural_shapes)
 
     return loss_and_gradient
 
@@ -132,6 +133,7 @@ def perturbed_params(model: Model, seed: int = 1):
     """Initial parameters, with every zero and one of them moved, so that no gradient is zero by symmetry."""
     random = np.random.default_rng(seed)
     params = jax.tree.map(np.asarray, model.init(jax.random.key(seed)))
+    params = jax.tree.map(resized, params, model.natural_shapes)
     return jax.tree.map(lambda leaf: leaf + 0.1 * random.standard_normal(leaf.shape, np.float32), params)
 
 

@@ -29,7 +29,7 @@ def logits(params, tokens_BL, seen_BLL, model):
     for layer in range(model.layers):
         params_of_layer = jax.tree.map(lambda leaf, i=layer: leaf[i], params["stack"]["blocks"])
         x_BLE = _block(params_of_layer, x_BLE, seen_BLL, model)
-    x_BLE = _norm(params["final_norm"], x_BLE)
+    x_BLE = _norm(params["final_norm"], x_BLE, model)
     return x_BLE @ (params["tokens"]["table_VE"].T if model.tied_head else params["head"]["kernel_EV"])
 
 
@@ -194,23 +194,31 @@ _loss_and_gradient = jax.jit(jax.value_and_grad(loss), static_argnums=4)
 _nats = jax.jit(nats, static_argnums=4)
 
 
-def _norm(p, x):
-    centred = x - x.mean(-1, keepdims=True)
-    return centred / jnp.sqrt((centred**2).mean(-1, keepdims=True) + 1e-6) * p["scale"] + p["bias"]
+def _norm(p, x, model):
+    if model.norm == "layer":
+        x = x - x.mean(-1, keepdims=True)
+    return _biased(x / jnp.sqrt((x**2).mean(-1, keepdims=True) + 1e-6) * p["scale"], p)
+
+
+def _biased(x, p):
+    return x + p["bias"] if "bias" in p else x
+
+
+def _linear(p, x, axes=1):
+    return _biased(jnp.tensordot(x, p["kernel"], axes), p)
 
 
 def _block(p, x_BLE, seen_BLL, model):
-    n = _norm(p["attention_norm"], x_BLE)
-    a = p["attention"]
-    q = jnp.tensordot(n, a["query"]["kernel"], 1) + a["query"]["bias"]
-    k = jnp.tensordot(n, a["key"]["kernel"], 1)
-    v = jnp.tensordot(n, a["value"]["kernel"], 1) + a["value"]["bias"]
+    n = _norm(p["attention_norm"], x_BLE, model)
+    q, k, v = (_linear(p["attention"][name], n) for name in ("query", "key", "value"))
     if model.positions == "rope":
         q, k = _rope(q, model), _rope(k, model)
     o = jax.nn.dot_product_attention(q, k, v, mask=seen_BLL[:, None])
-    x_BLE = x_BLE + jnp.tensordot(o, a["out"]["kernel"], 2) + a["out"]["bias"]
-    h = jax.nn.gelu(_norm(p["mlp_norm"], x_BLE) @ p["mlp"]["up"]["kernel"] + p["mlp"]["up"]["bias"])
-    return x_BLE + h @ p["mlp"]["down"]["kernel"] + p["mlp"]["down"]["bias"]
+    x_BLE = x_BLE + _linear(p["attention"]["out"], o, 2)
+    n, mlp = _norm(p["mlp_norm"], x_BLE, model), p["mlp"]
+    up = _linear(mlp["up"], n)
+    h = up * _linear(mlp["gate"], n) * jax.nn.sigmoid(_linear(mlp["gate"], n)) if "gate" in mlp else jax.nn.gelu(up)
+    return x_BLE + _linear(mlp["down"], h)
 
 
 def _rope(x_BLHK, model):

@@ -11,6 +11,7 @@ from helpers import assert_close, mesh_of, sampled
 from jax.sharding import PartitionSpec as P
 
 from lss_jax.attention import ring, ulysses
+from lss_jax.attention.head_groups import in_head_groups
 from lss_jax.attention.kernels import KERNELS
 from lss_jax.attention.mask import Intervals, bidirectional, causal
 from lss_jax.attention.setting import Setting
@@ -72,9 +73,7 @@ def test_dropout_of_a_part_is_that_part_of_dropout():
 
 
 def setting_on(layout: Layout) -> Setting:
-    return Setting(
-        SEQ if layout.devices > 1 else None, layout, "blockwise", 8, 8, gather_groups=1, regather=False, interpret=True
-    )
+    return Setting(SEQ if layout.devices > 1 else None, layout, "blockwise", 8, 8, regather=False, interpret=True)
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
@@ -159,14 +158,12 @@ def test_of_many_groups_two_are_held_at_a_time(way):
     pair = 2 * L * heads * width * 4
 
     def temporary_bytes(groups):
-        setting = Setting(
-            SEQ, Layout("zigzag", 8), "blockwise", 256, 256, gather_groups=groups, regather=True, interpret=True
-        )
+        setting = Setting(SEQ, Layout("zigzag", 8), "blockwise", 256, 256, regather=True, interpret=True)
 
         @partial(jax.shard_map, mesh=mesh_of(1, 8), in_specs=P(None, SEQ), out_specs=P(None, SEQ))
         def rows(q_BlHK, k_BlHK, v_BlHK):
             mask = bidirectional(jax.lax.axis_index(SEQ) * (L // 8) + jnp.arange(L // 8), L)
-            return make_attend("lss", mask, setting)(q_BlHK, k_BlHK, v_BlHK)
+            return in_head_groups(make_attend("lss", mask, setting), groups)(q_BlHK, k_BlHK, v_BlHK)
 
         def loss(q_BLHK, k_BLHK, v_BLHK):
             return jnp.sum(rows(q_BLHK, k_BLHK, v_BLHK) ** 2)

@@ -190,7 +190,7 @@ def test_bad_input_of_the_command_is_one_error(arguments, message):
     assert "Traceback" not in done.stderr
 
 
-IN_GROUPS = {"attention__gather_groups": 4, "model__remat": "block"}
+IN_GROUPS = {"attention__head_groups": 4, "model__remat": "block"}
 ON_TPU: list[tuple[tuple[int, ...], dict[str, Any], int]] = [
     ((1, 8), {}, 2),
     ((1, 1, 8), {}, 8),

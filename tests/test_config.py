@@ -69,7 +69,7 @@ def test_the_papers_largest_run_traces_on_its_mesh():
     ],
 )
 def test_minus_one_fills_an_axis(mesh, devices, sizes):
-    assert mesh_sizes(MeshConfig(*mesh), devices) == sizes
+    assert mesh_sizes(MeshConfig(*mesh, "none"), devices) == sizes
 
 
 def test_neighbouring_devices_share_a_sequence():
@@ -90,7 +90,7 @@ BAD = {
     "mesh.model=4 model.mlp_width=30": r"model.mlp_width=30 is not divisible by mesh.model=4, .*model.mlp_width=32",
     "mesh.model=4 model.vocab=258 model.vocab_parallel=True": r"model.vocab=258 is not divisible by mesh.model=4",
     "mesh.model=2 mesh.seq=4 attention.strategy='ulysses'": r"=4 .* mesh.seq=4 times mesh.model=2, .*use model.heads=8",
-    "mesh.model=4 attention.gather_groups=2": r"kv_heads=4 .* times mesh.model=4; use attention.gather_groups=1",
+    "mesh.model=4 attention.head_groups=2": r"kv_heads=4 .* times mesh.model=4; use attention.head_groups=1",
     "data.batch_size=12": r"data.batch_size=12 is not divisible by mesh.data=8 times optim.accumulate=1; .*=16",
     "optim.accumulate=3": r"is not divisible by mesh.data=8 times optim.accumulate=3; use data.batch_size=24",
     "model.width=30": r"model.width=30 is not divisible by model.heads=4; use model.width=32",
@@ -107,10 +107,10 @@ BAD = {
     "attention.strategy='lsa'": r"attention.strategy='lsa' is not known; choose one of 'lss', 'ring', 'ulysses'",
     "attention.strategy='ring' attention.kernel='dense'": r"kernel='dense' cannot take keys as they come by, .*block",
     "attention.strategy='ulysses' mesh.seq=8": r"heads=4 is not divisible by mesh.seq=8, .*use model.heads=8 or .*lss",
-    "attention.strategy='ring' attention.gather_groups=2": r"gather_groups=2 has no use with attention.strategy='ring'",
+    "attention.strategy='ulysses' mesh.seq=4 attention.head_groups=2": r"mesh.seq=4 times attention.head_groups=2, ",
     "attention.regather=True attention.strategy='ring'": r"regather=True has no use with attention.strategy='ring'",
-    "attention.gather_groups=3": r"kv_heads=4 is not divisible by attention.gather_groups=3; use .*gather_groups=4",
-    "attention.gather_groups=0": r"attention.gather_groups=0 must be at least 1",
+    "attention.head_groups=3": r"kv_heads=4 is not divisible by attention.head_groups=3; use .*head_groups=4",
+    "attention.head_groups=0": r"attention.head_groups=0 must be at least 1",
     "attention.block_keys=0": r"attention.block_keys=0 must be at least 1",
     "attention.window=-1": r"attention.window=-1 must be at least 0",
     "attention.prefix=48": r"attention.prefix=48 leaves nothing to predict of data.seq_len=48; use a shorter prefix",
@@ -121,8 +121,16 @@ BAD = {
     "optim.learning_rate=float('nan')": r"optim.learning_rate=nan must be greater than 0 and finite",
     "optim.beta2=1.0": r"optim.beta2=1.0 must be at least 0 and less than 1",
     "optim.warmup_steps=21": r"optim.warmup_steps=21 is more than optim.steps=20; warm up for at most 20 steps",
-    "optim.name='sgd'": r"optim.name='sgd' is not known; choose one of 'adamw', 'muon'",
-    "optim.name='muon' optim.shard_state=True": r"a shard of a matrix, and optim.name=\"muon\" needs all of it; use",
+    "optim.name='sgd'": r"optim.name='sgd' is not known; choose one of 'adamw', 'lion', 'muon'",
+    "optim.name='muon' mesh.shard='optimizer'": r"a shard of a matrix, and optim.name=\"muon\" needs all of it; use",
+    "optim.name='muon' mesh.shard='all'": r"mesh.shard='all' leaves each device a shard of a matrix",
+    "optim.name='muon' optim.moments_dtype='bfloat16'": r"moments_dtype='bfloat16' is not for optim.name=\"muon\"",
+    "optim.beta2=0.999 optim.moments_dtype='bfloat16'": r"beta2=0.999 changes a moment by less .*use optim.beta2=0.99",
+    "mesh.shard='some'": r"mesh.shard='some' is not known; choose one of 'none', 'optimizer', 'all'",
+    "model.remat_every=2": r"model.remat_every=2 has no use with model.remat='none', .*use model.remat=\"offload\"",
+    "model.remat='offload' model.remat_every=3": r"model.layers=2 is not divisible by model.remat_every=3; use a",
+    "model.remat='offload' model.remat_every=0": r"model.remat_every=0 must be at least 1",
+    "model.tile=-1": r"model.tile=-1 must be at least 0",
     "optim.name='muon' mesh.model=2": r"mesh.model=2 shards the matrices .*needs all of each; use mesh.model=1, or",
     "data.source='text'": r'data.source="text" needs a file; give data.path',
     "data.path='x'": r"data.path='x' has no use with data.source=\"stdlib\"; use data.source=\"text\"",

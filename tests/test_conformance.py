@@ -201,8 +201,8 @@ class TestLss(Conformance):
     DROPPING = ("blockwise", "triton")
     GAPS: ClassVar = {
         "groups that do not divide the heads": (
-            {"attention__gather_groups": 3},
-            "model.kv_heads=4 is not divisible by attention.gather_groups=3",
+            {"attention__head_groups": 3},
+            "model.kv_heads=4 is not divisible by attention.head_groups=3",
         ),
     }
     MUTATIONS: ClassVar = {
@@ -215,7 +215,7 @@ class TestLss(Conformance):
         uncut = Case(cls.STRATEGY, kv_heads=8, kernel="dense")
         return [
             *super().dropout_cases(),
-            *sampled([uncut, Case(cls.STRATEGY, "contiguous", 1, 4, 8, gather_groups=4)], []),
+            *sampled([uncut, Case(cls.STRATEGY, "contiguous", 1, 4, 8, head_groups=4)], []),
         ]
 
     @pytest.mark.parametrize(
@@ -225,10 +225,10 @@ class TestLss(Conformance):
     )
     def test_gathers_in_groups_and_again(self, groups_and_regather):
         groups, regather = groups_and_regather
-        case = Case(self.STRATEGY, "zigzag", 2, 2, 6, blocks=(64, 64), gather_groups=groups, regather=regather)
+        case = Case(self.STRATEGY, "zigzag", 2, 2, 6, blocks=(64, 64), head_groups=groups, regather=regather)
         check(case)
         arrays, mask = arrays_of(case.length, 6), shared_masks(case.length)["causal"]
-        ungrouped = attended(dataclasses.replace(case, gather_groups=1, regather=False), arrays, mask)
+        ungrouped = attended(dataclasses.replace(case, regather=False), arrays, mask)
         assert_close(attended(case, arrays, mask)._asdict(), ungrouped._asdict(), 1e-6)
 
     @pytest.mark.parametrize(
@@ -264,7 +264,7 @@ class TestRing(Conformance):
             {"attention__kernel": "dense", "mesh__seq": 4},
             "attention.kernel='dense' cannot take keys as they come by",
         ),
-        "groups": ({"attention__gather_groups": 2}, "attention.gather_groups=2 has no use"),
+        "regather": ({"attention__regather": True}, "attention.regather=True has no use"),
     }
     MUTATIONS: ClassVar = {
         "keys and values stay": Mutation("ppermute", nothing_sent(rank=5), "o"),
@@ -280,7 +280,10 @@ class TestUlysses(Conformance):
             {"model__heads": 4, "mesh__seq": 8},
             "model.heads=4 is not divisible by mesh.seq=8",
         ),
-        "groups": ({"attention__gather_groups": 2}, "attention.gather_groups=2 has no use"),
+        "groups of fewer heads than devices": (
+            {"model__heads": 4, "mesh__seq": 4, "attention__head_groups": 2},
+            "model.heads=4 is not divisible by mesh.seq=4 times attention.head_groups=2",
+        ),
     }
     MUTATIONS: ClassVar = {
         "the intervals are not gathered": Mutation("all_gather", own_part_everywhere, "o"),
@@ -298,10 +301,10 @@ def test_every_strategy_is_here():
 
 def test_a_new_strategy_is_one_line(monkeypatch):
     """Its entry is all that the config and its rules ask for."""
-    monkeypatch.setitem(STRATEGIES, "new", STRATEGIES["ring"]._replace(options=("regather",)))
-    validate(small_config(attention__strategy="new", attention__regather=True, mesh__seq=4), 8)
-    with pytest.raises(ConfigError, match=r"gather_groups=2 has no use with attention\.strategy='new'"):
-        validate(small_config(attention__strategy="new", attention__gather_groups=2), 8)
+    monkeypatch.setitem(STRATEGIES, "new", STRATEGIES["ring"])
+    validate(small_config(attention__strategy="new", mesh__seq=4), 8)
+    with pytest.raises(ConfigError, match=r"regather=True has no use with attention\.strategy='new'"):
+        validate(small_config(attention__strategy="new", attention__regather=True), 8)
     with pytest.raises(ConfigError, match="'other' is not known; choose one of 'lss', 'ring', 'ulysses', 'new'"):
         validate(small_config(attention__strategy="other"), 8)
 
@@ -395,7 +398,7 @@ SHAPES = [
 def kernel_alone(shape: Shape, q_BlHK, k_BLGK, v_BLGK, do_BlHK, mask) -> Results:
     """A kernel as one device runs it, outside `shard_map`: whole keys in natural order to `Results`."""
     layout = Layout(shape.layout, shape.segments)
-    setting = Setting(None, layout, shape.kernel, *shape.blocks, gather_groups=1, regather=False, interpret=True)
+    setting = Setting(None, layout, shape.kernel, *shape.blocks, regather=False, interpret=True)
     kernel = KERNELS[shape.kernel]
     kv_N2BGlK = layout.segments(stacked(k_BLGK, v_BLGK), 3)
     queries = Queries(q_BlHK, mask, None)

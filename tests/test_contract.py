@@ -10,7 +10,7 @@ import jax
 import pytest
 from helpers import batch_on, model_on, sampled
 
-from lss_jax.inspection import contract, hlo
+from lss_jax.inspection import contract, hlo, operations
 from lss_jax.models import parameter_count
 from lss_jax.parallel.mesh import named_axes
 from lss_jax.training.step import make_eval_step, trace_train_step
@@ -68,8 +68,8 @@ VARIANTS = {
     "remat": {"model__remat": "block"},
     "remat, gathered again": {"model__remat": "block", "attention__regather": True},
     "gathered again": {"attention__regather": True},
-    "groups": {"attention__gather_groups": 2},
-    "groups, gathered again": {"attention__gather_groups": 2, "attention__regather": True},
+    "groups": {"attention__head_groups": 2},
+    "groups, gathered again": {"attention__head_groups": 2, "attention__regather": True},
     "documents": {"data__separator": "a"},
     "grouped queries": {"model__kv_heads": 2},
     "padded": {"data__seq_len": 45},
@@ -98,7 +98,7 @@ HYBRID_VARIANTS = {
     "vocabulary, microbatches": {"model__vocab_parallel": True, "optim__accumulate": 4, "data__seq_len": 96},
     "ring": {"attention__strategy": "ring"},
     "ulysses": {"attention__strategy": "ulysses", "attention__layout": "contiguous"},
-    "moments in shares": {"optim__shard_state": True},
+    "moments in shares": {"mesh__shard": "optimizer"},
 }
 HYBRID_SAMPLE = {"vocabulary, microbatches", "ulysses", "moments in shares"}
 
@@ -106,6 +106,55 @@ HYBRID_SAMPLE = {"vocabulary, microbatches", "ulysses", "moments in shares"}
 @pytest.mark.parametrize("variant", sampled(HYBRID_VARIANTS, HYBRID_SAMPLE))
 def test_collectives_of_every_variant_of_a_hybrid(variant):
     check_contract(2, 2, 2, **HYBRID_VARIANTS[variant])
+
+
+WITHOUT_BIAS = {"model__norm": "rms", "model__mlp": "swiglu", "model__bias": False, "model__tied_head": False}
+WEIGHTS = {**WITHOUT_BIAS, "mesh__shard": "all", "model__kv_heads": 8, "model__heads": 16}
+LARGE = {
+    "weights": WEIGHTS,
+    "weights, remat": {**WEIGHTS, "model__remat": "block"},
+    "weights of an odd size": {**WEIGHTS, "model__width": 48, "model__mlp_width": 44},
+    "weights, tied, with biases": {"mesh__shard": "all", "model__remat": "block"},
+    "tiles": {**WITHOUT_BIAS, "model__tile": 6},
+    "tiles and a rest": {"model__tile": 5, "data__seq_len": 88},
+    "offload": {**WEIGHTS, "model__remat": "offload"},
+    "offload of every other": {**WEIGHTS, "model__remat": "offload", "model__remat_every": 2, "model__layers": 4},
+    "offload, gathered again": {"model__remat": "offload", "attention__regather": True},
+}
+LARGE["all"] = {
+    **WEIGHTS,
+    "model__remat": "offload",
+    "model__tile": 6,
+    "attention__head_groups": 2,
+    "attention__regather": True,
+}
+LARGE["all, microbatches"] = {**LARGE["all"], "optim__accumulate": 4}
+LARGE["all, ulysses"] = {**LARGE["all"], "attention__strategy": "ulysses"}
+LARGE["all, ring"] = {**LARGE["all"], "attention__strategy": "ring", "attention__regather": False}
+LARGE_SIZES = [(2, 4, 1), (2, 2, 2), (8, 1, 1), (1, 8, 1), (1, 1, 4), (1, 3, 1)]
+LARGE_CASES = [
+    (sizes, name)
+    for sizes in LARGE_SIZES
+    for name in LARGE
+    if (name != "all, ulysses" or sizes[1] != 3)  # it divides the heads of a group among the devices
+    and (name != "all, microbatches" or sizes[0] <= 2)
+]
+LARGE_SAMPLE = [((2, 4, 1), "weights of an odd size"), ((2, 2, 2), "all"), ((1, 1, 4), "all, microbatches")]
+
+
+@pytest.mark.parametrize("case", sampled(LARGE_CASES, LARGE_SAMPLE), ids=str)
+def test_collectives_of_what_makes_room_for_large_models(case):
+    """Those of sharded weights per layer and pass too; none is left over an axis of size 1."""
+    sizes, name = case
+    check_contract(*sizes, model__vocab_parallel=sizes[2] > 1, **LARGE[name])
+
+
+@pytest.mark.parametrize("case", sampled(LARGE_CASES, LARGE_SAMPLE[:2]), ids=str)
+def test_operations_of_what_makes_room_for_large_models(case):
+    sizes, name = case
+    model, mesh = model_on(*sizes, model__vocab_parallel=sizes[2] > 1, **{"model__layers": LAYERS, **LARGE[name]})
+    traced = operations.traced(trace_train_step(model, mesh).jaxpr)
+    assert traced == operations.outside_attention(model, mesh)
 
 
 OF_STRATEGIES = [

@@ -114,7 +114,7 @@ def test_values_and_gradients_are_those_of_jax(case):
     assert_close(found, expected(length, kv_heads), BOUND)
 
 
-OPTIONS = [{"kernel": "dense"}, {"gather_groups": 2, "regather": True}, {"block_queries": 512, "block_keys": 256}]
+OPTIONS = [{"kernel": "dense"}, {"head_groups": 2, "regather": True}, {"block_queries": 512, "block_keys": 256}]
 
 
 @pytest.mark.parametrize("options", sampled(OPTIONS, OPTIONS[1:2]), ids=str)

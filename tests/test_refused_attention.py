@@ -59,19 +59,14 @@ WRONG_OPTIONS = {
         "strategy": "ring",
         "kernel": "dense",
     },
-    "gather_groups=2 has no use with strategy='ring', which gathers nothing; use gather_groups=1 or": {
-        "strategy": "ring",
-        "gather_groups": 2,
-    },
-    "kv_heads=6 is not divisible by gather_groups=4; use gather_groups=6 or another divisor": {"gather_groups": 4},
-    "kv_heads=6 is not divisible by gather_groups=6 times model=2; use gather_groups=1": {
-        "gather_groups": 6,
+    "kv_heads=6 is not divisible by head_groups=4; use head_groups=6 or another divisor": {"head_groups": 4},
+    "kv_heads=6 is not divisible by head_groups=6 times model=2; use head_groups=1": {
+        "head_groups": 6,
         "mesh": (1, 2, 2),
     },
-    "regather=True has no use with strategy='ulysses', which saves no gathered pairs; use regather=False": {
-        "strategy": "ulysses",
+    "regather=True has no use with strategy='ring', which saves nothing of other devices; use regather=False": {
+        "strategy": "ring",
         "regather": True,
-        "mesh": (1, 2, 1),
     },
     "mesh=None is no jax.sharding.Mesh; give one, as of jax.make_mesh((jax.device_count(),), ('seq',))": {"mesh": None},
     "axes=('data', 'context', 'model') do not name axes of this mesh, which has 'data', 'seq', 'model'; give its": {
@@ -101,9 +96,9 @@ def test_options_that_cannot_work_are_one_clear_error(message):
 
 def test_all_problems_are_told_at_once():
     with pytest.raises(ConfigError) as error:
-        attention(X, X, X, mesh=mesh_of(1, 4), strategy="ulysses", block_keys=0, gather_groups=2)
+        attention(X, X, X, mesh=mesh_of(1, 4), strategy="ulysses", block_keys=0, head_groups=4)
     found = [line.partition("=")[0] for line in str(error.value).splitlines()]
-    assert found == ["block_keys", "gather_groups", "heads"]
+    assert found == ["block_keys", "kv_heads", "heads"]
 
 
 def test_local_arrays_are_refused():

@@ -11,6 +11,7 @@ from helpers import TEXT, change, small_config
 
 from lss_jax.config.schema import ConfigError
 from lss_jax.generation.generate import generate_text
+from lss_jax.reports.summary import introduction
 from lss_jax.storage.metrics import MetricsWriter, console_line, duration, read_records
 from lss_jax.storage.workdir import saved_config
 from lss_jax.training.evaluation import evaluate_run
@@ -88,7 +89,9 @@ def test_an_interrupted_run_ends_like_an_uninterrupted_one(config, tmp_path, who
         pytest.param((2, 3, 1), {}, marks=pytest.mark.grid),
         pytest.param((1, 1, 1), {}, marks=pytest.mark.grid),
         pytest.param((1, 3, 2), {"model__vocab_parallel": True}, marks=pytest.mark.grid),
-        ((2, 2, 2), {"optim__shard_state": True}),
+        pytest.param((2, 2, 2), {"mesh__shard": "optimizer"}, marks=pytest.mark.grid),
+        pytest.param((2, 4, 1), {"mesh__shard": "all"}, marks=pytest.mark.grid),
+        ((1, 3, 1), {"mesh__shard": "all", "model__remat": "offload", "model__tile": 5, "attention__head_groups": 2}),
     ],
 )
 def test_another_mesh_goes_on_with_the_same_curve(config, tmp_path, whole, sizes, changes):
@@ -100,6 +103,13 @@ def test_another_mesh_goes_on_with_the_same_curve(config, tmp_path, whole, sizes
     found, expected = curve(tmp_path / "parts"), curve(whole[0])
     assert [step for step, _ in found] == [step for step, _ in expected]
     np.testing.assert_allclose([loss for _, loss in found], [loss for _, loss in expected], rtol=1e-5)
+
+
+def test_offload_on_cpu_is_said_to_do_nothing(config, tmp_path):
+    for remat, lines in (("offload", 1), ("block", 0)):
+        trainer = Trainer(change(config, model__remat=remat), tmp_path / remat)
+        assert introduction(trainer).count("offload  does nothing here: cpu devices have no memory but") == lines
+        trainer.close()
 
 
 def test_muon_goes_on_with_the_same_curve_on_another_mesh(config, tmp_path):

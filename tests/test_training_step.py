@@ -42,7 +42,7 @@ VARIANTS = {
     "remat": {"model__remat": "block"},
     "remat and regather": {"model__remat": "block", "attention__regather": True},
     "regather": {"attention__regather": True},
-    "groups": {"attention__gather_groups": 2},
+    "groups": {"attention__head_groups": 2},
     "linear rope": {"model__positions": "rope", "model__rope_scaling": "linear", "model__rope_factor": 4.0},
     "ntk rope": {"model__positions": "rope", "model__rope_scaling": "ntk", "model__rope_factor": 4.0},
     "sinusoidal": {"model__positions": "sinusoidal"},
@@ -207,8 +207,8 @@ def test_twenty_steps_follow_the_oracle(case):
 def test_moments_in_shares_give_the_same_parameters(sizes):
     """Each device has a share of what its copies of a parameter would all have."""
     states = []
-    for shard_state in (False, True):
-        model, mesh = model_on(*sizes, optim__shard_state=shard_state, model__vocab_parallel=len(sizes) == 3)
+    for shard in ("none", "optimizer"):
+        model, mesh = model_on(*sizes, mesh__shard=shard, model__vocab_parallel=len(sizes) == 3)
         optimizer = make_optimizer(model.config.optim)
         state, train_step = init_state(model, optimizer, mesh, 0), make_train_step(model, optimizer, mesh)
         for step in range(3):
@@ -268,7 +268,7 @@ def curve_with_dropout(*mesh, **changes):
 @pytest.mark.parametrize(
     ("mesh", "changes"),
     [
-        pytest.param((1, 8), {"attention__gather_groups": 2}, marks=pytest.mark.grid),
+        pytest.param((1, 8), {"attention__head_groups": 2}, marks=pytest.mark.grid),
         pytest.param((2, 4), {"attention__strategy": "ring", "model__remat": "block"}, marks=pytest.mark.grid),
         ((2, 2, 2), {"model__remat": "block", "model__vocab_parallel": True}),
         pytest.param((1, 1), {}, marks=pytest.mark.grid),
@@ -276,6 +276,10 @@ def curve_with_dropout(*mesh, **changes):
         pytest.param((2, 4), {"attention__layout": "contiguous", "optim__accumulate": 4}, marks=pytest.mark.grid),
         pytest.param((1, 3), {"attention__strategy": "ulysses"}, marks=pytest.mark.grid),
         pytest.param((1, 3, 2), {"attention__strategy": "ulysses"}, marks=pytest.mark.grid),
+        (
+            (1, 3),
+            {"mesh__shard": "all", "model__tile": 5, "model__remat": "offload", "attention__head_groups": 2},
+        ),
     ],
 )
 def test_dropout_gives_one_curve_on_every_mesh(mesh, changes):

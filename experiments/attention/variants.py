@@ -9,6 +9,7 @@ import jax
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
+from lss_jax.attention.head_groups import in_head_groups
 from lss_jax.attention.mask import Intervals, causal
 from lss_jax.attention.setting import Setting
 from lss_jax.attention.strategies import STRATEGIES, make_attend
@@ -79,26 +80,25 @@ def attention_of(
     @partial(jax.shard_map, mesh=mesh, in_specs=(P(None, SEQ),) * 3 + (P(SEQ),), out_specs=P(None, SEQ))
     def attention(q_BlHK, k_BlHK, v_BlHK, position_l):
         attend = make_attend(variant.strategy, mask(position_l), setting_of(variant, blocks))
-        return attend(q_BlHK, k_BlHK, v_BlHK)
+        return in_head_groups(attend, variant.groups)(q_BlHK, k_BlHK, v_BlHK)
 
     return lambda q_BLHK, k_BLHK, v_BLHK: attention(q_BLHK, k_BLHK, v_BLHK, position_L)
 
 
 def setting_of(variant: Variant, blocks: tuple[int, int]) -> Setting:
     """The setting of a variant, with blocks of so many queries and keys."""
-    return Setting(
-        SEQ, Layout(variant.layout, DEVICES), variant.kernel, *blocks, variant.groups, variant.regather, interpret=True
-    )
+    return Setting(SEQ, Layout(variant.layout, DEVICES), variant.kernel, *blocks, variant.regather, interpret=True)
 
 
 def predicted(variant: Variant, length: int) -> Counter:
     """The collectives of one layer that the strategy predicts: executions by kind and bytes of the result."""
-    sizes = Sizes(B=B, l=length // DEVICES, H=H, G=H, K=K, itemsize=ITEMSIZE)
+    heads = H // variant.groups
+    sizes = Sizes(B=B, l=length // DEVICES, H=heads, G=heads, K=K, itemsize=ITEMSIZE)
     setting = setting_of(variant, (BLOCK_QUERIES, BLOCK_KEYS))
     layer = STRATEGIES[variant.strategy].traffic(sizes, setting)
     expected: Counter = Counter()
     for one in layer["forward"] + layer["backward"]:
-        expected[one.kind, one.bytes] += one.times
+        expected[one.kind, one.bytes] += one.times * variant.groups
     if STRATEGIES[variant.strategy].whole_mask:
         expected["all-gather", 2 * length * 4] += 1  # the intervals of all queries, int32, once per step
     return expected

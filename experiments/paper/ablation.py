@@ -31,10 +31,10 @@ from matplotlib.figure import Figure
 
 from experiments.paper.programs import BLOCKWISE, Row, Step, config_of, megabytes, table, write
 from lss_jax.attention import lss
-from lss_jax.attention.residuals import COMMUNICATED
 from lss_jax.inspection import contract, hlo, operations
 from lss_jax.inspection.contract import sent
 from lss_jax.parallel.mesh import named_axes, sharded_axes
+from lss_jax.parallel.residuals import COMMUNICATED
 from lss_jax.runtime import distributed
 from lss_jax.training import step
 

@@ -100,7 +100,7 @@ def compiled_on(devices: int) -> list[Row]:
             ("lss", (1, devices, 1), GROUPS),
         ):
             same = {"data.batch_size": baseline[0], "optim.accumulate": baseline[0] if name == "lss" else 1}
-            config = config_of(mesh, TOKENS * devices, {**changes, **same, "attention.gather_groups": groups})
+            config = config_of(mesh, TOKENS * devices, {**changes, **same, "attention.head_groups": groups})
             rows.append({"name": name, **compiled(config, absent)})
     return rows
 
@@ -110,7 +110,7 @@ def one_sequence() -> list[Row]:
     rows = []
     for devices in (144, 128):
         for changes in KERNELS.values():
-            groups = {"attention.gather_groups": GROUPS, "optim.shard_state": True}
+            groups = {"attention.head_groups": GROUPS, "mesh.shard": "optimizer"}
             row = compiled(config_of((1, devices, 1), TOKENS * devices, {**changes, **groups}), chips(devices))
             rows.append({"name": "lss", **row})
     return rows

@@ -74,7 +74,7 @@ def _compiled_row(row: Row, rows: list[Row]) -> tuple:
         row["name"],
         row["mesh"],
         row["kernel"],
-        row["gather_groups"],
+        row["head_groups"],
         f"{row['sequences']} in {row['microbatches']}",
         *figures,
         f"{dense['memory_total'] / row['memory_total']:.1f}",
@@ -89,7 +89,7 @@ def _compiled_row(row: Row, rows: list[Row]) -> tuple:
 
 def _one_sequence(single: list[Row], rows: list[Row]) -> list[str]:
     return [
-        "One sequence, with Adam's moments sharded (`optim.shard_state`) where the number of devices divides the "
+        "One sequence, with Adam's moments sharded (`mesh.shard`) where the number of devices divides the "
         f"width. The goals were {GOALS['dense']} times (dense) and {GOALS['blockwise']} times (blockwise) less memory "
         "than the dense baseline on 144 devices.",
         "",
@@ -109,7 +109,7 @@ def _single_row(row: Row, rows: list[Row]) -> tuple:
         row["devices"],
         f"{row['seq_len']:,}",
         row["kernel"],
-        row["gather_groups"],
+        row["head_groups"],
         *classes,
         total,
         f"{less:.1f}",
@@ -128,7 +128,7 @@ def _baseline(rows: list[Row], devices: int, kernel: str) -> Row:
 def plot(results: dict[str, Any]) -> Figure:
     """Memory per device by class, on 144 devices."""
     rows = [row for row in results.get("compiled", []) if row["devices"] == 144]
-    labels = [f"{row['name']}\n{row['kernel']}, {row['gather_groups']}" for row in rows]
+    labels = [f"{row['name']}\n{row['kernel']}, {row['head_groups']}" for row in rows]
     figure = Figure(figsize=(8, 4))
     axes = figure.subplots()
     bottom = np.zeros(len(rows))

@@ -78,7 +78,7 @@ def compiled(config: Config, devices: Sequence[jax.Device]) -> Row:
         "sequences": config.data.batch_size,
         "microbatches": config.optim.accumulate,
         "kernel": config.attention.kernel,
-        "gather_groups": config.attention.gather_groups,
+        "head_groups": config.attention.head_groups,
         "fits": audit.memory is not None,
         "too_large": audit.too_large,
         "memory": audit.memory,

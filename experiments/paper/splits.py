@@ -22,7 +22,7 @@ from matplotlib.figure import Figure
 
 from experiments.paper.machines import V5P, algorithmic_operations, step_time
 from experiments.paper.programs import Mesh, Row, config_of, table, write
-from lss_jax.config.schema import ConfigError
+from lss_jax.config.schema import ConfigError, MeshConfig
 from lss_jax.inspection.contract import predicted, sent
 from lss_jax.inspection.memory import memory_of
 from lss_jax.inspection.planner import at_length, meshes
@@ -40,7 +40,7 @@ MODELS: dict[str, Row] = {
     "20M": {},
     "1.5B": {"model.layers": 30, "model.width": 2048, "model.heads": 16},
 }
-COMMON: Row = {"attention.regather": True, "attention.layout": "zigzag", "optim.shard_state": True}
+COMMON: Row = {"attention.regather": True, "attention.layout": "zigzag", "mesh.shard": "optimizer"}
 
 
 def splits(model: Model, devices: int) -> Iterator[Row]:
@@ -64,7 +64,7 @@ def tried(model: Model, sizes: Mesh, microbatches: int) -> Row | None:
     batch = each // microbatches * microbatches * sizes[0]
     config = dataclasses.replace(
         model.config,
-        mesh=dataclasses.replace(model.config.mesh, **dict(zip(AXES, sizes, strict=True))),
+        mesh=MeshConfig(*sizes, model.config.mesh.shard),
         data=dataclasses.replace(model.config.data, batch_size=batch),
         optim=dataclasses.replace(model.config.optim, accumulate=microbatches),
     )

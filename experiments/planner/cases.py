@@ -33,11 +33,11 @@ VARIANTS: tuple[Case, ...] = (
     {"model__vocab": 32768},
     {"model__vocab": 32768, "model__tied_head": False, "model__positions": "rope"},
     {"optim__accumulate": 2},
-    {"optim__shard_state": True},
+    {"mesh__shard": "optimizer"},
     {"model__dropout": 0.1},
     {"data__separator": "a"},
     {"attention__window": 256},
-    {"attention__gather_groups": 2},
+    {"attention__head_groups": 2},
     {"model__layers": 48, "model__dtype": "bfloat16"},
     {"model__mlp_width": 512},
 )

@@ -34,7 +34,7 @@ Bytes = dict[str, int]
 
 def compiled(config: Config, mesh: Mesh) -> Bytes:
     """The compiler's bytes per device."""
-    analysis = trace_train_step(build_model(config), mesh).lower().compile().memory_analysis()
+    analysis = trace_train_step(build_model(config, mesh), mesh).lower().compile().memory_analysis()
     assert analysis is not None
     return {"state and batch": analysis.argument_size_in_bytes, "temporaries": analysis.temp_size_in_bytes}
 
@@ -42,8 +42,9 @@ def compiled(config: Config, mesh: Mesh) -> Bytes:
 def predicted(config: Config) -> Bytes:
     """The memory model's bytes per device; needs no devices."""
     sizes = config.mesh.data, config.mesh.seq, config.mesh.model
-    *arguments, temporaries = memory_of(build_model(config), AbstractMesh(sizes, AXES))
-    return {"state and batch": sum(arguments), "temporaries": temporaries}
+    mesh = AbstractMesh(sizes, AXES)
+    memory = memory_of(build_model(config, mesh), mesh)
+    return {"state and batch": memory.total - memory.temporaries, "temporaries": memory.temporaries}
 
 
 def error(result: dict) -> float:

@@ -123,7 +123,7 @@ def mesh_problems(mesh: Mesh, axes: tuple[Names, str, Names]) -> Iterator[str]:
 
 def option_problems(attention: AttentionConfig, seen: Seen, shards: Shards) -> Iterator[str]:
     """Options that do not go together, by the names of the config's keys, as its rules have them."""
-    numbers = ("block_queries", "block_keys", "gather_groups")
+    numbers = ("block_queries", "block_keys", "head_groups")
     yield from less_than_1({name: getattr(attention, name) for name in numbers})
     yield from seen.problems()
     yield from attention_problems(attention, shards.heads, shards.kv_heads)

@@ -28,6 +28,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from lss_jax.attention.arguments import Names, Seen, array_problems, mesh_problems, option_problems, refuse
+from lss_jax.attention.head_groups import in_head_groups
 from lss_jax.attention.mask import Intervals
 from lss_jax.attention.placement import setting_of
 from lss_jax.attention.setting import Setting
@@ -56,7 +57,7 @@ def dot_product_attention(
     kernel: str = "auto",
     block_queries: int = 512,
     block_keys: int = 256,
-    gather_groups: int = 1,
+    head_groups: int = 1,
     regather: bool = False,
     axes: tuple[Names, str, Names] = (DATA, SEQ, MODEL),
 ) -> jax.Array:
@@ -87,8 +88,8 @@ def dot_product_attention(
       kernel: "auto", "blockwise", "dense", "triton" or "mosaic".
       block_queries: an upper bound on the queries in a block.
       block_keys: likewise.
-      gather_groups: for "lss": into how many groups heads are split.
-      regather: for "lss": gather keys and values once more in the backward pass, instead of saving them.
+      head_groups: groups of heads that are communicated and computed one after the other.
+      regather: communicate keys and values once more in the backward pass, instead of saving them.
       axes: the mesh's names for the axes that shard batch, sequence and heads.
 
     Raises:
@@ -96,7 +97,7 @@ def dot_product_attention(
     """
     refuse((*array_problems(query, key, value), *mesh_problems(mesh, axes)))
     options = dict(strategy=strategy, layout=layout, kernel=kernel, block_queries=block_queries, block_keys=block_keys)
-    options |= dict(gather_groups=gather_groups, regather=regather, prefix=prefix, window=0)
+    options |= dict(head_groups=head_groups, regather=regather, prefix=prefix, window=0)
     seen, heads = Seen(is_causal, local_window_size, prefix, intervals), (query.shape[-2], key.shape[-2])
     how = _how(options, seen, heads, _sharded(mesh, axes, math.prod(query.shape[:-3]), math.gcd(*heads)))
     return _attention((_scaled(query, scale), key, value), seen.mask(query.shape[:-2]), how)
@@ -131,6 +132,7 @@ class How(NamedTuple):
     sharded: Sharded
     strategy: str
     setting: Setting
+    head_groups: int
 
 
 def _how(options: dict[str, Any], seen: Seen, heads: tuple[int, int], sharded: Sharded) -> How:
@@ -145,7 +147,8 @@ def _how(options: dict[str, Any], seen: Seen, heads: tuple[int, int], sharded: S
         attention = typed(AttentionConfig, options)
         refuse(option_problems(attention, seen, shards))
         layout = Layout(attention.layout, shards.seq)
-        return How(sharded, attention.strategy, setting_of(attention, layout, seq if shards.seq > 1 else None, mesh))
+        setting = setting_of(attention, layout, seq if shards.seq > 1 else None, mesh)
+        return How(sharded, attention.strategy, setting, attention.head_groups)
     except ConfigError as error:
         raise ConfigError(SECTION.sub("", str(error))) from None
 
@@ -184,7 +187,7 @@ def _on_mesh(arrays: Arrays, mask: Intervals, how: How) -> jax.Array:
         out_specs=x_spec,
     )
     def on_segments(segments: Arrays, mask: Intervals) -> jax.Array:
-        attend = make_attend(how.strategy, mask, how.setting)
+        attend = in_head_groups(make_attend(how.strategy, mask, how.setting), how.head_groups)
         if layout.name == "contiguous":
             return attend(*segments)
         o_BlHK = attend(*_moved(segments, partial(layout.from_natural, axes=(sharded.seq,))))

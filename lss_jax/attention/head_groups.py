@@ -1,96 +1,47 @@
-"""LSS in groups of heads, one collective each: the next group's keys and values travel while one is computed.
+"""Heads in groups: one group's queries, keys and values exist at a time, in the forward and in the backward pass.
 
-Two groups of gathered keys and values are held at a time. With `regather` none is saved, and each group is gathered
-once more in the backward pass. How one group is computed stands in `lss`; here is the order.
+What UPipe does for Ulysses (arXiv 2602.21196), for every strategy: a group's collectives move its own heads alone. In
+the backward pass a group is recomputed but for its attention, whose output is saved.
 """
 
-from collections.abc import Callable, Iterator
-from functools import partial
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from lss_jax.attention.collectives import all_gather
-from lss_jax.attention.kernels.interface import Output, Queries, Residuals
-from lss_jax.attention.mask import Intervals
-from lss_jax.attention.setting import Setting
 from lss_jax.parallel.dropout import Dropout
+from lss_jax.parallel.residuals import ATTENDED, COMMUNICATED
+
+SAVED = jax.checkpoint_policies.save_only_these_names(ATTENDED, COMMUNICATED)
 
 
-class Heads(NamedTuple):
-    """All heads of a device's own segment."""
+def over_head_groups(one_group: Callable[..., tuple[Any, Any]], init: Any, groups: Any) -> tuple[Any, Any]:
+    """Scans `one_group(carry, group, number) -> (carry, output)` over a tree of arrays with the groups on axis 0.
 
-    q_BlHK: jax.Array
-    kv_2BGlK: jax.Array
-    mask: Intervals
-    dropout: Dropout | None
-
-    def groups(self, count: int) -> Iterator[tuple[Queries, jax.Array]]:
-        """The queries of each group of heads, and their own keys and values."""
-        arrays = (self.q_BlHK, self.kv_2BGlK, jnp.arange(self.q_BlHK.shape[2])[None, None])  # heads on axis 2
-        for q_BlHK, kv_2BGlK, head in zip(*(jnp.split(x, count, axis=2) for x in arrays), strict=True):
-            yield Queries(q_BlHK, self.mask, self.dropout and self.dropout.of_heads(head[0, 0])), kv_2BGlK
-
-
-class OneGroup(NamedTuple):
-    """How one group of heads is computed: `forward(queries, kv_2BGlK, setting)`, `backward(residuals, do, setting)`."""
-
-    forward: Callable[..., Residuals]
-    backward: Callable[..., tuple[jax.Array, jax.Array]]
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(1, 2))
-def in_groups(heads: Heads, one_group: OneGroup, setting: Setting) -> jax.Array:
-    """`o_BlHK` of all heads, in `setting.gather_groups` groups."""
-    return _forward(heads, one_group, setting)[0]
-
-
-def _forward(heads, one_group, setting):
-    """A group's gather waits for the last but one group's output, so that two groups are held."""
-    outputs: list[jax.Array] = []
-    saved = []
-    for group, (queries, kv_2BGlK) in enumerate(heads.groups(setting.gather_groups)):
-        if group >= 2:
-            kv_2BGlK = after(outputs[group - 2], kv_2BGlK)
-        _, kv_N2BGlK, (o_BlHK, lse) = one_group.forward(queries, kv_2BGlK, setting)
-        outputs.append(o_BlHK)
-        saved.append((lse, None if setting.regather else kv_N2BGlK))
-    o_BlHK = jnp.concatenate(outputs, axis=2)
-    return o_BlHK, (heads, o_BlHK, saved)
-
-
-def _backward(one_group, setting, residuals, do_BlHK):
-    """Each group waits for the previous group's query gradients and scatter.
-
-    Otherwise dense scores of several groups live at once, and XLA fuses the scatters on TPU and holds all of them.
+    Returns the last carry, and the outputs of all groups on a new leading axis.
     """
-    heads, o_BlHK, saved = residuals
-    dq: list[jax.Array] = []
-    dkv: list[jax.Array] = []
-    o_and_do = zip(*(jnp.split(x, setting.gather_groups, axis=2) for x in (o_BlHK, do_BlHK)), strict=True)
-    groups = zip(heads.groups(setting.gather_groups), o_and_do, saved, strict=True)
-    for group, ((queries, kv_2BGlK), (o, do), (lse, kv_N2BGlK)) in enumerate(groups):
-        if setting.regather:
-            kv_N2BGlK = all_gather(after(dkv[group - 2] if group >= 2 else do, kv_2BGlK), setting.axis)
-        if group:
-            do = after(dq[-1], after(dkv[-1], do))
-        saved_of_group = Residuals(queries, kv_N2BGlK, Output(o, lse))
-        dq_BlHK, dkv_2BGKl = one_group.backward(saved_of_group, do, setting)
-        dq.append(dq_BlHK)
-        dkv.append(dkv_2BGKl.swapaxes(3, 4).astype(kv_2BGlK.dtype))
-    dq_BlHK, dkv_2BGlK = (jnp.concatenate(gradients, axis=2) for gradients in (dq, dkv))
-    return (heads._replace(q_BlHK=dq_BlHK, kv_2BGlK=dkv_2BGlK, mask=None, dropout=None),)
+    count = len(jax.tree.leaves(groups)[0])
+    body = jax.checkpoint(one_group, policy=SAVED, prevent_cse=False)
+    return jax.lax.scan(lambda carry, group: body(carry, *group), init, (groups, jnp.arange(count)))
 
 
-in_groups.defvjp(_forward, _backward)
+def in_head_groups(attend: Callable[..., jax.Array], count: int) -> Callable[..., jax.Array]:
+    """Attention on its own, `(q_BlHK, k_BlGK, v_BlGK, dropout) -> o_BlHK`, for `count` groups of heads in turn."""
+    if count == 1:
+        return attend
 
+    def attend_in_groups(
+        q_BlHK: jax.Array, k_BlGK: jax.Array, v_BlGK: jax.Array, dropout: Dropout | None = None
+    ) -> jax.Array:
+        heads = q_BlHK.shape[2] // count
 
-def after(done: jax.Array, x: jax.Array) -> jax.Array:
-    """`x`, but not before `done` has been computed.
+        def one_group(_: None, group: Any, number: jax.Array) -> tuple[None, jax.Array]:
+            of_group = dropout and dropout._replace(first_head=dropout.first_head + number * heads)
+            return None, attend(*group, of_group)
 
-    No number is greater than infinity, but XLA does not know it. (On CPU it forgets `optimization_barrier` before it
-    decides on an order.)
-    """
-    never = done[(0,) * done.ndim] > jnp.inf
-    return jnp.where(never, 0, x)
+        groups = tuple(jnp.stack(jnp.split(x, count, axis=2)) for x in (q_BlHK, k_BlGK, v_BlGK))
+        _, o_nBlhK = over_head_groups(one_group, None, groups)
+        return jnp.moveaxis(o_nBlhK, 0, 2).reshape(q_BlHK.shape)
+
+    return attend_in_groups

@@ -1,16 +1,16 @@
 """LSS attention (arXiv 2311.02382, Sec. 3): each device attends from its own segment, and nobody aggregates the output.
 
 Two collectives per layer and training step: one gather of keys and values in the forward pass, one scatter of their
-gradients in the backward pass. Nvidia's sequence parallelism needs eight. Heads may be split into groups (the paper:
-one), with the two collectives for each: `head_groups` says in which order, and when keys and values are re-gathered.
+gradients in the backward pass. Nvidia's sequence parallelism needs eight.
 """
 
 import jax
+import jax.numpy as jnp
 
 from lss_jax.attention.collectives import all_gather, psum_scatter, stacked
-from lss_jax.attention.head_groups import Heads, OneGroup, in_groups
 from lss_jax.attention.kernels import KERNELS
 from lss_jax.attention.kernels.interface import Queries, Residuals
+from lss_jax.attention.saved import Passes, differentiable
 from lss_jax.attention.setting import Setting
 from lss_jax.attention.strategy import Local
 from lss_jax.attention.traffic import Sizes, Traffic
@@ -32,13 +32,13 @@ def backward(saved: Residuals, do_BlHK: jax.Array, setting: Setting) -> tuple[ja
 
 def lss_attention(local: Local, setting: Setting) -> jax.Array:
     """This segment's attention `o_BlHK`, inside `shard_map` over `setting.axis`."""
-    heads = Heads(local.q_BlHK, stacked(local.k_BlGK, local.v_BlGK), local.mask, local.dropout)
-    return in_groups(heads, OneGroup(forward, backward), setting)
+    dropout = local.dropout and local.dropout.of_heads(jnp.arange(local.q_BlHK.shape[2]))
+    queries = Queries(local.q_BlHK, local.mask, dropout)
+    return differentiable(queries, stacked(local.k_BlGK, local.v_BlGK), Passes(forward, backward), setting)
 
 
 def traffic(sizes: Sizes, setting: Setting) -> dict[str, list[Traffic]]:
     """What one layer moves: gradients travel in float32, so that the sum over devices rounds once."""
-    N, groups = setting.layout.devices, setting.gather_groups
-    gather = Traffic("all-gather", groups, N * sizes.pair // groups, sizes.itemsize)
-    scatter = Traffic("reduce-scatter", groups, sizes.pair // groups, 4)
+    gather = Traffic("all-gather", 1, setting.layout.devices * sizes.pair, sizes.itemsize)
+    scatter = Traffic("reduce-scatter", 1, sizes.pair, 4)
     return {"forward": [gather], "backward": [gather, scatter] if setting.regather else [scatter]}

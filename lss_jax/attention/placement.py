@@ -24,7 +24,6 @@ def setting_of(attention: AttentionConfig, layout: Layout, axis: str | None, mes
         kernel=kernel_on(attention, mesh),
         block_queries=attention.block_queries,
         block_keys=attention.block_keys,
-        gather_groups=attention.gather_groups,
         regather=attention.regather,
         interpret=False,
     )

@@ -22,14 +22,14 @@ from lss_jax.attention.kernels.blockwise import (
     in_blocks,
     no_gradients,
     nothing_yet,
-    varying_like,
 )
 from lss_jax.attention.kernels.interface import Output, Queries
-from lss_jax.attention.residuals import ATTENDED
 from lss_jax.attention.setting import Setting
 from lss_jax.attention.strategy import Held, Local, Shards, Strategy, own_segment
 from lss_jax.attention.traffic import Sizes, Traffic
 from lss_jax.config.schema import AttentionConfig
+from lss_jax.parallel.residuals import ATTENDED
+from lss_jax.parallel.varying import varying_like
 
 
 def ring_attention(local: Local, setting: Setting) -> jax.Array:
@@ -147,5 +147,6 @@ RING = Strategy(
     problems=_problems,
     held=_held,
     in_kernel=own_segment,
+    recomputed=lambda _: (True, True),
     key_blocks=_key_blocks,
 )

@@ -17,8 +17,7 @@ class Setting:
     kernel: str
     block_queries: int
     block_keys: int
-    gather_groups: int
-    regather: bool
+    regather: bool  # what came from other devices is communicated again in the backward pass, not saved
     interpret: bool  # fused kernels step by step, as on CPUs
 
     @property

@@ -57,7 +57,25 @@ def strategy_problems(attention: AttentionConfig, shards: Shards) -> Iterator[st
                 f"attention.{key}={value} has no use with attention.strategy={name!r}, {option.useless}; "
                 f"{option.remedy}"
             )
+    yield from _group_problems(attention.head_groups, shards)
     yield from STRATEGIES[name].problems(attention, shards)
+
+
+def _group_problems(groups: int, shards: Shards) -> Iterator[str]:
+    """Each group of heads has equally many on every device."""
+    _, kv_heads, _, model = shards
+    if groups < 1 or kv_heads < 1:
+        return
+    if kv_heads % groups:
+        yield (
+            f"model.kv_heads={kv_heads} is not divisible by attention.head_groups={groups}; "
+            f"use attention.head_groups={kv_heads} or another divisor"
+        )
+    elif kv_heads // model % groups:
+        yield (
+            f"model.kv_heads={kv_heads} is not divisible by attention.head_groups={groups} times mesh.model={model}; "
+            f"use attention.head_groups=1 or another divisor of {kv_heads // model}"
+        )
 
 
 def with_strategy(attention: AttentionConfig, strategy: str) -> AttentionConfig:

@@ -4,7 +4,7 @@ A strategy is declared beside it, by its `Strategy`, and listed in `strategies`.
 compiler, the memory model and the planner read the declaration; none knows a strategy by name.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import jax
@@ -60,8 +60,7 @@ class Option(NamedTuple):
 
 
 OPTIONS = {
-    "gather_groups": Option(1, "which gathers nothing", 'use attention.gather_groups=1 or attention.strategy="lss"'),
-    "regather": Option(False, "which saves no gathered pairs", "use attention.regather=False"),
+    "regather": Option(False, "which saves nothing of other devices", "use attention.regather=False"),
 }
 
 
@@ -73,9 +72,12 @@ class Strategy(NamedTuple):
     whole_mask: Callable[[Intervals, Setting], Intervals] | None  # gathers all queries' intervals, once per step
     kernels: tuple[str, ...]  # those that it can use
     options: tuple[str, ...]  # those of `OPTIONS` that it has a use for
-    problems: Callable[[AttentionConfig, Shards], Iterator[str]]  # what it cannot do, a line each
+    problems: Callable[[AttentionConfig, Shards], Iterable[str]]  # what it cannot do, a line each
     held: Callable[[Sizes, Setting], Held]
     in_kernel: Callable[[Sizes, Setting], tuple[Sizes, Setting]]  # the sizes of a kernel's queries, and its setting
+    recomputed: Callable[
+        [Setting], tuple[bool, bool]
+    ]  # whether queries, and keys and values, if only outputs are saved
     key_blocks: Callable[[int, Setting], KeyBlocks]  # that the blockwise kernel meets, of segments of this length
 
 

@@ -13,17 +13,17 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from lss_jax.attention.collectives import stacked
+from lss_jax.attention.collectives import after, stacked
 from lss_jax.attention.kernels import KERNELS
 from lss_jax.attention.kernels.blockwise import blocks_of_keys
 from lss_jax.attention.kernels.interface import Queries, Residuals
 from lss_jax.attention.mask import Intervals
-from lss_jax.attention.residuals import ATTENDED, COMMUNICATED
 from lss_jax.attention.setting import Setting
 from lss_jax.attention.strategy import Held, Local, Shards, Strategy
 from lss_jax.attention.traffic import Sizes, Traffic
 from lss_jax.config.rules import next_multiple
 from lss_jax.config.schema import AttentionConfig
+from lss_jax.parallel.residuals import ATTENDED, COMMUNICATED
 
 
 def ulysses_attention(local: Local, setting: Setting) -> jax.Array:
@@ -47,7 +47,8 @@ def traffic(sizes: Sizes, setting: Setting) -> dict[str, list[Traffic]]:
     G = math.lcm(sizes.G, setting.layout.devices)
     head = sizes.B * sizes.l * sizes.K
     inward, outward = (Traffic("all-to-all", 1, head * heads, sizes.itemsize) for heads in (sizes.H + 2 * G, sizes.H))
-    return {"forward": [inward, outward], "backward": [outward, inward]}
+    again = [inward] if setting.regather else []
+    return {"forward": [inward, outward], "backward": [*again, outward, inward]}
 
 
 def whole_mask(mask: Intervals, setting: Setting) -> Intervals:
@@ -65,22 +66,34 @@ def _exchanged(queries: Queries, k_BlgK: jax.Array, v_BlgK: jax.Array, setting: 
 
 
 def _forward(queries, k_BlgK, v_BlgK, setting):
-    q_BLhK, k_BLhK, v_BLhK = checkpoint_name(_to_heads((queries.q_BlHK, k_BlgK, v_BlgK), setting), COMMUNICATED)
-    queries, kv_12BhLK = queries._replace(q_BlHK=q_BLhK), stacked(k_BLhK, v_BLhK)[None]
-    output = KERNELS[setting.kernel].forward(queries, kv_12BhLK, setting.unsharded)
+    exchanged, kv_12BhLK = _exchange(queries, k_BlgK, v_BlgK, setting)
+    output = KERNELS[setting.kernel].forward(exchanged, kv_12BhLK, setting.unsharded)
     o_BlHK = checkpoint_name(_to_sequence((output.o_BlHK,), setting)[0], ATTENDED)
-    return o_BlHK, Residuals(queries, kv_12BhLK, output)
+    own = (queries, k_BlgK, v_BlgK) if setting.regather else None
+    return o_BlHK, (own, None if own else (exchanged, kv_12BhLK), output)
 
 
-def _backward(setting, residuals, do_BlHK):
+def _backward(setting, saved, do_BlHK):
+    own, exchanged, output = saved
+    if own:  # not before they are needed
+        queries, k_BlgK, v_BlgK = own
+        queries = queries._replace(q_BlHK=after(do_BlHK, queries.q_BlHK))
+        exchanged = _exchange(queries, k_BlgK, v_BlgK, setting)
     do_BLhK = _to_heads((do_BlHK,), setting)[0]
+    residuals = Residuals(exchanged[0], exchanged[1], output)
     dq_BLhK, dkv_12BhKL = KERNELS[setting.kernel].backward(residuals, do_BLhK, setting.unsharded)
     dk_BLhK, dv_BLhK = dkv_12BhKL[0].astype(do_BlHK.dtype).transpose(0, 1, 4, 2, 3)
     dq_BlHK, dk_BlgK, dv_BlgK = _to_sequence((dq_BLhK, dk_BLhK, dv_BLhK), setting)
-    return residuals.queries._replace(q_BlHK=dq_BlHK, mask=None, dropout=None), dk_BlgK, dv_BlgK
+    return Queries._make((dq_BlHK, None, None)), dk_BlgK, dv_BlgK
 
 
 _exchanged.defvjp(_forward, _backward)
+
+
+def _exchange(queries: Queries, k_BlgK: jax.Array, v_BlgK: jax.Array, setting: Setting) -> tuple[Queries, jax.Array]:
+    """Queries, keys and values of the whole sequence, of this device's heads."""
+    q_BLhK, k_BLhK, v_BLhK = checkpoint_name(_to_heads((queries.q_BlHK, k_BlgK, v_BlgK), setting), COMMUNICATED)
+    return queries._replace(q_BlHK=q_BLhK), stacked(k_BLhK, v_BLhK)[None]
 
 
 def _to_heads(arrays_BlHK: tuple[jax.Array, ...], setting: Setting) -> tuple[jax.Array, ...]:
@@ -109,14 +122,16 @@ def _split_heads(x: jax.Array, counts: list[int]) -> tuple[jax.Array, ...]:
     return tuple(jnp.split(x, ends, axis=-2))
 
 
-def _problems(_attention: AttentionConfig, shards: Shards) -> Iterator[str]:
-    """Every device computes equally many heads."""
+def _problems(attention: AttentionConfig, shards: Shards) -> Iterator[str]:
+    """Every device computes equally many heads of each group."""
     heads, _, seq, model = shards
-    if heads % (seq * model):
+    groups = max(attention.head_groups, 1)
+    if heads % (seq * model * groups):
         by = f"mesh.seq={seq}" + (f" times mesh.model={model}" if model > 1 else "")
+        by += f" times attention.head_groups={groups}" if groups > 1 else ""
         yield (
             f'model.heads={heads} is not divisible by {by}, which attention.strategy="ulysses" needs; '
-            f'use model.heads={next_multiple(heads, seq * model)} or attention.strategy="lss"'
+            f'use model.heads={next_multiple(heads, seq * model * groups)} or attention.strategy="lss"'
         )
 
 
@@ -139,9 +154,10 @@ ULYSSES = Strategy(
     traffic=traffic,
     whole_mask=whole_mask,
     kernels=tuple(KERNELS),
-    options=(),
+    options=("regather",),
     problems=_problems,
     held=_held,
     in_kernel=_whole_sequence,
+    recomputed=lambda setting: (setting.regather, setting.regather),
     key_blocks=blocks_of_keys,
 )

@@ -2,9 +2,10 @@
 
 from collections.abc import Iterator, Mapping
 
-from lss_jax.config.schema import AttentionConfig, Config, ConfigError, MeshConfig
+from lss_jax.config.schema import AttentionConfig, Config, ConfigError, MeshConfig, ModelConfig, OptimConfig
 
 MeshSizes = tuple[int, int, int]
+LARGEST_BETA2 = 0.99  # of moments in bfloat16: what changes by less than 2**-8 stays as it is
 
 
 def mesh_sizes(mesh: MeshConfig, device_count: int) -> MeshSizes:
@@ -44,10 +45,13 @@ def problems(config: Config, device_count: int) -> tuple[list[str], MeshSizes | 
 def _out_of_range(config: Config) -> Iterator[str]:
     model, data, optim, attention = config.model, config.data, config.optim, config.attention
     at_least_1 = {
-        **{f"model.{k}": getattr(model, k) for k in ("vocab", "layers", "width", "heads", "kv_heads", "mlp_width")},
+        **{
+            f"model.{k}": getattr(model, k)
+            for k in ("vocab", "layers", "width", "heads", "kv_heads", "mlp_width", "remat_every")
+        },
         **{f"data.{k}": getattr(data, k) for k in ("seq_len", "batch_size")},
         **{f"optim.{k}": getattr(optim, k) for k in ("steps", "accumulate", "max_skipped")},
-        **{f"attention.{k}": getattr(attention, k) for k in ("block_queries", "block_keys", "gather_groups")},
+        **{f"attention.{k}": getattr(attention, k) for k in ("block_queries", "block_keys", "head_groups")},
         "profile.start": config.profile.start,
         **{k: getattr(config, k) for k in ("checkpoint_every", "checkpoints_kept", "log_every", "eval_batches")},
     }
@@ -58,6 +62,7 @@ def _out_of_range(config: Config) -> Iterator[str]:
         "seed": config.seed,
         "eval_every": config.eval_every,
         "profile.steps": config.profile.steps,
+        "model.tile": model.tile,
         "attention.window": attention.window,
         "attention.prefix": attention.prefix,
         "optim.warmup_steps": optim.warmup_steps,
@@ -108,6 +113,8 @@ def _cross_field(config: Config) -> Iterator[str]:
         )
     if 0.99 < model.dropout < 1:
         yield f"model.dropout={model.dropout} leaves next to nothing; use at most 0.99"
+    yield from _remat_problems(model)
+    yield from _moments_problems(optim)
     yield from attention_problems(config.attention, model.heads, model.kv_heads)
     if config.attention.prefix >= data.seq_len > 0 and config.attention.prefix:
         yield (
@@ -130,6 +137,35 @@ def _cross_field(config: Config) -> Iterator[str]:
         yield f'data.path={data.path!r} has no use with data.source="stdlib"; use data.source="text"'
 
 
+def _remat_problems(model: ModelConfig) -> Iterator[str]:
+    every = model.remat_every
+    if every > 1 and model.remat != "offload":
+        yield (
+            f"model.remat_every={every} has no use with model.remat={model.remat!r}, which saves something of every "
+            f'layer; use model.remat="offload" or model.remat_every=1'
+        )
+    elif every > 0 and model.layers > 0 and model.layers % every:
+        yield (
+            f"model.layers={model.layers} is not divisible by model.remat_every={every}; "
+            f"use a divisor of {model.layers}"
+        )
+
+
+def _moments_problems(optim: OptimConfig) -> Iterator[str]:
+    if optim.moments_dtype == "float32":
+        return
+    if optim.name == "muon":
+        yield (
+            f'optim.moments_dtype={optim.moments_dtype!r} is not for optim.name="muon", which orthogonalizes its '
+            f'moments; use optim.moments_dtype="float32"'
+        )
+    elif LARGEST_BETA2 < optim.beta2 < 1:
+        yield (
+            f"optim.beta2={optim.beta2} changes a moment by less than the 8 bits of optim.moments_dtype="
+            f'{optim.moments_dtype!r} can show; use optim.beta2={LARGEST_BETA2} or less, or "float32"'
+        )
+
+
 def attention_problems(attention: AttentionConfig, heads: int, kv_heads: int) -> Iterator[str]:
     """Errors in the options of attention that neither a mesh nor another strategy can mend."""
     if heads > 0 and kv_heads > 0 and heads % kv_heads:
@@ -145,10 +181,10 @@ def optimizer_problems(config: Config, sizes: MeshSizes | None) -> Iterator[str]
     """Errors in how the state of the optimizer is sharded: for training alone, as others read parameters only."""
     if config.optim.name != "muon":
         return
-    if config.optim.shard_state:
+    if config.mesh.shard != "none":
         yield (
-            'optim.shard_state=True leaves each device a shard of a matrix, and optim.name="muon" needs all of it; '
-            'use optim.shard_state=False or optim.name="adamw"'
+            f'mesh.shard={config.mesh.shard!r} leaves each device a shard of a matrix, and optim.name="muon" needs all '
+            f'of it; use mesh.shard="none" or optim.name="adamw"'
         )
     if sizes and sizes[2] > 1:
         yield (

@@ -20,6 +20,7 @@ class MeshConfig:
     data: int
     seq: int
     model: int
+    shard: Literal["none", "optimizer", "all"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,7 +32,7 @@ class AttentionConfig:
     kernel: Literal["auto", "blockwise", "dense", "triton", "mosaic"]
     block_queries: int
     block_keys: int
-    gather_groups: int
+    head_groups: int
     regather: bool
 
 
@@ -44,6 +45,9 @@ class ModelConfig:
     heads: int
     kv_heads: int
     mlp_width: int
+    norm: Literal["layer", "rms"]
+    mlp: Literal["gelu", "swiglu"]
+    bias: bool
     positions: Literal["learned", "sinusoidal", "rope", "none"]
     rope_base: float
     rope_scaling: Literal["none", "linear", "ntk"]
@@ -52,7 +56,9 @@ class ModelConfig:
     vocab_parallel: bool
     dropout: float
     dtype: Literal["float32", "bfloat16"]
-    remat: Literal["none", "block"]
+    remat: Literal["none", "block", "offload"]
+    remat_every: int
+    tile: int
     scan_layers: bool
 
 
@@ -67,7 +73,8 @@ class DataConfig:
 
 @dataclasses.dataclass(frozen=True)
 class OptimConfig:
-    name: Literal["adamw", "muon"]
+    name: Literal["adamw", "lion", "muon"]
+    moments_dtype: Literal["float32", "bfloat16"]
     steps: int
     learning_rate: float
     warmup_steps: int
@@ -76,7 +83,6 @@ class OptimConfig:
     beta1: float
     beta2: float
     accumulate: int
-    shard_state: bool
     max_skipped: int
 
 

@@ -62,7 +62,7 @@ def make_prefill(model: Model, mesh: Mesh, tokens: int) -> Callable[[Params, jax
             return strategy(q_BlHK, k_BlGK, v_BlGK, dropout), stacked(k_BlGK, v_BlGK)
 
         positions_p = own_part(positions_l, axis, 0)
-        segment = Segment(positions_l, positions_p, attend, dropout=None, model_axis=axis)
+        segment = Segment(positions_l, positions_p, attend, head_groups=1, dropout=None, model_axis=axis)
         _, kv_n2BGlK = model.recall(params, tokens_Bl, segment, None)  # the logits are not needed
         return fill(kv_n2BGlK, positions_l, length_B - 1, more=-(-tokens // layout.devices))
 
@@ -109,11 +109,11 @@ def make_step(model: Model, mesh: Mesh, length: int) -> Step:
             return o_BHK[None], own_2BGK
 
         position_b = own_part(position_B, axis, 0)
-        segment = Segment(position_B, position_b, attend, dropout=None, model_axis=axis)
-        logits, kv_n2BGK = model.recall(params, token_B[None], segment, cache.kv_n2BGcK)
+        segment = Segment(position_B, position_b, attend, head_groups=1, dropout=None, model_axis=axis)
+        outputs, kv_n2BGK = model.recall(params, token_B[None], segment, cache.kv_n2BGcK)
         slot = length // layout.devices + number // layout.devices
         mine = seq_axis is None or number % layout.devices == jax.lax.axis_index(seq_axis)
-        return write(cache, kv_n2BGK, position_B, slot, mine), logits[0]
+        return write(cache, kv_n2BGK, position_B, slot, mine), outputs.all()[0]
 
     def step(
         params: Params, cache: Cache, token_B: jax.Array, position_B: jax.Array, number: jax.Array
@@ -165,7 +165,7 @@ class Generation:
         stream_B = np.array([zlib.crc32(row, rows[:number].count(row)) for number, row in enumerate(rows)], np.uint32)
         self._tokens_BL, self._length_B, self._last_B = jax.device_put((tokens_BL, length_B, last_B), replicated)
 
-        model = _forward_model(config)
+        model = _forward_model(config, mesh)
         prefill, step = make_prefill(model, mesh, tokens), make_step(model, mesh, length)
 
         def next_byte(
@@ -220,10 +220,10 @@ def task_and_text(config: Config) -> tuple[Task, type[ByteText]]:
     return task, task.text
 
 
-def _forward_model(config: Config) -> Model:
+def _forward_model(config: Config, mesh: Mesh) -> Model:
     """The model for inference: without remat, and scanned, since only then does XLA update the cache in place."""
-    layers = dataclasses.replace(config.model, scan_layers=True, remat="none")
-    return build_model(dataclasses.replace(config, model=layers))
+    layers = dataclasses.replace(config.model, scan_layers=True, remat="none", remat_every=1)
+    return build_model(dataclasses.replace(config, model=layers), mesh)
 
 
 def check_request(config: Config, prompts: Sequence[bytes], tokens: int, sampling: Sampling) -> None:

@@ -68,5 +68,5 @@ def generation_of(
     config: Config, workdir: Path, mesh: Mesh, prompts: Sequence[bytes], tokens: int, sampling: Sampling
 ) -> tuple[int, Generation]:
     """The step of the run's newest sound checkpoint, and the `Generation` from its parameters."""
-    step, params = restore_params(build_model(config), mesh, workdir)
+    step, params = restore_params(build_model(config, mesh), mesh, workdir)
     return step, Generation(config, mesh, params, prompts=prompts, tokens=tokens, sampling=sampling)

@@ -19,7 +19,8 @@ from lss_jax.models import Model, build_model, parameter_count
 from lss_jax.training.setup import mesh_of
 from lss_jax.training.step import trace_train_step
 
-CLASSES = ("parameters", "optimizer state", "batch", "temporaries")
+HOST = "host memory"
+CLASSES = ("parameters", "optimizer state", "batch", "temporaries", HOST)
 
 
 class Audit(NamedTuple):
@@ -56,7 +57,8 @@ def audit_step(config: Config, devices: str | Sequence[jax.Device] | None = None
     if isinstance(devices, str):
         devices = devices_of(devices)
     devices = jax.devices() if devices is None else devices
-    return audited(build_model(config), mesh_of(config, devices))
+    mesh = mesh_of(config, devices)
+    return audited(build_model(config, mesh), mesh)
 
 
 def audited(model: Model, mesh: Mesh) -> Audit:
@@ -93,6 +95,7 @@ def _memory(compiled: jax.stages.Compiled) -> dict[str, int]:
         size(state.opt_state, state_shardings.opt_state),
         size(batch, batch_shardings),
         analysis.temp_size_in_bytes,
+        analysis.host_argument_size_in_bytes + analysis.host_temp_size_in_bytes,
     )
     return dict(zip(CLASSES, sizes, strict=True))
 
@@ -105,7 +108,13 @@ def problems(audit: Audit, room: int | None) -> list[str]:
     expected = operations.outside_attention(audit.model, audit.mesh)
     if audit.flops != expected:
         found.append(f"operations outside attention: {audit.flops:,} in the program, {expected:,} predicted")
-    needed = sum(audit.memory.values())
+    expected_host = predicted_memory(audit)[HOST]
+    if audit.memory[HOST] < expected_host:
+        found.append(
+            f"host memory: {shown_size(audit.memory[HOST])} in the program, {shown_size(expected_host)} predicted: "
+            f"what should wait there stays on the devices"
+        )
+    needed = on_device(audit.memory)
     if room and needed > room:
         found.append(
             f"it does not fit: {shown_size(needed)} of {shown_size(room)}, {shown_size(needed - room)} too much"
@@ -156,11 +165,18 @@ def _table_of_memory(audit: Audit, room: int | None) -> list[str]:
     lines = [f"{'memory per device':21}{'compiled':>14}{'predicted':>14}"]
     for name in CLASSES:
         lines.append(f"{name:21}{shown_size(compiled[name]) if compiled else '-':>14}{shown_size(predicted[name]):>14}")
-    needed = sum(compiled.values()) if compiled else 0
-    lines.append(f"{'all':21}{shown_size(needed) if compiled else '-':>14}{shown_size(sum(predicted.values())):>14}")
+    needed = on_device(compiled) if compiled else 0
+    lines.append(
+        f"{'all on the device':21}{shown_size(needed) if compiled else '-':>14}{shown_size(on_device(predicted)):>14}"
+    )
     if not compiled:
         return [*lines, f"does not fit: {audit.too_large}"]
     return [*lines, f"of {shown_size(room)}: {'fits' if needed <= room else 'does not fit'}"] if room else lines
+
+
+def on_device(memory: dict[str, int]) -> int:
+    """The bytes of all classes that must fit a device's memory."""
+    return sum(size for name, size in memory.items() if name != HOST)
 
 
 def predicted_memory(audit: Audit) -> dict[str, int]:

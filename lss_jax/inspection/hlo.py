@@ -10,9 +10,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from lss_jax.parallel.scopes import ATTENTION, ELSEWHERE, GRADIENTS, LOSS, MASK, OPTIMIZER, POSITIONS, REGIONS
+from lss_jax.parallel.scopes import ATTENTION, ELSEWHERE, GRADIENTS, LOSS, MASK, OPTIMIZER, POSITIONS, REGIONS, WEIGHTS
 
-PLACE = re.compile(rf"\b({'|'.join((ATTENTION, REGIONS, LOSS, MASK, POSITIONS, GRADIENTS, OPTIMIZER))})\b")
+PLACE = re.compile(rf"\b({'|'.join((ATTENTION, REGIONS, LOSS, MASK, POSITIONS, GRADIENTS, OPTIMIZER, WEIGHTS))})\b")
 
 KINDS = "all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute|collective-broadcast"
 INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%(?P<name>[\w.-]+) = (?P<type>.*?) (?P<op>[\w-]+)\((?P<operands>.*)$")
@@ -27,6 +27,7 @@ TILES = ":T("  # only TPU programs have tiled layouts
 SHAPE = re.compile(r"(?:f|bf|s|u)(\d+)\[([\d,]*)\]")
 SOURCE = re.compile(r'op_name="([^"]*)"')
 NEAR = 30  # instructions to search for a lost name
+CONSTANT = re.compile(r"(\d+)\)")
 NAME = re.compile(r"%([\w.-]+)")
 
 
@@ -43,11 +44,11 @@ class Collective(NamedTuple):
 
     @property
     def place(self) -> str:
-        """The part of the step that it belongs to; in attention and regions also which pass."""
+        """The part of the step that it belongs to; in attention, regions and of weights also which pass."""
         places = PLACE.findall(self.source)
         if not places:
             return ELSEWHERE
-        if places[-1] not in (ATTENTION, REGIONS):
+        if places[-1] not in (ATTENTION, REGIONS, WEIGHTS):
             return places[-1]
         return places[-1] + (" backward" if "transpose(" in self.source else " forward")
 
@@ -91,16 +92,35 @@ def collectives(text: str) -> list[Collective]:
             form = COLLECTIVE.match(instruction.op)
             if form and form["part"] != "-done":
                 assert times is not None, f"a collective in a loop of unknown length: {instruction.line[:200]}"
-                found.append(_collective(form, instruction, body, times, caller, computations))
+                for part in _parts(instruction, body, computations):
+                    found.append(_collective(form, part, body, times, caller, computations))
             inside = times
             if instruction.op == "while":
-                trips = _trips(instruction, computations)
+                trips = _trips(instruction, body, computations)
                 inside = None if times is None or trips is None else times * trips
             line = instruction.line
             for called in CALLED.findall(line) + [n for b in BRANCHES.findall(line) for n in NAME.findall(b)]:
                 visit(called, inside, instruction)
 
     visit(entry, 1, None)
+    return found
+
+
+def _parts(instruction: Instruction, body: Computation, computations: dict[str, Computation]) -> list[Instruction]:
+    """The instruction; of several all-reduces that a compiler for TPUs combined, those of slices apart from the others.
+
+    Each part is the instruction with the results that belong to it.
+    """
+    if instruction.op != "all-reduce" or not instruction.type.startswith("(") or TILES not in instruction.type:
+        return [instruction]
+    results = [user for user in _users(instruction, body) if user.op == "get-tuple-element"]
+    sliced = [result for result in results if _slices(result, body, computations)]
+    others = [result for result in results if result not in sliced]
+    found = []
+    for part in filter(None, (sliced, others)):
+        types = [one for result in part for one in _slices(result, body, computations) or [result]]
+        kind = "reduce-scatter" if part is sliced else "all-reduce"
+        found.append(instruction._replace(op=kind, type=f"({', '.join(one.type for one in types)})"))
     return found
 
 
@@ -113,15 +133,16 @@ def _collective(
     computations: dict[str, Computation],
 ) -> Collective:
     """The collective of an instruction of this computation, which `caller` calls."""
-    started = form["part"] == "-start"
+    started, kind = form["part"] == "-start", form["kind"] if form["part"] else instruction.op
     users = _users(instruction, body)
     done = [user for user in users if started and user.op.endswith("-done")]
     for_tpu = TILES in instruction.type  # elsewhere a sum of which one takes a slice is a sum
-    slices = _slices(instruction, body, computations) if form["kind"] == "all-reduce" and for_tpu else None
+    one_result = not instruction.type.startswith("(")
+    slices = _slices(instruction, body, computations) if kind == "all-reduce" and for_tpu and one_result else None
     (result,) = done or (slices or [instruction])[:1]
     parts = [(int(bits), math.prod(map(int, filter(None, s.split(","))))) for bits, s in SHAPE.findall(result.type)]
     return Collective(
-        kind="reduce-scatter" if slices else form["kind"],
+        kind="reduce-scatter" if slices else kind,
         elements=sum(count for _, count in parts),
         bytes=sum(bits // 8 * count for bits, count in parts),
         group=_group(instruction.line),
@@ -193,8 +214,8 @@ def _computations(text: str) -> tuple[dict[str, Computation], str]:
     return computations, entry
 
 
-def _trips(loop: Instruction, computations: dict[str, Computation]) -> int | None:
-    """The trip count of a loop, None if it depends on the data; XLA's loops count from zero."""
+def _trips(loop: Instruction, body: Computation, computations: dict[str, Computation]) -> int | None:
+    """The trip count of a loop of this computation, None if it depends on the data; loops count upwards by one."""
     known = TRIPS.search(loop.line)
     if known:
         return int(known[1])
@@ -204,8 +225,18 @@ def _trips(loop: Instruction, computations: dict[str, Computation]) -> int | Non
     limits = [BELOW.search(x.line) for x in instructions.values() if x.op == "compare"]
     if len(limits) != 1 or not limits[0]:
         return None
-    constant = re.match(r"(\d+)\)", instructions[limits[0]["limit"]].operands)
-    return int(constant[1]) if constant else None
+    limit = CONSTANT.match(instructions[limits[0]["limit"]].operands)
+    return int(limit[1]) - _start(loop, body) if limit else None
+
+
+def _start(loop: Instruction, body: Computation) -> int:
+    """The number from which a loop counts: zero, unless XLA has taken the first trips out of it."""
+    initial = body.get(loop.arguments[0])
+    start = body.get(initial.arguments[0]) if initial and initial.op == "tuple" else None
+    while start and start.op == "copy":
+        start = body.get(start.arguments[0])
+    constant = start and start.op == "constant" and CONSTANT.match(start.operands)
+    return int(constant[1]) if constant else 0
 
 
 def _group(line: str) -> tuple[int, ...]:

@@ -11,32 +11,32 @@ import re
 from typing import Any, NamedTuple
 
 import jax
-from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh
 
 from lss_jax.config.schema import Config
 from lss_jax.models import Model, costs_of
-from lss_jax.parallel.mesh import without_unsharded
+from lss_jax.models.stack import waiting
 from lss_jax.tasks import make_task
-from lss_jax.training.optimizer import moments_of
-from lss_jax.training.state import moment_specs, param_specs
+from lss_jax.training.optimizer import make_optimizer
+from lss_jax.training.state import state_like
 
 NUMBER = 4  # bytes
 GAPS = 1.07  # temporaries over the largest sum of live buffers: the heap is fragmented
-COUNTERS = {"adamw": 3, "muon": 8}  # of steps, in the state; and three coefficients of Muon's
 
 
 class Memory(NamedTuple):
     """The memory of a training step, in bytes per device."""
 
     parameters: int
-    moments: int  # two per parameter, but one where Muon updates it
+    moments: int  # the whole state of the optimizer
     batch: int
     temporaries: int
+    host: int  # layers' inputs that wait in the host's memory
 
     @property
     def total(self) -> int:
-        """The sum, which must fit a device's memory."""
-        return sum(self)
+        """The bytes that must fit a device's memory."""
+        return self.parameters + self.moments + self.batch + self.temporaries
 
 
 def shortfall(error: jax.errors.JaxRuntimeError) -> str:
@@ -54,31 +54,29 @@ def memory_of(model: Model, mesh: Mesh | AbstractMesh) -> Memory:
     Raises:
       ConfigError: the model's family declares no costs.
     """
+    state = state_like(model, make_optimizer(model.config.optim), mesh)
     return Memory(
-        parameters=NUMBER * _numbers(model, param_specs(model, mesh), mesh),
-        moments=NUMBER * _numbers(model, moment_specs(model, mesh), mesh, moments_of(model.config.optim, model.shapes)),
-        batch=NUMBER * (_batch(model.config, mesh) + COUNTERS[model.config.optim.name]),
+        parameters=_bytes(state.params),
+        moments=_bytes(state.opt_state),
+        batch=_bytes(state.step) + _bytes(_used(model.config, mesh)),
         temporaries=math.ceil(GAPS * NUMBER * max(peaks(model, mesh).values())),
+        host=waiting(model.config, mesh),
     )
 
 
 def peaks(model: Model, mesh: Mesh | AbstractMesh) -> dict[str, float]:
     """Elements per device that are live at each of the moments of the step that may need most, as the family says."""
-    return costs_of(model).peaks(model.config, mesh, _numbers(model, param_specs(model, mesh), mesh))
+    state = state_like(model, make_optimizer(model.config.optim), mesh)
+    return costs_of(model).peaks(model.config, mesh, _bytes(state.params) // NUMBER)
 
 
-def _batch(config: Config, mesh: Mesh | AbstractMesh) -> int:
-    """Elements per device of a batch; the numbers of its rows are an argument for dropout alone."""
+def _used(config: Config, mesh: Mesh | AbstractMesh) -> Any:
+    """What the step uses of a batch; the numbers of its rows are an argument for dropout alone."""
     batch = make_task(config).batch_like(mesh)
-    used = batch if config.model.dropout else batch._replace(rows=None)
-    return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) for leaf in jax.tree.leaves(used))
+    return batch if config.model.dropout else batch._replace(rows=None)
 
 
-def _numbers(model: Model, specs: Any, mesh: Mesh | AbstractMesh, copies: Any = None) -> int:
-    """Elements per device of arrays like the parameters, sharded by these specs; or of so many `copies` of each."""
-    copies = copies or jax.tree.map(lambda _: 1, model.shapes)
-
-    def of_leaf(leaf: jax.ShapeDtypeStruct, spec: PartitionSpec, copies: int) -> int:
-        return copies * math.prod(NamedSharding(mesh, without_unsharded(spec, mesh)).shard_shape(leaf.shape))
-
-    return sum(jax.tree.leaves(jax.tree.map(of_leaf, model.shapes, specs, copies)))
+def _bytes(arrays: Any) -> int:
+    """Bytes per device of arrays with shapes, dtypes and shardings."""
+    leaves = jax.tree.leaves(arrays)
+    return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves)

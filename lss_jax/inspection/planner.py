@@ -56,7 +56,7 @@ def plan(config: Config, devices: int, memory: int) -> tuple[list[Candidate], li
     Raises:
       ConfigError: the config is wrong on any mesh.
     """
-    validate(dataclasses.replace(config, mesh=MeshConfig(1, 1, 1)), 1)
+    validate(dataclasses.replace(config, mesh=MeshConfig(1, 1, 1, "none")), 1)
     model = build_model(config)
     candidates, impossible = [], []
     for sizes in meshes(devices):
@@ -105,7 +105,9 @@ def evaluate(model: Model, sizes: MeshSizes, strategy: str, memory: int) -> Cand
 
 def with_mesh(config: Config, sizes: MeshSizes, strategy: str) -> Config:
     """The config on this mesh with this strategy, without the options of another strategy."""
-    return dataclasses.replace(config, mesh=MeshConfig(*sizes), attention=with_strategy(config.attention, strategy))
+    return dataclasses.replace(
+        config, mesh=MeshConfig(*sizes, config.mesh.shard), attention=with_strategy(config.attention, strategy)
+    )
 
 
 def at_length(model: Model, seq_len: int) -> Model:
@@ -154,7 +156,8 @@ def compiled_memory(config: Config, candidate: Candidate, devices: Sequence[jax.
     Raises:
       jax.errors.JaxRuntimeError: the compiler reports that it does not fit.
     """
-    model = build_model(chosen(config, candidate))
-    analysis = trace_train_step(model, make_mesh(candidate.sizes, devices)).lower().compile().memory_analysis()
+    mesh = make_mesh(candidate.sizes, devices)
+    model = build_model(chosen(config, candidate), mesh)
+    analysis = trace_train_step(model, mesh).lower().compile().memory_analysis()
     assert analysis is not None, "CPU and TPU compilers give one"
     return analysis.argument_size_in_bytes + analysis.temp_size_in_bytes

@@ -11,12 +11,15 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import AbstractMesh, Mesh
 
 from lss_jax.config.schema import Config, ConfigError, unknown_choice
 from lss_jax.models import decoder_costs, decoder_memory
 from lss_jax.models.decoder import Decoder
 from lss_jax.models.family import Costs, Family
+from lss_jax.models.shares import NOT_GATHERED, shard_weights
 
 FAMILIES = {
     "decoder": Family(
@@ -32,18 +35,22 @@ class Model:
     """A family's module, taken apart: structure here, parameters in the training state.
 
     `shapes`, `specs` and `row_per_position` are nested dicts like the parameters: global `ShapeDtypeStruct`s,
-    `PartitionSpec`s and booleans.
+    `PartitionSpec`s and booleans. Weights that are sharded at rest may be padded, so that the mesh divides them:
+    `natural_shapes` are those without padding, as checkpoints have them, and `gathers` says how often each is gathered.
     """
 
     config: Config
     graphdef: nnx.GraphDef
     shapes: Params
+    natural_shapes: Params
     specs: Params
     row_per_position: Params
+    gathers: Params
 
     def init(self, key: jax.Array) -> Params:
         """Fresh global parameters; the values depend on the key alone, not on any sharding."""
-        return nnx.to_pure_dict(nnx.state(module_of(self.config, nnx.Rngs(key))))
+        params = nnx.to_pure_dict(nnx.state(module_of(self.config, nnx.Rngs(key))))
+        return jax.tree.map(resized, params, self.shapes)
 
     def apply(self, params: Params, *args) -> Any:
         """Calls the module with these (local) parameters."""
@@ -56,6 +63,12 @@ class Model:
     def with_tables(self, change: Callable[[Any], Any], params: Params) -> Params:
         """Applies `change` to each parameter that has a row per position; returns the whole tree."""
         return jax.tree.map(lambda p, is_table: change(p) if is_table else p, params, self.row_per_position)
+
+
+def resized(array: jax.Array, like: jax.ShapeDtypeStruct) -> jax.Array:
+    """The array with another shape: cropped, or padded with zeros, after the end of each dimension."""
+    cropped = array[tuple(map(slice, like.shape))]
+    return jnp.pad(cropped, [(0, to - size) for to, size in zip(like.shape, cropped.shape, strict=True)])
 
 
 def family_problems(config: Config) -> Iterator[str]:
@@ -88,22 +101,29 @@ def module_of(config: Config, rngs: nnx.Rngs) -> nnx.Module:
     return FAMILIES[config.model.family].module(config, rngs)
 
 
-def build_model(config: Config) -> Model:
-    """The model of a config; allocates nothing.
+def build_model(config: Config, mesh: Mesh | AbstractMesh | None = None) -> Model:
+    """The model of a config, with its weights sharded over this mesh as `mesh.shard` says; allocates nothing.
+
+    Without a mesh no weight is sharded at rest.
 
     Raises:
       ConfigError: no family has the name `model.family`.
     """
-    graphdef, state = nnx.split(nnx.eval_shape(lambda: module_of(config, nnx.Rngs(0))))
+    module = nnx.eval_shape(lambda: module_of(config, nnx.Rngs(0)))
+    natural_shapes = nnx.to_pure_dict(nnx.state(module))
+    if mesh is not None and config.mesh.shard == "all":
+        shard_weights(module, mesh)
+    graphdef, state = nnx.split(module)
 
     def metadata(read: Callable[[nnx.Variable], Any]) -> Params:
         return nnx.to_pure_dict(jax.tree.map(read, state, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable)))
 
     specs = metadata(lambda variable: variable.spec)
     tables = metadata(lambda variable: "row_per_position" in variable.get_metadata() and variable.row_per_position)
-    return Model(config, graphdef, nnx.to_pure_dict(state), specs, tables)
+    gathers = metadata(lambda variable: variable.get_metadata().get("gathers", NOT_GATHERED))
+    return Model(config, graphdef, nnx.to_pure_dict(state), natural_shapes, specs, tables, gathers)
 
 
 def parameter_count(model: Model) -> int:
     """The number of scalars in all (global) parameters."""
-    return sum(leaf.size for leaf in jax.tree.leaves(model.shapes))
+    return sum(leaf.size for leaf in jax.tree.leaves(model.natural_shapes))

@@ -6,8 +6,10 @@ import jax
 from flax import nnx
 
 from lss_jax.config.schema import Config
-from lss_jax.models.embeddings import Head, LearnedPositions, TokenEmbedding, logits, sinusoidal
-from lss_jax.models.layers import Segment, Stack, drop, layer_norm
+from lss_jax.models.embeddings import Head, LearnedPositions, TokenEmbedding, sinusoidal
+from lss_jax.models.layers import Segment, drop, norm, whole
+from lss_jax.models.outputs import PerToken
+from lss_jax.models.stack import Stack
 from lss_jax.parallel.dropout import EMBEDDING
 from lss_jax.parallel.scopes import REGIONS
 from lss_jax.parallel.tensor_parallel import gather_sequence
@@ -18,16 +20,16 @@ class Decoder(nnx.Module):
 
     def __init__(self, config: Config, rngs: nnx.Rngs):
         model = config.model
-        self.sinusoidal, self.vocab_parallel = model.positions == "sinusoidal", model.vocab_parallel
+        self.model = model
         self.tokens = TokenEmbedding(model, rngs)
         if model.positions == "learned":
             self.positions = LearnedPositions(model, config.data.seq_len, rngs)
         self.stack = Stack(model, rngs)
-        self.final_norm = layer_norm(model, rngs)
+        self.final_norm = norm(model, rngs)
         if not model.tied_head:
             self.head = Head(model, rngs)
 
-    def __call__(self, tokens_Bl: jax.Array, segment: Segment) -> jax.Array:
+    def __call__(self, tokens_Bl: jax.Array, segment: Segment) -> PerToken:
         """Next-token logits, float32, for local `tokens_Bl` at the natural positions `segment.positions_l`.
 
         Their shape is `BpV`, this device's part of the segment; with `model.vocab_parallel` it is `BlV`, the whole
@@ -35,16 +37,24 @@ class Decoder(nnx.Module):
         """
         return self.recall(tokens_Bl, segment, None)[0]
 
-    def recall(self, tokens_Bl: jax.Array, segment: Segment, past: Any) -> tuple[jax.Array, Any]:
+    def recall(self, tokens_Bl: jax.Array, segment: Segment, past: Any) -> tuple[PerToken, Any]:
         """Logits as in `__call__` with attention to the cached `past` too, and what each layer adds to the cache."""
-        x_BpE = self.tokens(tokens_Bl, segment.model_axis)
+        axis, dtype = segment.model_axis, self.model.dtype
+        embedding = whole(self.tokens, dtype)
+        x_BpE = embedding(tokens_Bl, axis)
         if hasattr(self, "positions"):
             x_BpE = self.positions(x_BpE)
-        if self.sinusoidal:
+        if self.model.positions == "sinusoidal":
             x_BpE = sinusoidal(x_BpE, segment.positions_p)
         x_BpE, own = self.stack(drop(x_BpE, segment.dropout, EMBEDDING), segment, past)
-        x = self.final_norm(x_BpE)
-        if self.vocab_parallel:
-            with jax.named_scope(REGIONS):
-                x = gather_sequence(x, segment.model_axis)  # a vocabulary shard needs every token
-        return (self.head(x) if hasattr(self, "head") else logits(x, self.tokens.kernel_EV())), own
+
+        def logits(modules: Any, x_BtE: jax.Array) -> jax.Array:
+            final_norm, head = modules
+            x = final_norm(x_BtE)
+            if self.model.vocab_parallel:
+                with jax.named_scope(REGIONS):
+                    x = gather_sequence(x, axis)  # a vocabulary shard needs every token
+            return head.logits(x)
+
+        head = whole(self.head, dtype) if hasattr(self, "head") else embedding
+        return PerToken(logits, (self.final_norm, head), x_BpE, self.model.tile), own

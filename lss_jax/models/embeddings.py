@@ -32,9 +32,9 @@ class TokenEmbedding(nnx.Module):
         row_Bl, here_Bl = own_numbers(tokens_Bl, len(table_VE), axis)
         return scatter_sequence(jnp.where(here_Bl[..., None], table_VE[row_Bl], 0), axis)  # a row is on one device
 
-    def kernel_EV(self) -> jax.Array:
-        """The transposed table, in the compute dtype: the kernel of a tied head."""
-        return self.table_VE[...].astype(self.dtype).T
+    def logits(self, x_BlE: jax.Array) -> jax.Array:
+        """The logits of a tied head, whose kernel is the transposed table."""
+        return logits(x_BlE, self.table_VE[...].astype(self.dtype).T)
 
 
 class Head(nnx.Module):
@@ -45,13 +45,29 @@ class Head(nnx.Module):
         spec = P(None, MODEL) if config.vocab_parallel else P()
         self.kernel_EV = nnx.Param(_normal(rngs, config.width, config.vocab), spec=spec)
 
-    def __call__(self, x_BlE: jax.Array) -> jax.Array:
+    def logits(self, x_BlE: jax.Array) -> jax.Array:
+        """The logits of these features."""
         return logits(x_BlE, self.kernel_EV[...].astype(self.dtype))
 
 
+@jax.custom_vjp
 def logits(x_BlE: jax.Array, kernel_EV: jax.Array) -> jax.Array:
-    """Logits `BlV`, accumulated in float32 for a stable softmax; the factors keep their dtype."""
+    """Logits `BlV`, accumulated in float32 for a stable softmax; all three products are in the dtype of the factors."""
     return jnp.einsum("BlE,EV->BlV", x_BlE, kernel_EV, preferred_element_type=jnp.float32)
+
+
+def _logits_forward(x_BlE, kernel_EV):
+    return logits(x_BlE, kernel_EV), (x_BlE, kernel_EV)
+
+
+def _logits_backward(factors, d_BlV):
+    """Autodiff would multiply the float32 gradient in float32."""
+    x_BlE, kernel_EV = factors
+    d_BlV = d_BlV.astype(x_BlE.dtype)
+    return jnp.einsum("BlV,EV->BlE", d_BlV, kernel_EV), jnp.einsum("BlE,BlV->EV", x_BlE, d_BlV)
+
+
+logits.defvjp(_logits_forward, _logits_backward)
 
 
 class LearnedPositions(nnx.Module):

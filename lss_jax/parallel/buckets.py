@@ -14,9 +14,12 @@ Key = TypeVar("Key", bound=Hashable)
 
 
 def in_buckets(function: Callable[[jax.Array, Key], jax.Array], tree: Any, keys: Sequence[Key]) -> Any:
-    """`function(vector, key)` of the leaves of `tree` with the same key, as one vector, and taken apart again."""
+    """`function(vector, key)` of the leaves of `tree` with the same key, as one vector, and taken apart again.
+
+    Leaves with an empty key are left as they are.
+    """
     leaves, treedef = jax.tree.flatten(tree)
-    for key in dict.fromkeys(keys):
+    for key in filter(None, dict.fromkeys(keys)):
         bucket = [index for index, other in enumerate(keys) if other == key]
         vector, unravel = ravel_pytree([leaves[index] for index in bucket])
         for index, leaf in zip(bucket, unravel(function(vector, key)), strict=True):

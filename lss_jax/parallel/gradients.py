@@ -11,6 +11,8 @@ tokens, after both sums. That number goes through the same sums, with the gradie
 Inside `shard_map` with `check_vma=True` differentiating with respect to a parameter that does not vary over an axis
 would insert a sum over that axis unasked. So the parameters are first made varying, and the sums below are all there
 are; should one be missing, tracing fails.
+
+Weights that are sharded at rest keep the same law in another form: `weights`.
 """
 
 from typing import Any

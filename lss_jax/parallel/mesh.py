@@ -30,6 +30,11 @@ def sharded_axes(mesh: Mesh | AbstractMesh) -> tuple[str, ...]:
     return tuple(axis for axis in mesh.axis_names if mesh.shape[axis] > 1)
 
 
+def has_host_memory(mesh: Mesh | AbstractMesh) -> bool:
+    """Whether there is a memory beside the devices' own, as for accelerators; an abstract mesh is taken for them."""
+    return isinstance(mesh, AbstractMesh) or mesh.devices.flat[0].platform != "cpu"
+
+
 def axis_if_sharded(axis: str, mesh: Mesh | AbstractMesh) -> str | None:
     """The axis, None if it has one device."""
     return axis if axis in sharded_axes(mesh) else None

@@ -2,4 +2,5 @@
 
 ATTENTION, REGIONS, LOSS, MASK = "attention", "regions", "loss", "mask"
 POSITIONS, GRADIENTS, OPTIMIZER = "positions", "gradients", "optimizer"
+WEIGHTS = "weights"  # gathered from their shares, and the gradients scattered to them
 ELSEWHERE = "elsewhere"  # none of these, or the compiler has lost the name

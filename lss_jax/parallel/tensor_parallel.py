@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-REGION_OUTPUT = "region_output"  # a part: no larger than the layer's input, and cheaper to save than to sum once more
+from lss_jax.parallel.residuals import REGION_OUTPUT
 
 
 def gather_sequence(x_BpE: jax.Array, axis: str | None) -> jax.Array:

@@ -57,10 +57,10 @@ def evaluate_by_position(
     mesh = mesh_of(config, jax.devices(), trains=False)
     tasks = {length: make_task(c) for length, c in configs.items()}
     splits = {length: tasks[length].splits(mesh)[name] for length in reversed(lengths)}  # the longest may be too long
-    step, params = restore_params(build_model(config), mesh, workdir)
+    step, params = restore_params(build_model(config, mesh), mesh, workdir)
     windows = []
     for length in lengths:
-        model = build_model(configs[length])
+        model = build_model(configs[length], mesh)
         sums = sums_by_position(model, mesh, shortened(params, model, mesh), splits[length], name, batches)
         windows.append({"length": length, **totals(tasks[length], sums), "bins": binned(tasks[length], sums)})
     return {"step": step, "split": name, "windows": windows}

@@ -12,6 +12,7 @@ from lss_jax.config.units import shown_size
 from lss_jax.inspection.audit import audited, json_of
 from lss_jax.inspection.topology import capacity_of
 from lss_jax.models import build_model
+from lss_jax.parallel.mesh import AXES
 from lss_jax.reports.by_position import plot_of, shown_bin
 from lss_jax.reports.figures import Curve, Plot
 from lss_jax.reports.page import figures, page, paragraph, section, table
@@ -23,14 +24,14 @@ from lss_jax.training.setup import mesh_of
 
 def compiled(config: Config) -> dict[str, Any] | str:
     """The audit of the config's step on the local devices, as for JSON; or why it cannot be compiled for them."""
-    devices, sizes = jax.devices(), dataclasses.astuple(config.mesh)
+    devices, sizes = jax.devices(), dataclasses.astuple(config.mesh)[: len(AXES)]
     if -1 not in sizes:
         devices = devices[: math.prod(sizes)]
     try:
         mesh = mesh_of(config, devices)
     except ConfigError as error:
         return str(error)
-    return json_of(audited(build_model(config), mesh), capacity_of(devices[0]))
+    return json_of(audited(build_model(config, mesh), mesh), capacity_of(devices[0]))
 
 
 def report(runs: Sequence[Run], audits: Sequence[dict[str, Any] | str]) -> str:

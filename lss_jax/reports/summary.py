@@ -1,13 +1,16 @@
 """What a run says at its start and at its end: losses by how much came before, a sample of its text, the next steps."""
 
 import shlex
+from collections.abc import Iterator
 
 import jax
 
 from lss_jax.config.schema import ConfigError
+from lss_jax.config.units import shown_size
 from lss_jax.generation.decode import Generation
 from lss_jax.generation.sampling import Sampling
 from lss_jax.models import parameter_count
+from lss_jax.models.stack import waiting
 from lss_jax.parallel.layout import layout_on
 from lss_jax.reports.by_position import binned, shown_bin, sums_by_position
 from lss_jax.storage.metrics import read_records
@@ -67,9 +70,23 @@ def introduction(trainer: Trainer) -> str:
             f"data     {config.data.source}, {len(train.data):,} {trainer.task.items} to train on; "
             f"a step is {config.data.batch_size} sequences of {config.data.seq_len:,} tokens, {part:,} per device",
             *trainer.task.introduction(train),
+            *_offload(trainer),
             f"workdir  {trainer.workdir}" + (f", going on after step {trainer.step}" if trainer.step else ""),
             *(f"changed  {key} from {then!r} to {now!r}" for key, (then, now) in trainer.changes.items()),
         ]
+    )
+
+
+def _offload(trainer: Trainer) -> Iterator[str]:
+    """Where the layers' inputs wait for the backward pass, if that is to be the host's memory."""
+    if trainer.config.model.remat != "offload":
+        return
+    size = waiting(trainer.config, trainer.mesh)
+    kind = trainer.mesh.devices.flat[0].device_kind
+    yield (
+        f"offload  {shown_size(size)} of layers' inputs per device wait in the host's memory"
+        if size
+        else f"offload  does nothing here: {kind} devices have no memory but the host's"
     )
 
 

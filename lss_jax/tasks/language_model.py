@@ -18,6 +18,7 @@ from lss_jax.data.sources import Part, open_splits
 from lss_jax.data.split import WindowSplit
 from lss_jax.data.text import ByteText
 from lss_jax.models.losses import LossSum, cross_entropy, vocab_parallel_cross_entropy
+from lss_jax.models.tiles import tiles_on
 from lss_jax.parallel.layout import layout_on
 from lss_jax.parallel.mesh import MODEL
 from lss_jax.parallel.scopes import LOSS
@@ -59,10 +60,12 @@ class LanguageModel(Task):
         """Over a sharded vocabulary two sums and a maximum per token, and the gradient of the two."""
         if self.config.model.vocab_parallel:
             sizes, times = sizes_of(self.config, mesh), self.config.optim.accumulate
-            tokens = sizes.B * sizes.l
-            yield LOSS, Traffic("all-reduce", times, tokens, 4)
-            yield LOSS, Traffic("reduce-scatter", times, 2 * tokens // mesh.shape[MODEL], 4)
-            yield LOSS, Traffic("all-gather", times, 2 * tokens, 4)
+            tiles, parts = tiles_on(self.config, mesh), mesh.shape[MODEL]
+            passes = 1 if sizes.l // parts in tiles else 2  # a tile is recomputed
+            for size, count in tiles.items():
+                yield LOSS, Traffic("all-reduce", passes * times * count, sizes.B * size * parts, 4)
+                yield LOSS, Traffic("reduce-scatter", passes * times * count, 2 * sizes.B * size, 4)
+                yield LOSS, Traffic("all-gather", times * count, 2 * sizes.B * size * parts, 4)
 
     def batch_specs(self) -> Batch:
         return batch_specs(self.packed)

@@ -54,14 +54,14 @@ def shaping(saved: Config, config: Config, shapes: Callable[[Config], Any]) -> d
 def shapes_of(config: Config) -> Params | None:
     """The parameters' global shapes and dtypes (nothing is allocated), None if no model can be built of this config."""
     try:
-        return build_model(config).shapes
+        return build_model(config).natural_shapes
     except (ValueError, TypeError, ArithmeticError):  # sizes that no rule has checked yet
         return None
 
 
 def moments_of(config: Config) -> Any:
     """The optimizer state's global shapes and dtypes, for a config whose model can be built."""
-    return jax.eval_shape(make_optimizer(config.optim).init, build_model(config).shapes)
+    return jax.eval_shape(make_optimizer(config.optim).init, build_model(config).natural_shapes)
 
 
 def with_value(config: Config, key: str, value: Any) -> Config:

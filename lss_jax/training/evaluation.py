@@ -13,16 +13,15 @@ from lss_jax.config.schema import Config, ConfigError, from_dict
 from lss_jax.data.loader import prefetched
 from lss_jax.data.split import WindowSplit
 from lss_jax.models import Model, Params, build_model
-from lss_jax.parallel.mesh import like, shardings
 from lss_jax.runtime.distributed import is_first
 from lss_jax.storage.checkpoint import restore_newest_sound
 from lss_jax.storage.metrics import Record
 from lss_jax.storage.workdir import saved_config
 from lss_jax.tasks import Task, make_task
 from lss_jax.tasks.task import means_of, values_of
+from lss_jax.training.checkpointing import converted, natural_like, params_like
 from lss_jax.training.compatibility import check_workdir
 from lss_jax.training.setup import mesh_of
-from lss_jax.training.state import param_specs
 from lss_jax.training.step import make_eval_step
 
 
@@ -62,11 +61,11 @@ def restore_params(model: Model, mesh: Mesh, workdir: Path) -> tuple[int, Params
     Raises:
       ConfigError: the run has no checkpoint yet, or none of them is sound.
     """
-    placed = shardings(param_specs(model, mesh), mesh)
-    found = restore_newest_sound(workdir / "checkpoints", params=like(model.shapes, placed))
+    stored = params_like(model, mesh)
+    found = restore_newest_sound(workdir / "checkpoints", params=natural_like(stored, model.natural_shapes))
     if found is None:
         raise ConfigError(f"{workdir} has no checkpoint yet; train there first")
-    return found.step, found.items["params"]
+    return found.step, converted(found.items["params"], stored)
 
 
 def evaluate_run(
@@ -94,7 +93,7 @@ def evaluate_run(
     config = config or from_dict(saved_config(workdir))
     check_workdir(config, workdir, trains=False)
     mesh = mesh_of(config, devices, trains=False)
-    task, model = make_task(config), build_model(config)
+    task, model = make_task(config), build_model(config, mesh)
     data = task.splits(mesh)[split]
     step, params = restore_params(model, mesh, workdir)
     return {

@@ -1,4 +1,4 @@
-"""AdamW or Muon with warm-up, cosine decay and global-norm clipping, on global arrays, outside `shard_map`."""
+"""AdamW, Lion or Muon with warm-up, cosine decay and global-norm clipping, on global arrays, outside `shard_map`."""
 
 from typing import Any
 
@@ -30,7 +30,10 @@ def make_schedule(config: OptimConfig) -> optax.Schedule:
 
 def make_optimizer(config: OptimConfig) -> optax.GradientTransformationExtraArgs:
     """Clips by global norm, then the config's optimizer; `update` takes the gradient's `norm`, if known."""
-    return optax.chain(clip_by_norm(config.clip_norm), OPTIMIZERS[config.name](config))
+    optimizer = OPTIMIZERS[config.name](config)
+    if config.moments_dtype != "float32":
+        optimizer = with_moments_in(config.moments_dtype, optimizer)
+    return optax.chain(clip_by_norm(config.clip_norm), optimizer)
 
 
 def _adamw(config: OptimConfig) -> optax.GradientTransformation:
@@ -60,7 +63,33 @@ def _muon(config: OptimConfig) -> optax.GradientTransformation:
     )
 
 
-OPTIMIZERS = {"adamw": _adamw, "muon": _muon}
+def _lion(config: OptimConfig) -> optax.GradientTransformation:
+    """Lion (Chen et al. 2023, arXiv 2302.06675) with decay on matrices alone; it has one moment."""
+    return optax.lion(
+        make_schedule(config), b1=config.beta1, b2=config.beta2, weight_decay=config.weight_decay, mask=decayed
+    )
+
+
+OPTIMIZERS = {"adamw": _adamw, "lion": _lion, "muon": _muon}
+
+
+def with_moments_in(dtype: str, optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
+    """The optimizer with its moments kept in `dtype`; it computes in float32."""
+
+    def cast(state: Any, dtype: str) -> Any:
+        def of_leaf(leaf: jax.Array) -> jax.Array:
+            return leaf.astype(dtype) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf
+
+        return jax.tree.map(of_leaf, state)
+
+    def init(params: Any) -> Any:
+        return cast(optimizer.init(params), dtype)
+
+    def update(gradient: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        updates, state = optimizer.update(gradient, cast(state, "float32"), params)
+        return updates, cast(state, dtype)
+
+    return optax.GradientTransformation(init, update)
 
 
 def clip_by_norm(largest: float) -> optax.GradientTransformationExtraArgs:
@@ -87,9 +116,3 @@ def matrices(params: Any) -> Any:
         return Axes(-3 if path[-2].key in BY_HEADS else -2, -1)
 
     return jax.tree_util.tree_map_with_path(axes, params)
-
-
-def moments_of(config: OptimConfig, params: Any) -> Any:
-    """The number of moments of each parameter: one where Muon updates it, Adam's two elsewhere."""
-    muon = config.name == "muon"
-    return jax.tree.map(lambda _, axes: 1 if muon and axes else 2, params, matrices(params))

@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec as P
 
 from lss_jax.models import Model
 from lss_jax.parallel.layout import layout_on
-from lss_jax.parallel.mesh import DATA, SEQ, axes_of, named_axes, sharded_axes, shardings
+from lss_jax.parallel.mesh import DATA, SEQ, axes_of, like, named_axes, sharded_axes, shardings
 
 
 class TrainState(NamedTuple):
@@ -22,7 +22,7 @@ class TrainState(NamedTuple):
     opt_state: Any
 
 
-def state_shardings(model: Model, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
+def state_shardings(model: Model, optimizer: optax.GradientTransformation, mesh: Mesh | AbstractMesh) -> TrainState:
     """The sharding of every array of the state; moments are sharded like their parameter, or further."""
     specs = param_specs(model, mesh)
     moments = optax.tree_map_params(
@@ -42,14 +42,14 @@ def _is_masked(moment: Any) -> bool:
 
 
 def moment_specs(model: Model, mesh: Mesh | AbstractMesh) -> Any:
-    """The specs of the optimizer's moments: those of the parameters, or with `optim.shard_state` sharded further.
+    """The specs of the optimizer's moments: those of the parameters, or with `mesh.shard="optimizer"` sharded further.
 
     ZeRO-1 (Rajbhandari et al. 2020, arXiv 1910.02054, Sec. 5.1): the replicas of a parameter shard its moments among
     them. XLA then lets each device update its shard of the parameter and gathers the shards: one all-gather per
     parameter.
     """
     specs = param_specs(model, mesh)
-    if not model.config.optim.shard_state:
+    if model.config.mesh.shard != "optimizer":
         return specs
     return jax.tree.map(lambda spec, leaf: _shard_further(spec, leaf.shape, mesh), specs, model.shapes)
 
@@ -72,6 +72,12 @@ def param_specs(model: Model, mesh: Mesh | AbstractMesh) -> Any:
     if layout_on(model.config, mesh).padded(seq_len) == seq_len:
         return model.specs
     return model.with_tables(lambda _: P(), model.specs)
+
+
+def state_like(model: Model, optimizer: optax.GradientTransformation, mesh: Mesh | AbstractMesh) -> TrainState:
+    """Shapes and shardings of the state."""
+    shapes = TrainState(jax.ShapeDtypeStruct((), jnp.int32), model.shapes, jax.eval_shape(optimizer.init, model.shapes))
+    return like(shapes, state_shardings(model, optimizer, mesh))
 
 
 def init_state(model: Model, optimizer: optax.GradientTransformation, mesh: Mesh, seed: int) -> TrainState:

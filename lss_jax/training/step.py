@@ -15,16 +15,17 @@ from lss_jax.attention.strategies import make_attend
 from lss_jax.config.schema import Config
 from lss_jax.models import Model, Params
 from lss_jax.models.layers import Segment, without_past
+from lss_jax.models.outputs import PerToken
 from lss_jax.parallel.dropout import Dropout
 from lss_jax.parallel.gradients import double_sum, varying
 from lss_jax.parallel.hashing import hashed
-from lss_jax.parallel.mesh import DATA, MODEL, SEQ, axis_if_sharded, like, without_unsharded
+from lss_jax.parallel.mesh import DATA, MODEL, SEQ, axis_if_sharded, sharded_axes, without_unsharded
 from lss_jax.parallel.scopes import OPTIMIZER
 from lss_jax.parallel.tensor_parallel import own_part
 from lss_jax.tasks import make_task
 from lss_jax.tasks.task import Means, means_of
 from lss_jax.training.optimizer import make_optimizer
-from lss_jax.training.state import TrainState, init_state, param_specs, state_shardings
+from lss_jax.training.state import TrainState, param_specs, state_like, state_shardings
 from lss_jax.training.tables import cropped, in_layout_order, in_natural_order, padded
 
 
@@ -60,9 +61,8 @@ def make_train_step(model: Model, optimizer: optax.GradientTransformationExtraAr
 def trace_train_step(model: Model, mesh: Mesh) -> jax.stages.Traced:
     """The training step, traced from shapes alone: to be compiled and inspected."""
     config, optimizer = model.config, make_optimizer(model.config.optim)
-    shapes = jax.eval_shape(lambda: init_state(model, optimizer, mesh, config.seed))
-    state = like(shapes, state_shardings(model, optimizer, mesh))
-    return make_train_step(model, optimizer, mesh).trace(state, make_task(config).batch_like(mesh))
+    state, batch = state_like(model, optimizer, mesh), make_task(config).batch_like(mesh)
+    return make_train_step(model, optimizer, mesh).trace(state, batch)
 
 
 MeansAndGradient = Callable[[Params, Any, jax.Array | int], tuple[Means, Params]]
@@ -91,7 +91,7 @@ def make_means_and_gradient(model: Model, mesh: Mesh) -> MeansAndGradient:
             gradient, sums = jax.grad(loss, has_aux=True)(params)
             return sums, gradient
 
-        sums, gradient = sum_over_microbatches(partial_sums, batch, batch_specs, model.config.optim.accumulate)
+        sums, gradient = sum_over_microbatches(partial_sums, batch, batch_specs, model.config.optim.accumulate, mesh)
         gradient = in_natural_order(gradient, model, mesh)
         sums, gradient = double_sum((sums, gradient), (jax.tree.map(lambda _: P(), sums), model.specs), mesh)
         gradient = jax.tree.map(lambda leaf: leaf / jnp.maximum(sums[-1], 1.0), gradient)
@@ -140,10 +140,22 @@ def local_losses(model: Model, mesh: Mesh, params: Params, batch: Any, dropout: 
         positions_l=positions_l,
         positions_p=positions_p,
         attend=without_past(attend),
+        head_groups=config.attention.head_groups,
         dropout=dropout and dropout._replace(position_l=positions_p),
         model_axis=axis,
     )
-    return task.losses(model.apply(params, task.inputs(batch), segment), batch, axis)
+    outputs = model.apply(params, task.inputs(batch), segment)
+    if not isinstance(outputs, PerToken):
+        return task.losses(outputs, batch, axis)
+    # What has tokens goes with them in tiles; what else is in a batch does not.
+    of_tokens = jax.tree.map(lambda array, spec: array if SEQ in spec else None, batch, task.batch_specs())
+    others = jax.tree.map(lambda array, spec: None if SEQ in spec else array, batch, task.batch_specs())
+
+    def losses(outputs: Any, of_tile: Any, others: Any) -> Any:
+        tile = type(batch)(*(a if b is None else b for a, b in zip(others, of_tile, strict=True)))
+        return task.losses(outputs, tile, axis)
+
+    return outputs.reduced(losses, of_tokens, others)
 
 
 def dropout_of(config: Config, mesh: Mesh, batch: Any, step: jax.Array) -> Dropout | None:
@@ -156,7 +168,7 @@ def dropout_of(config: Config, mesh: Mesh, batch: Any, step: jax.Array) -> Dropo
     return Dropout(config.model.dropout, key, row_B=batch.rows, position_l=batch.positions, first_head=first_head)
 
 
-def sum_over_microbatches(function: Callable[[Any], Any], batch: Any, specs: Any, count: int) -> Any:
+def sum_over_microbatches(function: Callable[[Any], Any], batch: Any, specs: Any, count: int, mesh: Mesh) -> Any:
     """Sums `function` over `count` equal parts of a local batch's rows (gradient accumulation)."""
     if count == 1:
         return function(batch)
@@ -174,7 +186,10 @@ def sum_over_microbatches(function: Callable[[Any], Any], batch: Any, specs: Any
     def add(index: jax.Array, total: Any) -> Any:
         return jax.tree.map(jnp.add, total, function(micro(index)))
 
-    return jax.lax.fori_loop(1, count, add, function(micro(0)))
+    def nothing(leaf: Any) -> jax.Array:
+        return jax.lax.pcast(jnp.zeros(leaf.shape, leaf.dtype), sharded_axes(mesh), to="varying")
+
+    return jax.lax.fori_loop(0, count, add, jax.tree.map(nothing, jax.eval_shape(lambda: function(micro(0)))))
 
 
 def on_mesh(specs: Any, mesh: Mesh) -> Any:

@@ -15,7 +15,6 @@ from lss_jax.config.schema import Config, ConfigError, RunError, gather_problems
 from lss_jax.data.loader import prefetched
 from lss_jax.data.sources import check_file, fingerprint
 from lss_jax.models import build_model
-from lss_jax.parallel.mesh import like
 from lss_jax.runtime.distributed import after_first, is_first
 from lss_jax.runtime.interrupt import held_back
 from lss_jax.storage.checkpoint import CheckpointWriter, Restored, newest_step, restore_newest_sound
@@ -23,13 +22,14 @@ from lss_jax.storage.metrics import MetricsWriter, Record
 from lss_jax.storage.workdir import check_writable, keep_config
 from lss_jax.tasks import make_task
 from lss_jax.tasks.task import values_of
+from lss_jax.training.checkpointing import converted, natural_like
 from lss_jax.training.compatibility import check_workdir
 from lss_jax.training.evaluation import evaluate_split
 from lss_jax.training.optimizer import make_optimizer, make_schedule
 from lss_jax.training.profile import STEP, Profile
 from lss_jax.training.setup import mesh_of, validate
 from lss_jax.training.skips import Skips
-from lss_jax.training.state import TrainState, init_state, state_shardings
+from lss_jax.training.state import TrainState, init_state, state_like
 from lss_jax.training.step import make_eval_step, trace_train_step
 
 log = logging.getLogger(__name__)
@@ -61,10 +61,16 @@ class Trainer:
         )
         self.mesh = mesh_of(config, devices)
         self.kernel = kernel_on(config.attention, self.mesh)
-        self.model, self.task = build_model(config), make_task(config)
+        self.model, self.task = build_model(config, self.mesh), make_task(config)
         self._waits_for_steps = self.mesh.devices.flat[0].platform == "cpu"
         self._optimizer = make_optimizer(config.optim)
         self._schedule = make_schedule(config.optim)
+        self._like = state_like(self.model, self._optimizer, self.mesh)
+        moments = jax.eval_shape(self._optimizer.init, self.model.natural_shapes)
+        self._natural = {
+            "params": natural_like(self._like.params, self.model.natural_shapes),
+            "opt_state": natural_like(self._like.opt_state, moments),
+        }
         self._train_step: Callable | None = None
         self._eval_step = make_eval_step(self.model, self.mesh)
         folder = workdir / "checkpoints"
@@ -74,7 +80,8 @@ class Trainer:
         self._data = fingerprint(self._source)
         found = self._restored(folder)
         self.step = found.step if found else 0
-        self.state = TrainState(self._step_number(), **found.items) if found else self._fresh()
+        stored = {"params": self._like.params, "opt_state": self._like.opt_state}
+        self.state = TrainState(self._step_number(), **converted(found.items, stored)) if found else self._fresh()
         self._skips = Skips(*found.notes["skips"]) if found else Skips(0, 0)
         self._profile = Profile(config.profile, workdir / "profile")
         after_first(lambda: keep_config(config, workdir))
@@ -162,7 +169,8 @@ class Trainer:
         self._settle()
         self._source.check()
         notes = {"skips": [self._skips.total, self._skips.in_a_row], "data": self._data}
-        self._checkpoints.save(self.step, notes, params=self.state.params, opt_state=self.state.opt_state)
+        items = {"params": self.state.params, "opt_state": self.state.opt_state}
+        self._checkpoints.save(self.step, notes, **converted(items, self._natural))
 
     def close(self) -> None:
         """Waits for the last checkpoint and closes the files."""
@@ -174,12 +182,7 @@ class Trainer:
         return init_state(self.model, self._optimizer, self.mesh, self.config.seed)
 
     def _restored(self, folder: Path) -> Restored | None:
-        placed = state_shardings(self.model, self._optimizer, self.mesh)
-        found = restore_newest_sound(
-            folder,
-            params=like(self.model.shapes, placed.params),
-            opt_state=like(jax.eval_shape(self._optimizer.init, self.model.shapes), placed.opt_state),
-        )
+        found = restore_newest_sound(folder, **self._natural)
         if found and found.notes["data"] != self._data and not self.changes.keys() & {"data.source", "data.path"}:
             data, then = self.config.data, found.notes["data"]
             raise ConfigError(
@@ -191,8 +194,7 @@ class Trainer:
         return found
 
     def _step_number(self) -> jax.Array:
-        placed = state_shardings(self.model, self._optimizer, self.mesh).step
-        return jax.make_array_from_callback((), placed, lambda _: np.array(self.step, np.int32))
+        return jax.make_array_from_callback((), self._like.step.sharding, lambda _: np.array(self.step, np.int32))
 
     def _settle(self) -> None:
         """Logs the steps skipped since the last call; raises a RunError after too many in a row."""

@@ -63,7 +63,7 @@ BAD = {  # arguments, and what the errors say: a part of each, in order
     "attention.window=-1": ["attention.window=-1 must be at least 0"],
     "attention.prefix=64": ["attention.prefix=64 leaves nothing to predict"],
     "attention.block_keys=0": ["attention.block_keys=0 must be at least 1"],
-    "attention.gather_groups=3": ["is not divisible by attention.gather_groups=3"],
+    "attention.head_groups=3": ["is not divisible by attention.head_groups=3"],
     "data.seq_len=0": ["data.seq_len=0 must be at least 1"],
     "data.batch_size=0": ["data.batch_size=0 must be at least 1"],
     "data.path=": ['data.source="text" needs a file'],

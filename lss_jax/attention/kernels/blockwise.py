@@ -9,7 +9,7 @@ key blocks in natural order says where each lies. What a block of queries sees a
 over key blocks runs from the first that is seen to the last. The letters are those of `blocks`.
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,9 +26,10 @@ from lss_jax.attention.kernels.blocks import (
 )
 from lss_jax.attention.kernels.interface import Output, Queries, Residuals
 from lss_jax.attention.mask import Intervals
-from lss_jax.attention.residuals import ATTENDED
 from lss_jax.attention.setting import Setting
 from lss_jax.parallel.dropout import dropped
+from lss_jax.parallel.residuals import ATTENDED
+from lss_jax.parallel.varying import varying_like
 
 
 def forward(queries: Queries, kv_N2BGlK: jax.Array, setting: Setting) -> Output:
@@ -208,17 +209,6 @@ def differentiate(
     dkv_n2BGKs = varying_like(gradients.dkv_n2BGKs, (queries, kv_n2BGsK, keys, cotangents, gradients))
     dkv_n2BGKs, dq_igmK = jax.lax.scan(one_block_of_queries, dkv_n2BGKs, (queries, cotangents, gradients.dq_igmK))
     return Gradients(dq_igmK, dkv_n2BGKs)
-
-
-def varying_like(tree: Any, reference: Any) -> Any:
-    """Inside `shard_map`: the arrays of `tree`, varying over all axes that any array of `reference` varies over.
-
-    A loop's carry must vary from the start as all that goes into it.
-    """
-    zero = jnp.zeros((), jnp.int32)
-    for leaf in jax.tree.leaves(reference):
-        zero = zero + jnp.zeros_like(leaf, shape=(), dtype=jnp.int32)
-    return jax.tree.map(lambda leaf: leaf + zero.astype(leaf.dtype), tree)
 
 
 def _over_touched(keys, queries, body, *, init, reads):

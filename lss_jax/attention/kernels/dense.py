@@ -11,9 +11,9 @@ from jax.ad_checkpoint import checkpoint_name
 from lss_jax.attention.kernels.blockwise import product
 from lss_jax.attention.kernels.interface import Output, Queries, Residuals
 from lss_jax.attention.mask import Intervals
-from lss_jax.attention.residuals import ATTENDED
 from lss_jax.attention.setting import Setting
 from lss_jax.parallel.dropout import PairDropout, dropped
+from lss_jax.parallel.residuals import ATTENDED
 
 
 def forward(queries: Queries, kv_N2BGlK: jax.Array, setting: Setting) -> Output:

@@ -16,9 +16,9 @@ from jax.experimental import pallas as pl
 from lss_jax.attention.kernels.interface import Output, Queries, Residuals
 from lss_jax.attention.kernels.targets import Target
 from lss_jax.attention.kernels.tiles import END, START, STREAM, Tables, Tiling, facts, tiling_of
-from lss_jax.attention.residuals import ATTENDED
 from lss_jax.attention.setting import Setting
 from lss_jax.parallel.dropout import dropped
+from lss_jax.parallel.residuals import ATTENDED
 
 LSE, ODO = range(2)  # rows of `floats_BHj2m`
 

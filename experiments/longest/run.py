@@ -1,0 +1,133 @@
+"""The longest sequence that fits 80 GiB per device for the shape of Llama 3 8B, compiled for TPU v5p.
+
+    python -m experiments.longest.run             # the ladder on 8 devices, then 32 and 1; about two hours on two cores
+    python -m experiments.longest.run --only all  # one rung
+
+A rung is a set of changes to `configs/llama_8b.py`, which has everything on. Its longest sequence is searched with the
+compiler: memory is nearly linear in the length, so that two programs give a guess, which is compiled, and corrected
+until a length fits and one 5% longer does not, or five programs are compiled. Writes `results.json` and `results.md`
+beside this file after every rung.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parent
+GIB = 2**30
+BUDGET = 80 * GIB
+STEP = 16_384  # tokens per device: lengths are multiples of as many tokens as there are devices, times this
+CLOSE = 0.05
+PROGRAMS = 6
+
+BARE = {"attention.head_groups": 1, "attention.regather": False, "model.remat": "block", "model.tile": 0}
+EIGHT, MANY = ("tpu:v5p:2x2x2", 8), ("tpu:v5p:2x4x4", 32)
+# name: (what it is, topology, devices, first length per device, changes)
+RUNGS: dict[str, tuple[str, str, int, int, dict[str, Any]]] = {
+    "plain": ("weights replicated, blocks recomputed", *EIGHT, STEP, {**BARE, "mesh.shard": "none"}),
+    "moments": ("+ moments sharded", *EIGHT, STEP, {**BARE, "mesh.shard": "optimizer"}),
+    "weights": ("+ weights and gradients sharded", *EIGHT, STEP, BARE),
+    "tiles": ("weights, and tiles of 2,048 tokens", *EIGHT, STEP, {**BARE, "model.tile": 2048}),
+    "offload": ("weights, and offload of layers' inputs", *EIGHT, STEP, {**BARE, "model.remat": "offload"}),
+    "groups": (
+        "weights, and 8 groups of heads",
+        *EIGHT,
+        STEP,
+        {**BARE, "attention.head_groups": 8, "attention.regather": True},
+    ),
+    "no offload": ("weights, tiles and groups", *EIGHT, 2 * STEP, {"model.remat": "block"}),
+    "all": ("weights, tiles, groups and offload", *EIGHT, 8 * STEP, {}),
+    "all, every 2nd": ("the same, every second layer's input waits", *EIGHT, 16 * STEP, {"model.remat_every": 2}),
+    "all, ulysses": (
+        "the same with Ulysses, 4 groups",
+        *EIGHT,
+        8 * STEP,
+        {"attention.strategy": "ulysses", "attention.head_groups": 4, "model.remat_every": 2},
+    ),
+    "32 devices": ("all, every second layer's input waits", *MANY, 16 * STEP, {"model.remat_every": 2}),
+}
+
+
+def compiled(topology: str, length: int, changes: dict[str, Any]) -> dict[str, Any]:
+    """What `compile.py` prints of one program."""
+    overrides = [f"--config.{key}={value}" for key, value in {**changes, "data.seq_len": length}.items()]
+    command = [sys.executable, "-m", "experiments.longest.compile", "--topology", topology, *overrides]
+    done = subprocess.run(command, capture_output=True, text=True)
+    lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
+    result = json.loads(lines[-1]) if lines else {"too large": f"the compiler ended: {done.stderr.strip()[-200:]}"}
+    print(f"  {length:>12,} {result}", flush=True)
+    return {"length": length, **result}
+
+
+def fits(program: dict[str, Any]) -> bool:
+    """Whether a compiled program fits the budget."""
+    return "device" in program and program["device"] <= BUDGET
+
+
+def search(topology: str, devices: int, first: int, changes: dict[str, Any]) -> list[dict[str, Any]]:
+    """The programs compiled on the way to the longest length that fits."""
+    step = STEP * devices // 8
+    found = [compiled(topology, first * devices, changes)]
+    if not fits(found[0]):
+        return found
+    found.append(compiled(topology, 2 * first * devices, changes))
+    while len(found) < PROGRAMS:
+        good = sorted((one for one in found if fits(one)), key=lambda one: one["length"])
+        bad = min((one["length"] for one in found if not fits(one)), default=None)
+        best = good[-1]
+        if bad and bad <= (1 + CLOSE) * best["length"]:
+            break
+        guess = 2 * best["length"]
+        if len(good) > 1:
+            slope = (best["device"] - good[-2]["device"]) / (best["length"] - good[-2]["length"])
+            guess = best["length"] + 0.98 * (BUDGET - best["device"]) / max(slope, 1)
+        if bad:
+            guess = min(guess, (best["length"] + bad) / 2)
+        length = int(guess) // step * step
+        if length <= best["length"]:
+            break
+        found.append(compiled(topology, length, changes))
+    return found
+
+
+def table(results: dict[str, Any]) -> str:
+    """The longest length of each rung, with its memory."""
+    lines = [
+        "| rung | devices | longest | device, GiB | of it state | host, GiB per device | compiled in, s | next |",
+        "| --- " * 8 + "|",
+    ]
+    for name, rung in results.items():
+        good = [one for one in rung["programs"] if fits(one)]
+        bad = [one for one in rung["programs"] if not fits(one)]
+        refused = min(bad, key=lambda one: one["length"]) if bad else None
+        why = f"{refused['length']:,}: {refused.get('too large') or 'over the budget'}" if refused else "not tried"
+        start = f"| {name}: {rung['what']} | {rung['devices']} "
+        if not good:
+            lines.append(f"{start}| does not fit | - | - | - | - | {why} |")
+            continue
+        best = max(good, key=lambda one: one["length"])
+        sizes = " | ".join(f"{best[key] / GIB:.1f}" for key in ("device", "state", "host"))
+        lines.append(f"{start}| {best['length']:,} | {sizes} | {best['seconds']:.0f} | {why} |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", choices=RUNGS, nargs="+", help="these rungs alone (default: all)")
+    arguments = parser.parse_args()
+    written = HERE / "results.json"
+    results = json.loads(written.read_text()) if written.exists() else {}
+    for name in arguments.only or RUNGS:
+        what, topology, devices, first, changes = RUNGS[name]
+        print(f"{name}: {what}, {devices} devices", flush=True)
+        results[name] = {"what": what, "devices": devices, "programs": search(topology, devices, first, changes)}
+        ordered = {name: results[name] for name in RUNGS if name in results}
+        written.write_text(json.dumps(ordered, indent=1) + "\n")
+        (HERE / "results.md").write_text(table(ordered))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,53 @@
+"""Weights that are sharded at rest, over `seq` and `data`: the gradient law in its second form.
+
+Such a weight is gathered where it is used. In the backward pass the two sums of the law are two reduce-scatters, first
+over `seq`, then over `data`, which leave each device its share of the finished gradient: the transpose of the gather.
+"""
+
+import math
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from lss_jax.parallel.mesh import DATA, SEQ
+from lss_jax.parallel.scopes import WEIGHTS
+
+
+class Share(NamedTuple):
+    """How a device's share of a weight relates to the weight: one dimension of it is sharded over `axes`."""
+
+    axes: tuple[str, ...]  # of `seq` and `data`, in this order, those with more than one device
+    dimension: int
+    size: int  # of that dimension of the whole weight; the shares may have padding after it
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def whole_weight(share: jax.Array, how: Share, dtype: str) -> jax.Array:
+    """A weight in the compute dtype, gathered from the devices' shares: over `data` first, which is then the least."""
+    return _gathered(share, how, dtype)[0]
+
+
+@jax.named_scope(WEIGHTS)
+def _gathered(share: jax.Array, how: Share, dtype: str) -> tuple[jax.Array, None]:
+    weight = share.astype(dtype)
+    for axis in reversed(how.axes):
+        weight = jax.lax.all_gather(weight, axis, axis=how.dimension, tiled=True)
+    return jax.lax.slice_in_dim(weight, 0, how.size, axis=how.dimension), None
+
+
+@jax.named_scope(WEIGHTS)
+def _scattered(how: Share, _dtype: str, _: None, partial: jax.Array) -> tuple[jax.Array]:
+    """A device's partial gradient to its share of the finished one, in float32: the transpose of the gather."""
+    missing = -how.size % math.prod(jax.lax.axis_size(axis) for axis in how.axes)
+    widths = [(0, missing if axis == how.dimension else 0) for axis in range(partial.ndim)]
+    partial = jnp.pad(partial.astype(jnp.float32), widths)
+    if SEQ in how.axes:
+        partial = jax.lax.psum_scatter(partial, SEQ, scatter_dimension=how.dimension, tiled=True)  # first average
+    if DATA in how.axes:
+        partial = jax.lax.psum_scatter(partial, DATA, scatter_dimension=how.dimension, tiled=True)  # second average
+    return (partial,)
+
+
+whole_weight.defvjp(_gathered, _scattered)
