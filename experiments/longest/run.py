@@ -5,7 +5,8 @@
 
 A rung is a set of changes to `configs/llama_8b.py`, which has everything on. Its longest sequence is searched with the
 compiler: memory is nearly linear in the length, so that two programs give a guess, which is compiled, and corrected
-until a length fits and one 5% longer does not, or five programs are compiled. Writes `results.json` and `results.md`
+until a length fits and one 5% longer does not, or five programs are compiled: the longest that was seen to fit is
+reported, with the shortest that was seen not to. Writes `results.json` and `results.md`
 beside this file after every rung.
 """
 
@@ -21,7 +22,8 @@ GIB = 2**30
 BUDGET = 80 * GIB
 STEP = 16_384  # tokens per device: lengths are multiples of as many tokens as there are devices, times this
 CLOSE = 0.05
-PROGRAMS = 6
+PROGRAMS = 5
+CRASHED = "the compiler ended"
 
 BARE = {"attention.head_groups": 1, "attention.regather": False, "model.remat": "block", "model.tile": 0}
 EIGHT, MANY = ("tpu:v5p:2x2x2", 8), ("tpu:v5p:2x4x4", 32)
@@ -38,16 +40,16 @@ RUNGS: dict[str, tuple[str, str, int, int, dict[str, Any]]] = {
         STEP,
         {**BARE, "attention.head_groups": 8, "attention.regather": True},
     ),
-    "no offload": ("weights, tiles and groups", *EIGHT, 2 * STEP, {"model.remat": "block"}),
-    "all": ("weights, tiles, groups and offload", *EIGHT, 8 * STEP, {}),
-    "all, every 2nd": ("the same, every second layer's input waits", *EIGHT, 16 * STEP, {"model.remat_every": 2}),
+    "no offload": ("weights, tiles and groups", *EIGHT, 6 * STEP, {"model.remat": "block"}),
+    "all": ("weights, tiles, groups and offload", *EIGHT, 24 * STEP, {}),
+    "all, every 2nd": ("the same, every second layer's input waits", *EIGHT, 40 * STEP, {"model.remat_every": 2}),
     "all, ulysses": (
         "the same with Ulysses, 4 groups",
         *EIGHT,
         8 * STEP,
         {"attention.strategy": "ulysses", "attention.head_groups": 4, "model.remat_every": 2},
     ),
-    "32 devices": ("all, every second layer's input waits", *MANY, 16 * STEP, {"model.remat_every": 2}),
+    "32 devices": ("all, every second layer's input waits", *MANY, 31 * STEP, {"model.remat_every": 2}),
 }
 
 
@@ -57,7 +59,7 @@ def compiled(topology: str, length: int, changes: dict[str, Any]) -> dict[str, A
     command = [sys.executable, "-m", "experiments.longest.compile", "--topology", topology, *overrides]
     done = subprocess.run(command, capture_output=True, text=True)
     lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
-    result = json.loads(lines[-1]) if lines else {"too large": f"the compiler ended: {done.stderr.strip()[-200:]}"}
+    result = json.loads(lines[-1]) if lines else {"too large": f"{CRASHED}: {done.stderr.strip()[-200:]}"}
     print(f"  {length:>12,} {result}", flush=True)
     return {"length": length, **result}
 
@@ -67,29 +69,36 @@ def fits(program: dict[str, Any]) -> bool:
     return "device" in program and program["device"] <= BUDGET
 
 
+def crashed(program: dict[str, Any]) -> bool:
+    """Whether the compiler ended without saying why, as it does at some lengths (524,288 tokens per device)."""
+    return program.get("too large", "").startswith(CRASHED)
+
+
 def search(topology: str, devices: int, first: int, changes: dict[str, Any]) -> list[dict[str, Any]]:
     """The programs compiled on the way to the longest length that fits."""
-    step = STEP * devices // 8
-    found = [compiled(topology, first * devices, changes)]
-    if not fits(found[0]):
-        return found
-    found.append(compiled(topology, 2 * first * devices, changes))
+    step, found, length = STEP * devices, [], first * devices
     while len(found) < PROGRAMS:
+        found.append(compiled(topology, length, changes))
+        if crashed(found[-1]):
+            length += step
+            continue
         good = sorted((one for one in found if fits(one)), key=lambda one: one["length"])
-        bad = min((one["length"] for one in found if not fits(one)), default=None)
+        bad = min((one["length"] for one in found if not fits(one) and not crashed(one)), default=None)
+        if not good:
+            if len(found) > 1 or length == step:
+                break
+            length = step  # does anything fit?
+            continue
         best = good[-1]
-        if bad and bad <= (1 + CLOSE) * best["length"]:
+        if bad and bad <= best["length"] * (1 + CLOSE) + step:
             break
-        guess = 2 * best["length"]
+        guess = 1.25 * best["length"]
         if len(good) > 1:
             slope = (best["device"] - good[-2]["device"]) / (best["length"] - good[-2]["length"])
             guess = best["length"] + 0.98 * (BUDGET - best["device"]) / max(slope, 1)
         if bad:
             guess = min(guess, (best["length"] + bad) / 2)
-        length = int(guess) // step * step
-        if length <= best["length"]:
-            break
-        found.append(compiled(topology, length, changes))
+        length = max(int(guess) // step * step, best["length"] + step)
     return found
 
 

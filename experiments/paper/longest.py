@@ -54,9 +54,8 @@ def longest(devices: int) -> list[Row]:
     """The longest sequence of each method on this many devices."""
     rows = []
     for name, (sizes, strategy, changes) in methods(devices).items():
-        model = build_model(config_of(sizes, 1152, changes))
         try:
-            cost = evaluate(model, sizes, strategy, MEMORY).longest
+            cost = evaluate(config_of(sizes, 1152, changes), sizes, strategy, MEMORY).longest
         except ConfigError as error:
             rows.append({"name": name, "devices": devices, "mesh": sizes, "seq_len": 0, "why": str(error)})
             continue

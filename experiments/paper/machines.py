@@ -13,11 +13,10 @@ from typing import NamedTuple
 from lss_jax.attention.placement import setting_on
 from lss_jax.attention.traffic import sizes_of
 from lss_jax.inspection.contract import SENT, Contract
-from lss_jax.inspection.memory import memory_of
+from lss_jax.inspection.memory import arguments_of
 from lss_jax.inspection.operations import outside_attention
 from lss_jax.models import Model
-from lss_jax.models.decoder_memory import arrays_of
-from lss_jax.parallel.mesh import SEQ
+from lss_jax.parallel.mesh import MODEL, SEQ
 
 
 class Machine(NamedTuple):
@@ -82,18 +81,20 @@ def bytes_moved(model: Model, mesh) -> float:
     """Bytes read and written in a device's memory, counted: parameters and moments, activations, dense scores or keys.
 
     Parameters are read three times; their gradients, moments and new values are written and read once. A layer reads
-    and writes ten arrays of the size `part` and four of the size `hidden` (`decoder_memory.arrays_of`), once forward
-    and twice backward.
+    and writes ten arrays of the size `part`, `x_BpE`, and four of the size `hidden`, `h_BlF`, once forward and twice
+    backward. Every block of queries reads all keys and values that reach its device, as with LSS.
     """
-    config, arrays, memory = model.config, arrays_of(model.config, mesh), memory_of(model, mesh)
-    sizes, setting = sizes_of(config, mesh), setting_on(config, mesh)
-    state = 6 * memory.parameters + 2 * memory.moments
-    activations = 3 * sizes.itemsize * (10 * arrays.part + 4 * arrays.hidden)
+    config, sizes, setting = model.config, sizes_of(model.config, mesh), setting_on(model.config, mesh)
+    parameters, moments, _ = arguments_of(model, mesh)
+    tokens, parts = sizes.B * sizes.l, mesh.shape[MODEL]
+    part, hidden = tokens * config.model.width // parts, tokens * config.model.mlp_width // parts
+    state = 6 * parameters + 2 * moments
+    activations = 3 * sizes.itemsize * (10 * part + 4 * hidden)
     if setting.kernel == "dense":
-        attention = 4 * SCORES * arrays.scores
+        attention = 4 * SCORES * tokens * sizes.H * sizes.l * mesh.shape[SEQ]
     else:
         blocks = math.ceil(sizes.l / setting.block_queries)
-        attention = 3 * sizes.itemsize * blocks * arrays.held.read
+        attention = 3 * sizes.itemsize * blocks * sizes.pair * mesh.shape[SEQ]
     return state + config.optim.accumulate * config.model.layers * (activations + attention)
 
 

@@ -72,7 +72,8 @@ def tried(model: Model, sizes: Mesh, microbatches: int) -> Row | None:
         validate(config, sizes[0] * sizes[1] * sizes[2])
     except ConfigError:
         return None
-    model, mesh = dataclasses.replace(model, config=config), AbstractMesh(sizes, AXES)
+    mesh = AbstractMesh(sizes, AXES)
+    model = build_model(config, mesh)
     collectives = predicted(model, mesh)
     work = algorithmic_operations(model, mesh, scores=0.5)
     time = step_time(V5P, model, mesh, work, collectives)
@@ -91,7 +92,9 @@ def tried(model: Model, sizes: Mesh, microbatches: int) -> Row | None:
 
 def measure(name: str, devices: int, length: int, model: Model) -> Row:
     """The best split, and the best of each kind."""
-    rows = sorted(splits(at_length(model, length), devices), key=lambda row: row["microseconds_per_token"])
+    rows = sorted(
+        splits(build_model(at_length(model.config, length)), devices), key=lambda row: row["microseconds_per_token"]
+    )
 
     def best(kind: Any) -> Row | None:
         return next((row for row in rows if kind(row["mesh"])), None)

@@ -107,6 +107,48 @@ def variants() -> list[Case]:
     return cases
 
 
+def grouped() -> list[Case]:
+    """LSS in 2, 4 and 8 groups of heads: on meshes of all axes, saved and re-gathered, narrow and wide, dense too."""
+    block, narrow = {"model__remat": "block"}, {"model__dtype": "bfloat16"}
+    cases = [case((1, 8, 1), "enwik8", "regather", **block, attention__head_groups=8)]
+    for groups in (2, 4):
+        split = {"attention__head_groups": groups}
+        cases += [
+            case((1, 8, 1), "enwik8", "lss", **block, **split),
+            case((1, 8, 1), "gqa", "regather", **block, **narrow, **split),
+            case((2, 4, 1), "wide", "regather", model__remat="none", **split),
+            case((1, 4, 2), "gqa", "lss", model__remat="none", **narrow, **split),
+            case((2, 2, 2), "wide", "regather", **block, **narrow, attention__layout="contiguous", **split),
+            {**case((1, 8, 1), "enwik8", "lss", **block, attention__kernel="dense", **split), "data.seq_len": 8192},
+        ]
+    return cases
+
+
+def large() -> list[Case]:
+    """What makes room for large models: weights in shares, tiles, blocks recomputed whole, groups; alone and together."""
+    llama = {"model__norm": "rms", "model__mlp": "swiglu", "model__bias": False, "model__tied_head": False}
+    llama["model__positions"] = "rope"
+    together = {"mesh__shard": "all", "model__tile": 256, "model__remat": "offload", "attention__head_groups": 2}
+    alone = [
+        {"model__remat": "block", "mesh__shard": "all"},
+        {"model__remat": "none", "mesh__shard": "all"},
+        {"model__remat": "block", "model__tile": 256},
+        {"model__remat": "offload"},
+        {"model__remat": "offload", "model__remat_every": 2},
+        {**together, "attention__regather": True},
+    ]
+    cases = [
+        case(mesh, model, "lss", **llama, **changes)
+        for mesh, model in (((1, 8, 1), "gqa"), ((2, 2, 2), "wide"))
+        for changes in alone
+    ]
+    return [
+        *cases,
+        case((1, 8, 1), "gqa", "ulysses", **llama, **together, attention__regather=True, model__dtype="bfloat16"),
+        case((2, 4, 1), "wide", "ring", **llama, **together),
+    ]
+
+
 def drawn(seed: int, count: int) -> list[Case]:
     """At most `count` random cases, the same for the same seed; those that break a rule are left out."""
     meshes = [(1, 16, 1), (1, 32, 1), (2, 8, 2), (1, 8, 4), (4, 8, 1), (1, 4, 8), (2, 2, 8), (1, 4, 1), (1, 1, 2)]
@@ -167,4 +209,10 @@ def tpu_sample() -> list[Case]:
 
 
 GRID = [*crossed(), *variants()]
-SETS = {"grid": GRID, "drawn": drawn(seed=7, count=40), "drawn again": drawn(seed=8, count=25)}
+SETS = {
+    "grid": GRID,
+    "grouped": grouped(),
+    "large": large(),
+    "drawn": drawn(seed=7, count=40),
+    "drawn again": drawn(seed=8, count=25),
+}

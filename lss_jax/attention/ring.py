@@ -25,7 +25,7 @@ from lss_jax.attention.kernels.blockwise import (
 )
 from lss_jax.attention.kernels.interface import Output, Queries
 from lss_jax.attention.setting import Setting
-from lss_jax.attention.strategy import Held, Local, Shards, Strategy, own_segment
+from lss_jax.attention.strategy import Local, Shards, Strategy, own_segment
 from lss_jax.attention.traffic import Sizes, Traffic
 from lss_jax.config.schema import AttentionConfig
 from lss_jax.parallel.residuals import ATTENDED
@@ -127,12 +127,6 @@ def _problems(attention: AttentionConfig, _shards: Shards) -> Iterator[str]:
         )
 
 
-def _held(sizes: Sizes, _setting: Setting) -> Held:
-    """One segment's keys and values at a time; those of other devices are not saved."""
-    pair = sizes.pair
-    return Held(pair=pair, read=pair, saved=pair, communicated=0, exchanged=0, copies=2, in_work=(14, 4))
-
-
 def _key_blocks(segment_length: int, setting: Setting) -> KeyBlocks:
     """Key blocks of each segment by itself, since a device has one segment at a time."""
     return key_blocks(chunks_of_all(setting.layout, segment_length), setting.block_keys)
@@ -145,7 +139,6 @@ RING = Strategy(
     kernels=("blockwise",),
     options=(),
     problems=_problems,
-    held=_held,
     in_kernel=own_segment,
     recomputed=lambda _: (True, True),
     key_blocks=_key_blocks,

@@ -1,7 +1,7 @@
 """What a strategy is: what it is given, and all that the rest of the code asks about it.
 
 A strategy is declared beside it, by its `Strategy`, and listed in `strategies`. Rules, the contract with the
-compiler, the memory model and the planner read the declaration; none knows a strategy by name.
+compiler and the planner read the declaration; none knows a strategy by name.
 """
 
 from collections.abc import Callable, Iterable
@@ -36,21 +36,6 @@ class Shards(NamedTuple):
     model: int
 
 
-class Held(NamedTuple):
-    """What one layer's attention holds on one device, in numbers, for one microbatch: see `inspection.memory`.
-
-    Without remat the backward pass finds `saved` and `exchanged`; with remat, `communicated` and `exchanged`.
-    """
-
-    pair: int  # own keys and values, as they travel
-    read: int  # the keys and values that a kernel reads, from however many devices
-    saved: int  # keys and values
-    communicated: int  # what came from other devices
-    exchanged: int  # queries or outputs once more, in the shape in which they travelled
-    copies: int  # arrays of the size of `read` that live at once in attention's backward pass
-    in_work: tuple[int, int]  # arrays between regions and inside of them, in a block's backward pass with remat
-
-
 class Option(NamedTuple):
     """A key of the config's attention that only some strategies have a use for."""
 
@@ -73,7 +58,6 @@ class Strategy(NamedTuple):
     kernels: tuple[str, ...]  # those that it can use
     options: tuple[str, ...]  # those of `OPTIONS` that it has a use for
     problems: Callable[[AttentionConfig, Shards], Iterable[str]]  # what it cannot do, a line each
-    held: Callable[[Sizes, Setting], Held]
     in_kernel: Callable[[Sizes, Setting], tuple[Sizes, Setting]]  # the sizes of a kernel's queries, and its setting
     recomputed: Callable[
         [Setting], tuple[bool, bool]

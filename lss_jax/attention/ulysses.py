@@ -19,7 +19,7 @@ from lss_jax.attention.kernels.blockwise import blocks_of_keys
 from lss_jax.attention.kernels.interface import Queries, Residuals
 from lss_jax.attention.mask import Intervals
 from lss_jax.attention.setting import Setting
-from lss_jax.attention.strategy import Held, Local, Shards, Strategy
+from lss_jax.attention.strategy import Local, Shards, Strategy
 from lss_jax.attention.traffic import Sizes, Traffic
 from lss_jax.config.rules import next_multiple
 from lss_jax.config.schema import AttentionConfig
@@ -135,14 +135,6 @@ def _problems(attention: AttentionConfig, shards: Shards) -> Iterator[str]:
         )
 
 
-def _held(sizes: Sizes, setting: Setting) -> Held:
-    """Keys and values with their heads repeated until every device has one; and all that was exchanged."""
-    pair = sizes.pair * math.lcm(sizes.G, setting.layout.devices) // sizes.G
-    queries = sizes.B * sizes.l * sizes.H * sizes.K
-    communicated = queries + pair
-    return Held(pair, read=pair, saved=pair, communicated=communicated, exchanged=queries, copies=2, in_work=(13, 3))
-
-
 def _whole_sequence(sizes: Sizes, setting: Setting) -> tuple[Sizes, Setting]:
     """A kernel computes the whole sequence of some heads."""
     N = setting.layout.devices
@@ -156,7 +148,6 @@ ULYSSES = Strategy(
     kernels=tuple(KERNELS),
     options=("regather",),
     problems=_problems,
-    held=_held,
     in_kernel=_whole_sequence,
     recomputed=lambda setting: (setting.regather, setting.regather),
     key_blocks=blocks_of_keys,

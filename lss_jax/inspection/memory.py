@@ -1,9 +1,9 @@
 """The memory of a training step, in bytes per device: state and batch by their specs, temporaries by counting arrays.
 
-Temporaries are what the compiled program allocates beside its arguments: the arrays that are live at the moment that
-needs most, which a family's `Costs` count in elements of four bytes. The sums bound the compiler's from above, so that
-nothing "fits" that the compiler says does not. How close they are is measured by `python -m experiments.planner.run`,
-for a few configs also on TPUs, whose compiler assigns buffers differently.
+Temporaries are what the compiled program allocates beside its arguments. They are counted on the traced step, whatever
+model, task and options it is made of (`liveness`), and enlarged by a margin, so that nothing "fits" that the compiler
+says does not. How close this is to the compiler's own numbers is measured by `python -m experiments.planner.run`, for a
+few configs also on TPUs, whose compiler assigns buffers differently.
 """
 
 import math
@@ -14,14 +14,15 @@ import jax
 from jax.sharding import AbstractMesh, Mesh
 
 from lss_jax.config.schema import Config
-from lss_jax.models import Model, costs_of
-from lss_jax.models.stack import waiting
+from lss_jax.inspection.liveness import Liveness, liveness
+from lss_jax.models import Model
+from lss_jax.parallel.mesh import has_host_memory
 from lss_jax.tasks import make_task
 from lss_jax.training.optimizer import make_optimizer
 from lss_jax.training.state import state_like
+from lss_jax.training.step import trace_train_step
 
-NUMBER = 4  # bytes
-GAPS = 1.07  # temporaries over the largest sum of live buffers: the heap is fragmented
+MARGIN = 1.05  # of what is counted: the compiler's schedule and packing differ a little from `liveness`
 
 
 class Memory(NamedTuple):
@@ -49,25 +50,21 @@ def shortfall(error: jax.errors.JaxRuntimeError) -> str:
 
 
 def memory_of(model: Model, mesh: Mesh | AbstractMesh) -> Memory:
-    """Predicts the memory of this model's training step on this mesh, which may be abstract.
+    """Predicts the memory of this model's training step on this mesh, which may be abstract; traces the step once."""
+    live, waits = live_arrays(model, mesh), has_host_memory(mesh)
+    temporaries = math.ceil(MARGIN * (live.device if waits else live.device + live.host))
+    return Memory(*arguments_of(model, mesh), temporaries, live.host if waits else 0)
 
-    Raises:
-      ConfigError: the model's family declares no costs.
-    """
+
+def live_arrays(model: Model, mesh: Mesh | AbstractMesh) -> Liveness:
+    """What the traced training step holds beside its arguments: bytes on the device and on its host, without margin."""
+    return liveness(trace_train_step(model, mesh).jaxpr)
+
+
+def arguments_of(model: Model, mesh: Mesh | AbstractMesh) -> tuple[int, int, int]:
+    """Bytes per device of parameters, moments and batch."""
     state = state_like(model, make_optimizer(model.config.optim), mesh)
-    return Memory(
-        parameters=_bytes(state.params),
-        moments=_bytes(state.opt_state),
-        batch=_bytes(state.step) + _bytes(_used(model.config, mesh)),
-        temporaries=math.ceil(GAPS * NUMBER * max(peaks(model, mesh).values())),
-        host=waiting(model.config, mesh),
-    )
-
-
-def peaks(model: Model, mesh: Mesh | AbstractMesh) -> dict[str, float]:
-    """Elements per device that are live at each of the moments of the step that may need most, as the family says."""
-    state = state_like(model, make_optimizer(model.config.optim), mesh)
-    return costs_of(model).peaks(model.config, mesh, _bytes(state.params) // NUMBER)
+    return _bytes(state.params), _bytes(state.opt_state), _bytes(state.step) + _bytes(_used(model.config, mesh))
 
 
 def _used(config: Config, mesh: Mesh | AbstractMesh) -> Any:

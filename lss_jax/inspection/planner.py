@@ -3,6 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Callable, Iterator, Sequence
+from functools import cache
 from typing import NamedTuple
 
 import jax
@@ -22,6 +23,7 @@ from lss_jax.training.step import trace_train_step
 
 TILE = 128  # lengths are multiples of this, and of the number of segments (or chunks) that the mesh makes of them
 LONGEST = 2**31 - 1  # positions are int32
+EXACT = 0.005  # the longest length is found to within this fraction
 CLOSE = 0.05  # lengths within this fraction of the longest count as equal, and traffic decides
 
 
@@ -57,12 +59,11 @@ def plan(config: Config, devices: int, memory: int) -> tuple[list[Candidate], li
       ConfigError: the config is wrong on any mesh.
     """
     validate(dataclasses.replace(config, mesh=MeshConfig(1, 1, 1, "none")), 1)
-    model = build_model(config)
     candidates, impossible = [], []
     for sizes in meshes(devices):
         for strategy in STRATEGIES if sizes[1] > 1 else [config.attention.strategy]:  # on one device they are the same
             try:
-                candidates.append(evaluate(model, sizes, strategy, memory))
+                candidates.append(evaluate(config, sizes, strategy, memory))
             except ConfigError as error:
                 impossible.append(Impossible(sizes, strategy, str(error).split("\n")[0].split(";")[0]))
     return ranked(candidates), impossible
@@ -75,28 +76,30 @@ def meshes(devices: int) -> Iterator[MeshSizes]:
         yield from ((data, seq, devices // data // seq) for seq in divisors if devices // data % seq == 0)
 
 
-def evaluate(model: Model, sizes: MeshSizes, strategy: str, memory: int) -> Candidate:
+def evaluate(config: Config, sizes: MeshSizes, strategy: str, memory: int) -> Candidate:
     """Costs on this mesh with this strategy, at the config's length and at the longest that fits in `memory` bytes.
 
     Raises:
       ConfigError: it breaks a rule of the config, or not even the shortest sequence fits.
     """
-    config, mesh = with_mesh(model.config, sizes, strategy), AbstractMesh(sizes, AXES)
+    config, mesh = with_mesh(config, sizes, strategy), AbstractMesh(sizes, AXES)
     validate(config, math.prod(sizes))
 
     def at(seq_len: int) -> Model:
-        return at_length(dataclasses.replace(model, config=config), seq_len)
+        return build_model(at_length(config, seq_len), mesh)
 
-    def fits(seq_len: int) -> bool:
-        return memory_of(at(seq_len), mesh).total <= memory
+    @cache
+    def memory_at(seq_len: int) -> Memory:
+        return memory_of(at(seq_len), mesh)
 
     def cost(seq_len: int) -> Cost:
-        return Cost(seq_len, memory_of(at(seq_len), mesh), sent(predicted(at(seq_len), mesh), mesh))
+        return Cost(seq_len, memory_at(seq_len), sent(predicted(at(seq_len), mesh), mesh))
 
     step = math.lcm(layout_on(config, mesh).padded(1), TILE)
-    tiles = largest(lambda count: fits(count * step), LONGEST // step)
+    first = max(1, config.data.seq_len // step)
+    tiles = largest(lambda count: memory_at(count * step).total, memory, LONGEST // step, first)
     if not tiles:
-        needed = shown_size(memory_of(at(step), mesh).total)
+        needed = shown_size(memory_at(step).total)
         raise ConfigError(f"{step:,} tokens need {needed}, more than --memory={shown_size(memory)}; use more devices")
     longest = tiles * step
     validate(at(longest).config, math.prod(sizes))
@@ -110,26 +113,50 @@ def with_mesh(config: Config, sizes: MeshSizes, strategy: str) -> Config:
     )
 
 
-def at_length(model: Model, seq_len: int) -> Model:
-    """The model with another sequence length."""
-
-    def with_rows(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct((seq_len, *leaf.shape[1:]), leaf.dtype)
-
-    config = dataclasses.replace(model.config, data=dataclasses.replace(model.config.data, seq_len=seq_len))
-    return dataclasses.replace(model, config=config, shapes=model.with_tables(with_rows, model.shapes))
+def at_length(config: Config, seq_len: int) -> Config:
+    """The config with another sequence length."""
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, seq_len=seq_len))
 
 
-def largest(holds: Callable[[int], bool], limit: int) -> int:
-    """The largest number up to `limit` for which `holds` is true, 0 if there is none; it must be true for all below."""
-    high = 1
-    while high <= limit and holds(high):
-        high *= 2
-    low, high = high // 2, min(high, limit + 1)
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if holds(middle) else (low, middle)
-    return low
+class Need(NamedTuple):
+    """What a number needs."""
+
+    number: int
+    needed: int
+
+
+def largest(needs: Callable[[int], int], room: int, limit: int, first: int) -> int:
+    """The largest number up to `limit` that needs no more than `room`, 0 if there is none, to within `EXACT`.
+
+    Needs should grow, in straight pieces that get steeper. Then a few evaluations do, from `first` on: the line through
+    two numbers that fit meets the room at the largest or beyond it, and the line from a number that fits to one that
+    does not at the largest or before it.
+    """
+    below: Need | None = None
+    low, high = Need(0, 0), Need(limit + 1, 0)  # fits; does not, and may need nobody knows what
+    guess, turn = min(max(first, 1), limit), 0
+    while True:
+        tried, turn = Need(guess, needs(guess)), turn + 1
+        if tried.needed <= room:
+            below, low = low if low.number else None, tried
+        else:
+            high = tried
+        apart = max(1, int(EXACT * low.number))
+        if high.number - low.number <= apart:
+            return low.number
+        if not low.number:
+            guess = high.number // 4
+        elif high.needed and (turn % 2 or not below):
+            guess = _meets(low, high, room)
+        else:
+            guess = _meets(below, low, room) if below else 2 * low.number
+        guess = max(1, min(max(guess, low.number + apart), high.number - apart))
+
+
+def _meets(one: Need, other: Need, room: int) -> int:
+    """Where the line through two points meets the room, rounded down; far away if it does not rise."""
+    rise = other.needed - one.needed
+    return one.number + (room - one.needed) * (other.number - one.number) // rise if rise > 0 else LONGEST
 
 
 def ranked(candidates: list[Candidate]) -> list[Candidate]:
@@ -146,8 +173,7 @@ def ranked(candidates: list[Candidate]) -> list[Candidate]:
 
 def chosen(config: Config, candidate: Candidate) -> Config:
     """The config of a candidate at its longest sequence."""
-    config = with_mesh(config, candidate.sizes, candidate.strategy)
-    return dataclasses.replace(config, data=dataclasses.replace(config.data, seq_len=candidate.longest.seq_len))
+    return at_length(with_mesh(config, candidate.sizes, candidate.strategy), candidate.longest.seq_len)
 
 
 def compiled_memory(config: Config, candidate: Candidate, devices: Sequence[jax.Device]) -> int:

@@ -16,16 +16,12 @@ from flax import nnx
 from jax.sharding import AbstractMesh, Mesh
 
 from lss_jax.config.schema import Config, ConfigError, unknown_choice
-from lss_jax.models import decoder_costs, decoder_memory
+from lss_jax.models import decoder_costs
 from lss_jax.models.decoder import Decoder
 from lss_jax.models.family import Costs, Family
 from lss_jax.models.shares import NOT_GATHERED, shard_weights
 
-FAMILIES = {
-    "decoder": Family(
-        Decoder, Costs(decoder_costs.traffic, decoder_costs.products, decoder_memory.peaks), generates=True
-    )
-}
+FAMILIES = {"decoder": Family(Decoder, Costs(decoder_costs.traffic, decoder_costs.products), generates=True)}
 
 Params = dict[str, Any]  # nested, leaves are arrays; names as in the modules
 

@@ -11,13 +11,10 @@ from lss_jax.config.schema import Config
 
 
 class Costs(NamedTuple):
-    """What a training step sends, computes and holds, by formulas that are compared with the compiled program."""
+    """What a training step sends and computes, by formulas that are compared with the compiled program."""
 
     traffic: Callable[[Config, Mesh | AbstractMesh], Iterator[tuple[str, Traffic]]]  # over `model`, with its scope
     products: Callable[[Config, Mesh | AbstractMesh], int]  # operations of matrix products, per device
-    # Elements per device that are live at each moment that may need most, beside state and batch, from the number of
-    # parameters per device.
-    peaks: Callable[[Config, Mesh | AbstractMesh, int], dict[str, float]]
 
 
 class Family(NamedTuple):

@@ -18,14 +18,14 @@ Weights that are sharded at rest keep the same law in another form: `weights`.
 from typing import Any
 
 import jax
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 
 from lss_jax.parallel.buckets import in_buckets
 from lss_jax.parallel.mesh import DATA, MODEL, SEQ, named_axes, sharded_axes
 from lss_jax.parallel.scopes import GRADIENTS
 
 
-def reduction_axes(spec: PartitionSpec, mesh: Mesh) -> tuple[str, ...]:
+def reduction_axes(spec: PartitionSpec, mesh: Mesh | AbstractMesh) -> tuple[str, ...]:
     """The axes over which a gradient is summed: those that shard the step, but not its parameter."""
     return tuple(axis for axis in sharded_axes(mesh) if axis not in named_axes(spec))
 
@@ -42,12 +42,12 @@ def finished(partial: jax.Array, axes: tuple[str, ...]) -> jax.Array:
 
 
 @jax.named_scope(GRADIENTS)
-def double_sum(partial: Any, specs: Any, mesh: Mesh) -> Any:
+def double_sum(partial: Any, specs: Any, mesh: Mesh | AbstractMesh) -> Any:
     """Local, partial gradients (and any sums that ride along) to finished ones, a few vectors at a time."""
     return in_buckets(finished, partial, [reduction_axes(spec, mesh) for spec in jax.tree.leaves(specs)])
 
 
-def varying(params: Any, specs: Any, mesh: Mesh) -> Any:
+def varying(params: Any, specs: Any, mesh: Mesh | AbstractMesh) -> Any:
     """Local `params` as values that vary over the axes of their sums: their gradients stay local, partial sums."""
 
     def cast(param: jax.Array, spec: PartitionSpec) -> jax.Array:

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
 from jax.sharding import PartitionSpec as P
 
 from lss_jax.attention.placement import setting_on
@@ -29,7 +29,9 @@ from lss_jax.training.state import TrainState, param_specs, state_like, state_sh
 from lss_jax.training.tables import cropped, in_layout_order, in_natural_order, padded
 
 
-def make_train_step(model: Model, optimizer: optax.GradientTransformationExtraArgs, mesh: Mesh) -> jax.stages.Wrapped:
+def make_train_step(
+    model: Model, optimizer: optax.GradientTransformationExtraArgs, mesh: Mesh | AbstractMesh
+) -> jax.stages.Wrapped:
     """The jitted training step: from a state (donated) and a global batch to the next state and metrics.
 
     The metrics are the task's means and `grad_norm`. If the loss or the norm is not finite, parameters and optimizer
@@ -58,7 +60,7 @@ def make_train_step(model: Model, optimizer: optax.GradientTransformationExtraAr
     return jax.jit(train_step, out_shardings=(placed, None), donate_argnums=0)
 
 
-def trace_train_step(model: Model, mesh: Mesh) -> jax.stages.Traced:
+def trace_train_step(model: Model, mesh: Mesh | AbstractMesh) -> jax.stages.Traced:
     """The training step, traced from shapes alone: to be compiled and inspected."""
     config, optimizer = model.config, make_optimizer(model.config.optim)
     state, batch = state_like(model, optimizer, mesh), make_task(config).batch_like(mesh)
@@ -68,7 +70,7 @@ def trace_train_step(model: Model, mesh: Mesh) -> jax.stages.Traced:
 MeansAndGradient = Callable[[Params, Any, jax.Array | int], tuple[Means, Params]]
 
 
-def make_means_and_gradient(model: Model, mesh: Mesh) -> MeansAndGradient:
+def make_means_and_gradient(model: Model, mesh: Mesh | AbstractMesh) -> MeansAndGradient:
     """The function that returns a batch's means (`loss`, per counted item, and the task's others) and its gradient.
 
     Its arguments are global parameters, a global batch, and the step's number, which with the seed decides what is
@@ -103,12 +105,12 @@ def make_means_and_gradient(model: Model, mesh: Mesh) -> MeansAndGradient:
     return means_and_gradient
 
 
-def make_eval_step(model: Model, mesh: Mesh) -> jax.stages.Wrapped:
+def make_eval_step(model: Model, mesh: Mesh | AbstractMesh) -> jax.stages.Wrapped:
     """The jitted evaluation step: from global parameters and a global batch to the task's sums, which are scalars."""
     return _sums(model, mesh, over=None, spec=P())  # scalars
 
 
-def make_position_step(model: Model, mesh: Mesh) -> jax.stages.Wrapped:
+def make_position_step(model: Model, mesh: Mesh | AbstractMesh) -> jax.stages.Wrapped:
     """The jitted evaluation step by position: the task's sums over sequences alone, `[L]` each.
 
     They are global, padded and in layout order. They stay sharded like the sequence, so that by the gradient law they
@@ -117,7 +119,7 @@ def make_position_step(model: Model, mesh: Mesh) -> jax.stages.Wrapped:
     return _sums(model, mesh, over=0, spec=P((SEQ, MODEL)))
 
 
-def _sums(model: Model, mesh: Mesh, over: int | None, spec: P) -> jax.stages.Wrapped:
+def _sums(model: Model, mesh: Mesh | AbstractMesh, over: int | None, spec: P) -> jax.stages.Wrapped:
     """The jitted sums of the task's losses over dimension `over` (None: all), and the mesh axes that `spec` omits."""
     task = make_task(model.config)
     in_specs = on_mesh((model.specs, task.batch_specs()), mesh)
@@ -131,7 +133,7 @@ def _sums(model: Model, mesh: Mesh, over: int | None, spec: P) -> jax.stages.Wra
     return jax.jit(lambda params, batch: on_segments(padded(params, model, mesh), batch))
 
 
-def local_losses(model: Model, mesh: Mesh, params: Params, batch: Any, dropout: Dropout | None) -> Any:
+def local_losses(model: Model, mesh: Mesh | AbstractMesh, params: Params, batch: Any, dropout: Dropout | None) -> Any:
     """The task's losses on this device's part of its segment, `[B, p]` each, from local parameters and batch."""
     config, axis, task = model.config, axis_if_sharded(MODEL, mesh), make_task(model.config)
     positions_l, positions_p = batch.positions, own_part(batch.positions, axis, 0)
@@ -158,7 +160,7 @@ def local_losses(model: Model, mesh: Mesh, params: Params, batch: Any, dropout: 
     return outputs.reduced(losses, of_tokens, others)
 
 
-def dropout_of(config: Config, mesh: Mesh, batch: Any, step: jax.Array) -> Dropout | None:
+def dropout_of(config: Config, mesh: Mesh | AbstractMesh, batch: Any, step: jax.Array) -> Dropout | None:
     """The dropout of a step for the rows and positions of a local batch, None if nothing is dropped."""
     if not config.model.dropout:
         return None
@@ -168,7 +170,9 @@ def dropout_of(config: Config, mesh: Mesh, batch: Any, step: jax.Array) -> Dropo
     return Dropout(config.model.dropout, key, row_B=batch.rows, position_l=batch.positions, first_head=first_head)
 
 
-def sum_over_microbatches(function: Callable[[Any], Any], batch: Any, specs: Any, count: int, mesh: Mesh) -> Any:
+def sum_over_microbatches(
+    function: Callable[[Any], Any], batch: Any, specs: Any, count: int, mesh: Mesh | AbstractMesh
+) -> Any:
     """Sums `function` over `count` equal parts of a local batch's rows (gradient accumulation)."""
     if count == 1:
         return function(batch)
@@ -192,6 +196,6 @@ def sum_over_microbatches(function: Callable[[Any], Any], batch: Any, specs: Any
     return jax.lax.fori_loop(0, count, add, jax.tree.map(nothing, jax.eval_shape(lambda: function(micro(0)))))
 
 
-def on_mesh(specs: Any, mesh: Mesh) -> Any:
+def on_mesh(specs: Any, mesh: Mesh | AbstractMesh) -> Any:
     """The specs for `shard_map` on this mesh: without its axes of size 1."""
     return jax.tree.map(lambda spec: without_unsharded(spec, mesh), specs)

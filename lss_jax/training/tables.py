@@ -6,7 +6,7 @@ own tokens.
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
 
 from lss_jax.models import Model, Params
 from lss_jax.parallel.layout import layout_on
@@ -15,27 +15,27 @@ from lss_jax.parallel.scopes import POSITIONS
 
 
 @jax.named_scope(POSITIONS)
-def in_layout_order(params: Params, model: Model, mesh: Mesh) -> Params:
+def in_layout_order(params: Params, model: Model, mesh: Mesh | AbstractMesh) -> Params:
     """Local parameters with the rows of each table moved to the devices of their tokens."""
     layout, axes = layout_on(model.config, mesh), _sequence_axes(mesh)
     return model.with_tables(lambda table_pE: layout.from_natural(table_pE, axes), params)
 
 
 @jax.named_scope(POSITIONS)
-def in_natural_order(gradient: Params, model: Model, mesh: Mesh) -> Params:
+def in_natural_order(gradient: Params, model: Model, mesh: Mesh | AbstractMesh) -> Params:
     """A local gradient with the rows of each table back in natural order: the inverse of `in_layout_order`."""
     layout, axes = layout_on(model.config, mesh), _sequence_axes(mesh)
     return model.with_tables(lambda table_pE: layout.to_natural(table_pE, axes), gradient)
 
 
-def padded(params: Params, model: Model, mesh: Mesh) -> Params:
+def padded(params: Params, model: Model, mesh: Mesh | AbstractMesh) -> Params:
     """Global parameters with rows of zeros added to each table that is sharded like a padded sequence."""
     missing = _missing_rows(model, mesh)
     return model.with_tables(lambda table: jnp.pad(table, ((0, missing), (0, 0))), params) if missing else params
 
 
 @jax.named_scope(POSITIONS)
-def cropped(gradient: Params, model: Model, mesh: Mesh) -> Params:
+def cropped(gradient: Params, model: Model, mesh: Mesh | AbstractMesh) -> Params:
     """A local gradient without the rows that `padded` adds to the parameters.
 
     A table that the mesh does not divide is replicated in the state, so its gradient is first gathered: explicitly,
@@ -50,10 +50,10 @@ def cropped(gradient: Params, model: Model, mesh: Mesh) -> Params:
     return model.with_tables(without_padding, gradient) if missing else gradient
 
 
-def _sequence_axes(mesh: Mesh) -> tuple[str, ...]:
+def _sequence_axes(mesh: Mesh | AbstractMesh) -> tuple[str, ...]:
     return tuple(axis for axis in sharded_axes(mesh) if axis != DATA)
 
 
-def _missing_rows(model: Model, mesh: Mesh) -> int:
+def _missing_rows(model: Model, mesh: Mesh | AbstractMesh) -> int:
     seq_len = model.config.data.seq_len
     return layout_on(model.config, mesh).padded(seq_len) - seq_len
