@@ -18,6 +18,7 @@ def get_config() -> ConfigDict:
     config.mesh.seq = -1
     config.mesh.shard = "all"
     config.attention.head_groups = 8
+    config.attention.block_keys = 512
     config.attention.regather = True
     config.model.vocab = 128_256
     config.model.layers = 32

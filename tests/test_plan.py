@@ -11,7 +11,7 @@ from helpers import small_config
 from lss_jax.config.schema import ConfigError
 from lss_jax.config.units import parse_size
 from lss_jax.inspection import planner
-from lss_jax.inspection.planner import largest, plan
+from lss_jax.inspection.planner import Room, largest, plan, steps
 
 ROOT = Path(__file__).parents[1]
 
@@ -40,9 +40,25 @@ def test_the_largest_that_fits(room):
 def test_what_is_planned_fits(monkeypatch):
     monkeypatch.setattr(planner, "meshes", lambda _: [(1, 8, 1), (2, 2, 2)])
     memory = parse_size("64MiB")
-    candidates, impossible = plan(small_config(), 8, memory)
+    candidates, impossible = plan(small_config(), 8, Room(memory, None))
     assert candidates and all(candidate.longest.memory.total <= memory for candidate in candidates)
     assert any("ulysses" in one.reason for one in impossible)
+
+
+@pytest.mark.grid
+def test_with_host_memory_it_chooses_what_makes_room(monkeypatch):
+    """Each thing buys something, all of it fits both memories, and scarce host memory lets fewer inputs wait."""
+    monkeypatch.setattr(planner, "meshes", lambda _: [(1, 8, 1)])
+    monkeypatch.setattr(planner, "STRATEGIES", {"lss": planner.STRATEGIES["lss"]})
+    llama = {"model__norm": "rms", "model__mlp": "swiglu", "model__positions": "rope", "model__mlp_width": 512}
+    config = small_config(**llama, model__layers=4, data__batch_size=1, model__width=128, model__dtype="bfloat16")
+    room = Room(parse_size("64MiB"), parse_size("8MiB"))
+    (best,), _ = plan(config, 8, room)
+    assert best.longest.memory.total <= room.memory and best.longest.memory.host <= 8 * 2**20
+    assert best.changes["model.remat"] == "offload" and best.changes["attention.head_groups"] == 4
+    assert best.changes["model.remat_every"] > 1
+    bought = [length for _, length in steps(config, best, room)]
+    assert bought[-1] == best.longest.seq_len > 2 * bought[0]
 
 
 def test_thousands_of_devices(tmp_path):

@@ -76,7 +76,8 @@ def crashed(program: dict[str, Any]) -> bool:
 
 def search(topology: str, devices: int, first: int, changes: dict[str, Any]) -> list[dict[str, Any]]:
     """The programs compiled on the way to the longest length that fits."""
-    step, found, length = STEP * devices, [], first * devices
+    step, length = STEP * devices, first * devices
+    found: list[dict[str, Any]] = []
     while len(found) < PROGRAMS:
         found.append(compiled(topology, length, changes))
         if crashed(found[-1]):

@@ -21,7 +21,7 @@ from matplotlib.figure import Figure
 from experiments.paper.programs import BLOCKWISE, DENSE, Mesh, Row, config_of, table, write
 from lss_jax.config.schema import ConfigError
 from lss_jax.inspection.memory import shortfall
-from lss_jax.inspection.planner import evaluate
+from lss_jax.inspection.planner import Room, evaluate
 from lss_jax.models import build_model
 from lss_jax.parallel.mesh import make_mesh
 from lss_jax.runtime import distributed
@@ -55,7 +55,7 @@ def longest(devices: int) -> list[Row]:
     rows = []
     for name, (sizes, strategy, changes) in methods(devices).items():
         try:
-            cost = evaluate(config_of(sizes, 1152, changes), sizes, strategy, MEMORY).longest
+            cost = evaluate(config_of(sizes, 1152, changes), sizes, strategy, Room(MEMORY, None)).longest
         except ConfigError as error:
             rows.append({"name": name, "devices": devices, "mesh": sizes, "seq_len": 0, "why": str(error)})
             continue

@@ -125,11 +125,12 @@ def grouped() -> list[Case]:
 
 
 def large() -> list[Case]:
-    """What makes room for large models: weights in shares, tiles, blocks recomputed whole, groups; alone and together."""
-    llama = {"model__norm": "rms", "model__mlp": "swiglu", "model__bias": False, "model__tied_head": False}
-    llama["model__positions"] = "rope"
-    together = {"mesh__shard": "all", "model__tile": 256, "model__remat": "offload", "attention__head_groups": 2}
-    alone = [
+    """What makes room for large models: sharded weights, tiles, blocks recomputed whole, groups; alone and together."""
+    llama: dict[str, Any] = {"model__norm": "rms", "model__mlp": "swiglu", "model__bias": False}
+    llama |= {"model__tied_head": False, "model__positions": "rope"}
+    together: dict[str, Any] = {"mesh__shard": "all", "model__tile": 256, "model__remat": "offload"}
+    together["attention__head_groups"] = 2
+    alone: list[dict[str, Any]] = [
         {"model__remat": "block", "mesh__shard": "all"},
         {"model__remat": "none", "mesh__shard": "all"},
         {"model__remat": "block", "model__tile": 256},

@@ -209,3 +209,13 @@ def changes(saved: Config, config: Config) -> dict[str, tuple[Any, Any]]:
     """The keys that differ between the saved config of a run and its new one, each to (then, now)."""
     before, after = flat(dataclasses.asdict(saved)), flat(dataclasses.asdict(config))
     return {key: (before[key], after[key]) for key in after if before[key] != after[key]}
+
+
+def with_value(config: Config, key: str, value: Any) -> Config:
+    """The config with the value of one dotted key replaced."""
+    section, _, name = key.rpartition(".")
+    if not section:
+        return dataclasses.replace(config, **{name: value})
+    inner = dataclasses.replace(getattr(config, section), **{name: value})
+    changed: dict[str, Any] = {section: inner}
+    return dataclasses.replace(config, **changed)

@@ -77,8 +77,8 @@ def _scores(mask: Intervals, sizes: Sizes, setting: Setting, strategy: Strategy)
         kv_N2BGlK = jax.ShapeDtypeStruct((layout.devices, 2, B, G, l, K), dtype)
         queries = Queries(q_BlHK, mask, None)  # of which the shape and the dtype are enough
         tiling = tiling_of(queries, kv_N2BGlK, setting, TARGETS[setting.kernel])
-        tables, _ = facts(tiling, queries)
-        return int((tables.stop_Bj - tables.first_Bj).sum()) * H * tiling.queries.size * tiling.key_size
+        tables, _, _ = facts(tiling, queries)
+        return int((tables.stop_B - tables.first_B).sum()) * H * tiling.queries.size * tiling.key_size
     keys = strategy.key_blocks(l, setting)
     blocks = query_blocking((B, l, H, G), layout, (setting.block_queries, setting.block_keys), keys.size)
     return visits(keys, blocks, mask.start, mask.end) * blocks.block_heads * (H // G) * blocks.size * keys.size

@@ -8,6 +8,7 @@ from typing import Any
 from lss_jax.config.schema import Config
 from lss_jax.config.units import shown_size
 from lss_jax.inspection.planner import CLOSE, Candidate, Cost, Impossible
+from lss_jax.inspection.room import Changes
 
 SHOWN = 20  # candidates in the table
 
@@ -31,6 +32,13 @@ def table_of(candidates: list[Candidate], impossible: list[Impossible], config: 
     )
     lines += ["", f"recommended: {_mesh(best.sizes)}, {best.strategy}, {best.longest.seq_len:,} tokens: {among}."]
     return "\n".join(lines)
+
+
+def line_of(step: tuple[Changes, int]) -> str:
+    """One thing that makes room, and the longest sequence with it and all before it."""
+    changes, length = step
+    what = " ".join(f"{key}={value}" for key, value in changes.items()) or "the config as it is"
+    return f"  {f'{length:,} tokens' if length else 'does not fit':>20}  {what}"
 
 
 def _row(candidate: Candidate, memory: int) -> tuple[str, ...]:

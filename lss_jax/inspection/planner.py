@@ -15,6 +15,7 @@ from lss_jax.config.schema import Config, ConfigError, MeshConfig
 from lss_jax.config.units import shown_size
 from lss_jax.inspection.contract import predicted, sent
 from lss_jax.inspection.memory import Memory, memory_of
+from lss_jax.inspection.room import Changes, changed, fewer_inputs, ways
 from lss_jax.models import Model, build_model
 from lss_jax.parallel.layout import layout_on
 from lss_jax.parallel.mesh import AXES, make_mesh
@@ -24,6 +25,7 @@ from lss_jax.training.step import trace_train_step
 TILE = 128  # lengths are multiples of this, and of the number of segments (or chunks) that the mesh makes of them
 LONGEST = 2**31 - 1  # positions are int32
 EXACT = 0.005  # the longest length is found to within this fraction
+NEARLY_ALL = 0.9  # of a device's memory: used to less, it is the host's that ends a sequence
 CLOSE = 0.05  # lengths within this fraction of the longest count as equal, and traffic decides
 
 
@@ -40,6 +42,7 @@ class Candidate(NamedTuple):
 
     sizes: MeshSizes
     strategy: str
+    changes: Changes  # to the config, which make room
     own: Cost  # at the config's length, whether it fits or not
     longest: Cost  # at the longest that fits
 
@@ -52,8 +55,17 @@ class Impossible(NamedTuple):
     reason: str
 
 
-def plan(config: Config, devices: int, memory: int) -> tuple[list[Candidate], list[Impossible]]:
+class Room(NamedTuple):
+    """The bytes that there are for each device."""
+
+    memory: int
+    host: int | None  # in the host's memory; None: the config is planned as it is
+
+
+def plan(config: Config, devices: int, room: Room) -> tuple[list[Candidate], list[Impossible]]:
     """All candidates, the best first, and what is impossible.
+
+    With host memory to use each candidate has what makes the most room; `steps` says what that buys.
 
     Raises:
       ConfigError: the config is wrong on any mesh.
@@ -63,7 +75,7 @@ def plan(config: Config, devices: int, memory: int) -> tuple[list[Candidate], li
     for sizes in meshes(devices):
         for strategy in STRATEGIES if sizes[1] > 1 else [config.attention.strategy]:  # on one device they are the same
             try:
-                candidates.append(evaluate(config, sizes, strategy, memory))
+                candidates.append(roomiest(config, sizes, strategy, room))
             except ConfigError as error:
                 impossible.append(Impossible(sizes, strategy, str(error).split("\n")[0].split(";")[0]))
     return ranked(candidates), impossible
@@ -76,13 +88,53 @@ def meshes(devices: int) -> Iterator[MeshSizes]:
         yield from ((data, seq, devices // data // seq) for seq in divisors if devices // data % seq == 0)
 
 
-def evaluate(config: Config, sizes: MeshSizes, strategy: str, memory: int) -> Candidate:
-    """Costs on this mesh with this strategy, at the config's length and at the longest that fits in `memory` bytes.
+def roomiest(config: Config, sizes: MeshSizes, strategy: str, room: Room) -> Candidate:
+    """Costs with all that makes room, where there is host memory to use; of every layer's input as many wait as fit.
+
+    Raises:
+      ConfigError: as `evaluate`.
+    """
+    if room.host is None:
+        return evaluate(config, sizes, strategy, room)
+    planned = with_mesh(config, sizes, strategy)
+    changes = {key: value for way in ways(planned, sizes) for key, value in way.items()}
+    best = evaluate(config, sizes, strategy, room, changes)
+    for fewer in fewer_inputs(changed(planned, changes)):
+        if best.longest.memory.total > NEARLY_ALL * room.memory:  # the device's memory is what ends it
+            break
+        best = max(best, evaluate(config, sizes, strategy, room, {**changes, **fewer}), key=_length)
+    return best
+
+
+def steps(config: Config, best: Candidate, room: Room) -> Iterator[tuple[Changes, int]]:
+    """Yields what makes room on the recommended mesh, one thing after the other, and the longest sequence then.
+
+    The length is 0 where not even the shortest sequence fits.
+    """
+    planned = with_mesh(config, best.sizes, best.strategy)
+    so_far: Changes = {}
+    inputs = {"model.remat_every": best.changes["model.remat_every"]} if "model.remat_every" in best.changes else {}
+    for way in ({}, *ways(planned, best.sizes), *([inputs] if inputs else [])):
+        so_far |= way
+        try:
+            length = evaluate(config, best.sizes, best.strategy, room, so_far).longest.seq_len
+        except ConfigError:
+            length = 0
+        yield way, length
+
+
+def _length(candidate: Candidate) -> int:
+    return candidate.longest.seq_len
+
+
+def evaluate(config: Config, sizes: MeshSizes, strategy: str, room: Room, changes: Changes | None = None) -> Candidate:
+    """Costs on this mesh with this strategy, at the config's length and at the longest that fits.
 
     Raises:
       ConfigError: it breaks a rule of the config, or not even the shortest sequence fits.
     """
-    config, mesh = with_mesh(config, sizes, strategy), AbstractMesh(sizes, AXES)
+    changes, mesh = changes or {}, AbstractMesh(sizes, AXES)
+    config = changed(with_mesh(config, sizes, strategy), changes)
     validate(config, math.prod(sizes))
 
     def at(seq_len: int) -> Model:
@@ -95,15 +147,23 @@ def evaluate(config: Config, sizes: MeshSizes, strategy: str, memory: int) -> Ca
     def cost(seq_len: int) -> Cost:
         return Cost(seq_len, memory_at(seq_len), sent(predicted(at(seq_len), mesh), mesh))
 
+    def needs(seq_len: int) -> int:
+        """Bytes of the device's memory, or as large a part of it as the host's is used to."""
+        memory = memory_at(seq_len)
+        of_host = math.ceil(memory.host / room.host * room.memory) if room.host else 0
+        return max(memory.total, of_host)
+
     step = math.lcm(layout_on(config, mesh).padded(1), TILE)
     first = max(1, config.data.seq_len // step)
-    tiles = largest(lambda count: memory_at(count * step).total, memory, LONGEST // step, first)
+    tiles = largest(lambda count: needs(count * step), room.memory, LONGEST // step, first)
     if not tiles:
         needed = shown_size(memory_at(step).total)
-        raise ConfigError(f"{step:,} tokens need {needed}, more than --memory={shown_size(memory)}; use more devices")
+        raise ConfigError(
+            f"{step:,} tokens need {needed}, more than --memory={shown_size(room.memory)}; use more devices"
+        )
     longest = tiles * step
-    validate(at(longest).config, math.prod(sizes))
-    return Candidate(sizes, strategy, cost(config.data.seq_len), cost(longest))
+    validate(at_length(config, longest), math.prod(sizes))
+    return Candidate(sizes, strategy, changes, cost(config.data.seq_len), cost(longest))
 
 
 def with_mesh(config: Config, sizes: MeshSizes, strategy: str) -> Config:
@@ -173,7 +233,8 @@ def ranked(candidates: list[Candidate]) -> list[Candidate]:
 
 def chosen(config: Config, candidate: Candidate) -> Config:
     """The config of a candidate at its longest sequence."""
-    return at_length(with_mesh(config, candidate.sizes, candidate.strategy), candidate.longest.seq_len)
+    config = changed(with_mesh(config, candidate.sizes, candidate.strategy), candidate.changes)
+    return at_length(config, candidate.longest.seq_len)
 
 
 def compiled_memory(config: Config, candidate: Candidate, devices: Sequence[jax.Device]) -> int:

@@ -7,6 +7,7 @@ paper's) that is the natural order. Under `zigzag` the sequence is split into `2
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -40,6 +41,17 @@ class Layout:
         """Which of the natural chunks each device holds, in its order, `[N, chunks_per_device]`."""
         first = np.arange(self.devices)
         return np.stack((first, 2 * self.devices - 1 - first) if self.name == "zigzag" else (first,), axis=1)
+
+    def chunk_at(self, device: Any, nth: Any) -> Any:
+        """The natural chunk that is the `nth` of a device's chunks: `chunks_NC` by arithmetic, for traced numbers."""
+        return device if self.name == "contiguous" else jnp.where(nth == 0, device, 2 * self.devices - 1 - device)
+
+    def place_of(self, chunk: Any) -> tuple[Any, Any]:
+        """The inverse: the device that holds a natural chunk, and which of its chunks it is."""
+        if self.name == "contiguous":
+            return chunk, 0 * chunk
+        late = chunk >= self.devices
+        return jnp.where(late, 2 * self.devices - 1 - chunk, chunk), late.astype(jnp.int32)
 
     @property
     def pieces_D2(self) -> np.ndarray:

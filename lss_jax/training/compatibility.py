@@ -1,13 +1,12 @@
 """Whether the checkpoints of a run fit the model of a new config."""
 
-import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
 
-from lss_jax.config.schema import Config, ConfigError, changes, from_dict
+from lss_jax.config.schema import Config, ConfigError, changes, from_dict, with_value
 from lss_jax.models import Params, build_model
 from lss_jax.storage.workdir import saved_config
 from lss_jax.training.optimizer import make_optimizer
@@ -62,13 +61,3 @@ def shapes_of(config: Config) -> Params | None:
 def moments_of(config: Config) -> Any:
     """The optimizer state's global shapes and dtypes, for a config whose model can be built."""
     return jax.eval_shape(make_optimizer(config.optim).init, build_model(config).natural_shapes)
-
-
-def with_value(config: Config, key: str, value: Any) -> Config:
-    """The config with the value of one dotted key replaced."""
-    section, _, name = key.rpartition(".")
-    if not section:
-        return dataclasses.replace(config, **{name: value})
-    inner = dataclasses.replace(getattr(config, section), **{name: value})
-    changed: dict[str, Any] = {section: inner}
-    return dataclasses.replace(config, **changed)

@@ -27,7 +27,7 @@ def forward(queries: Queries, kv_N2BGlK: jax.Array, setting: Setting, target: Ta
     """Attention over the keys and values of all segments; the log-sum-exp is `lse_BHj1m`."""
     q_BlHK = queries.q_BlHK
     tiling = tiling_of(queries, kv_N2BGlK, setting, target)
-    tables, ints_BHj3m = facts(tiling, queries)
+    tables, _, ints_BHj3m = facts(tiling, queries)
     q_BHjmK, kv_n2BGsK = tiling.split_queries(q_BlHK), tiling.split_keys(kv_N2BGlK)
     *grid, m, K = q_BHjmK.shape
     o_BHjmK, lse_BHj1m = _call(
@@ -47,7 +47,7 @@ def backward(residuals: Residuals, do_BlHK: jax.Array, setting: Setting, target:
     queries, kv_N2BGlK, (o_BlHK, lse_BHj1m) = residuals
     q_BlHK = queries.q_BlHK
     tiling = tiling_of(queries, kv_N2BGlK, setting, target)
-    tables, ints_BHj3m = facts(tiling, queries)
+    tables, tables_of_keys, ints_BHj3m = facts(tiling, queries)
     odo_BlH = jnp.einsum("BlHK,BlHK->BlH", o_BlHK, do_BlHK, preferred_element_type=jnp.float32)
     floats_BHj2m = jnp.concatenate((lse_BHj1m, tiling.split_per_head(odo_BlH)[..., None, :]), axis=3)
     q_BHjmK, do_BHjmK, kv_n2BGsK = (
@@ -69,7 +69,7 @@ def backward(residuals: Residuals, do_BlHK: jax.Array, setting: Setting, target:
     (dkv_n2BGKs,) = _call(
         _key_gradients,
         tiling,
-        tables,
+        tables_of_keys,
         grid=(B, G, n * tiling.blocks_per_segment),
         inputs=[*((x, _anywhere) for x in of_queries), (kv_n2BGsK, _own_keys)],
         outputs=[(jax.ShapeDtypeStruct(kv_n2BGsK.mT.shape, jnp.float32), _own_keys_last)],
@@ -98,7 +98,7 @@ def _outputs(program: _Program, inputs, outputs):
         o_Km, max_1m, sum_1m = carry
         k_kK, v_kK = load(0), load(1)
         position_k1 = _positions(program, t)
-        seen_km = _seen(position_k1, start_1m, jnp.minimum(end_1m, program.tables.end_t[t]))
+        seen_km = _seen(position_k1, start_1m, jnp.minimum(end_1m, program.tiling.positions_of(t)[1]))
         s_km = _scores(program, q_mK, k_kK, seen_km)
         new_max_1m = jnp.maximum(max_1m, s_km.max(0, keepdims=True))
         shift_1m = jnp.where(new_max_1m == -jnp.inf, 0.0, new_max_1m)  # a query that has seen nothing yet
@@ -154,7 +154,7 @@ def _key_gradients(program: _Program, inputs, outputs):
     b, g, t = (pl.program_id(axis) for axis in range(3))
     heads, (k_kK, v_kK) = q_ref.shape[1] // pl.num_programs(1), (kv_ref[0], kv_ref[1])
     at = b * pl.num_programs(2) + t
-    first, stop = tables.first_Bt[at], tables.stop_Bt[at]
+    first, stop = tables.first_B[at], tables.stop_B[at]
     count = stop - first
 
     def where(turn):
@@ -179,7 +179,7 @@ def _differentiated(program: _Program, queries: _QueryBlock, block_of_keys, t):
     """The weights that values were met with, and the gradient of the products of queries and keys: `p_km, ds_km`."""
     k_kK, v_kK = block_of_keys
     position_k1 = _positions(program, t)
-    seen_km = _seen(position_k1, queries.start_1m, jnp.minimum(queries.end_1m, program.tables.end_t[t]))
+    seen_km = _seen(position_k1, queries.start_1m, jnp.minimum(queries.end_1m, program.tiling.positions_of(t)[1]))
     p_km = jnp.exp(_scores(program, queries.q_mK, k_kK, seen_km) - queries.lse_1m)
     dp_km = _dot(v_kK, queries.do_mK, (1, 1))
     met_km, dp_km = (_dropped(program, x, queries.stream_1m, position_k1) for x in (p_km, dp_km))
@@ -193,7 +193,7 @@ def _dropped(program: _Program, x_km, stream_1m, position_k1):
 
 
 def _positions(program: _Program, t):
-    return program.tables.begin_t[t] + jax.lax.broadcasted_iota(jnp.int32, (program.tiling.key_size, 1), 0)
+    return program.tiling.positions_of(t)[0] + jax.lax.broadcasted_iota(jnp.int32, (program.tiling.key_size, 1), 0)
 
 
 def _seen(position_k1, start_1m, end_1m):
@@ -224,18 +224,18 @@ def _over_keys(program: _Program, kv_ref, body, init):
 
     def part(pair):
         def where(turn):
-            t = tables.order_t[turn]
+            t = tiling.block_of(turn)
             offset = pl.multiple_of(t % tiling.blocks_per_segment * tiling.key_size, tiling.key_size)
             return t // tiling.blocks_per_segment, pair, b, g, pl.ds(offset, tiling.key_size)
 
         return where
 
     def in_turn(turn, load, carry):
-        return body(tables.order_t[turn], load, carry)
+        return body(tiling.block_of(turn), load, carry)
 
     sources = [(kv_ref, part(0)), (kv_ref, part(1))]
     return tiling.target.walk(
-        tables.first_Bj[at], tables.stop_Bj[at], in_turn, init=init, sources=sources, buffers=buffers
+        tables.first_B[at], tables.stop_B[at], in_turn, init=init, sources=sources, buffers=buffers
     )
 
 

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from lss_jax.attention.kernels.blocks import QueryBlocking, chunks_of_all, too_short
+from lss_jax.attention.kernels.blocks import QueryBlocking, too_short
 from lss_jax.attention.kernels.interface import Queries
 from lss_jax.attention.kernels.targets import SMALLEST, Target
 from lss_jax.attention.setting import Setting
@@ -40,7 +40,24 @@ class Tiling(NamedTuple):
     @property
     def blocks_per_segment(self) -> int:
         """Blocks of keys in one segment."""
-        return self.layout.chunks_per_device * self.padded_run // self.key_size
+        return self.layout.chunks_per_device * self.blocks_per_run
+
+    @property
+    def blocks_per_run(self) -> int:
+        """Blocks of keys in a run of consecutive ones."""
+        return self.padded_run // self.key_size
+
+    def block_of(self, turn: Any) -> Any:
+        """The block, as stored, that is number `turn` in natural order."""
+        segment, nth = self.layout.place_of(turn // self.blocks_per_run)
+        return segment * self.blocks_per_segment + nth * self.blocks_per_run + turn % self.blocks_per_run
+
+    def positions_of(self, t: Any) -> tuple[Any, Any]:
+        """The natural positions of block `t`: from the first to before the second, which leaves out the padding."""
+        segment, block = t // self.blocks_per_segment, t % self.blocks_per_segment
+        start = self.layout.chunk_at(segment, block // self.blocks_per_run) * self.run
+        offset = block % self.blocks_per_run * self.key_size
+        return start + offset, start + jnp.minimum(offset + self.key_size, self.run)
 
     def split_queries(self, x_BlHK: jax.Array) -> jax.Array:
         """`x_BHjmK`, `K` widened to a power of two."""
@@ -78,15 +95,14 @@ class Tiling(NamedTuple):
 
 
 class Tables(NamedTuple):
-    """The numbers by which programs find their way, one-dimensional; batch rows one after the other."""
+    """What programs find their way by, one-dimensional: a range for each of their blocks, row after row of the batch.
 
-    order_t: Any  # the blocks of keys in natural order
-    begin_t: Any  # the natural positions of block `t`: from here ...
-    end_t: Any  # ... to before here
-    first_Bj: Any  # which blocks, counted in natural order, these queries touch
-    stop_Bj: Any
-    first_Bt: Any  # the blocks of queries from the first to the last that touches these keys
-    stop_Bt: Any
+    For blocks of queries it is that of the blocks of keys that they touch, counted in natural order; for blocks of keys
+    that of the blocks of queries from the first to the last that touches them.
+    """
+
+    first_B: Any
+    stop_B: Any
     rate_1: Any  # of dropout
 
 
@@ -130,20 +146,11 @@ def _width(K: int) -> int:
     return max(SMALLEST, 1 << (K - 1).bit_length())
 
 
-def facts(tiling: Tiling, queries: Queries) -> tuple[Tables, jax.Array]:
-    """The tables, and the rows `START`, `END` and `STREAM` of the queries, `ints_BHj3m`."""
+def facts(tiling: Tiling, queries: Queries) -> tuple[Tables, Tables, jax.Array]:
+    """The tables of blocks of queries and of keys, and the queries' rows `START`, `END` and `STREAM`: `ints_BHj3m`."""
     _, mask, dropout = queries
-    chunks = chunks_of_all(tiling.layout, tiling.run * tiling.layout.chunks_per_device)
-    offsets = jnp.arange(0, tiling.padded_run, tiling.key_size)
-    blocks_per_run = len(offsets)
-    runs = (
-        chunks.segment_c * tiling.layout.chunks_per_device + chunks.offset_c // tiling.run
-    )  # as stored, in natural order
-    order_t = (runs[:, None] * blocks_per_run + jnp.arange(blocks_per_run)).ravel()
-    start_c = jnp.asarray(chunks.start_c)[jnp.argsort(jnp.asarray(runs))]
-    begin_t = (start_c[:, None] + offsets).ravel()
-    end_t = (start_c[:, None] + jnp.minimum(offsets + tiling.key_size, tiling.run)).ravel()
-
+    blocks_t = jnp.arange(tiling.layout.devices * tiling.blocks_per_segment)
+    order_t, (begin_t, end_t) = tiling.block_of(blocks_t), tiling.positions_of(blocks_t)
     start_BHjm, end_BHjm = tiling.split_per_query(mask.start), tiling.split_per_query(mask.end)
     sees_Bjm = (start_BHjm < end_BHjm)[:, 0]
     start_Bj1 = jnp.min(start_BHjm[:, 0], -1, where=sees_Bjm, initial=jnp.iinfo(jnp.int32).max, keepdims=True)
@@ -152,18 +159,10 @@ def facts(tiling: Tiling, queries: Queries) -> tuple[Tables, jax.Array]:
     first_Bj, stop_Bj = range_of(touches_Bjt[..., order_t])
     first_Bt, stop_Bt = range_of(touches_Bjt.swapaxes(1, 2))
     rate_1 = jnp.full(1, dropout.rate if dropout else 0.0, jnp.float32)
-    tables = Tables(
-        order_t=order_t,
-        begin_t=begin_t,
-        end_t=end_t,
-        first_Bj=first_Bj.ravel(),
-        stop_Bj=stop_Bj.ravel(),
-        first_Bt=first_Bt.ravel(),
-        stop_Bt=stop_Bt.ravel(),
-        rate_1=rate_1,
-    )
+    of_queries = Tables(first_Bj.ravel(), stop_Bj.ravel(), rate_1)
+    of_keys = Tables(first_Bt.ravel(), stop_Bt.ravel(), rate_1)
     stream_BHjm = jnp.zeros_like(start_BHjm) if dropout is None else tiling.split_per_head(dropout.stream_BlH)
-    return tables, jnp.stack((start_BHjm, end_BHjm, stream_BHjm.astype(jnp.int32)), axis=3)
+    return of_queries, of_keys, jnp.stack((start_BHjm, end_BHjm, stream_BHjm.astype(jnp.int32)), axis=3)
 
 
 def range_of(touches: jax.Array) -> tuple[jax.Array, jax.Array]:
