@@ -37,7 +37,9 @@ def get_config() -> ConfigDict:
     attention.block_queries = 512  # upper bound on a block; measured for "blockwise" in experiments/attention
     attention.block_keys = 256
     attention.head_groups = 1  # groups of heads that are projected, communicated and computed one after the other
-    attention.regather = False  # "lss": re-gather keys and values in the backward pass instead of saving them
+    attention.regather = (
+        False  # "lss", "ulysses": re-gather keys and values in the backward pass instead of saving them
+    )
 
     config.model = model = ConfigDict()
     model.family = "decoder"  # one of lss_jax.models.FAMILIES

@@ -81,7 +81,16 @@ def train_command(path: str, overrides: list[str], config: Config, best: Candida
 
 
 def check(config: Config, best: Candidate, devices: Sequence[jax.Device], topology: str, memory: int) -> int:
-    """Compiles the recommended step and prints what it needs; returns 1 if it does not fit into `memory` bytes."""
+    """Compiles the recommended step and prints what it needs; returns 1 if it does not fit into `memory` bytes.
+
+    Raises:
+      ConfigError: something is to wait in host memory, and simulated devices have none.
+    """
+    if best.longest.memory.host and topology.startswith("cpu"):
+        raise ConfigError(
+            f"--compile={topology} cannot check the recommendation, part of which waits in host memory; give a "
+            f"topology of accelerators, such as --compile=tpu:v5p:2x2x2"
+        )
     print(f"\ncompiling for {topology} ...", flush=True)
     try:
         compiled = compiled_memory(config, best, devices)

@@ -60,13 +60,20 @@ def model_on(data: int, seq: int, model: int = 1, **changes) -> tuple[Model, jax
     return build_model(config, mesh), mesh
 
 
+def with_shapes(params, shapes):
+    """Parameters with or without the padding by which a mesh shards them."""
+    return jax.tree.map(lambda param, like: resized(param, like.shape), params, shapes)
+
+
 def make_loss_and_gradient(model: Model, mesh: jax.sharding.Mesh):
     """`make_means_and_gradient` of a task with no means but the loss."""
     means_and_gradient = make_means_and_gradient(model, mesh)
 
     def loss_and_gradient(params, batch, step):
-        means, gradient = means_and_gradient(jax.tree.map(resized, params, model.shapes), batch, step)
-        return means["loss"], jax.tree.map(resized, gradient, model.natural_shapes)
+        means, gradient = means_and_gradient(
+            jax.tree.map(lambda p, like: resized(p, like.shape), params, model.shapes), batch, step
+        )
+        return means["loss"], with_shapes(gradient, model.natural_shapes)
 
     return loss_and_gradient
 
@@ -133,7 +140,7 @@ def perturbed_params(model: Model, seed: int = 1):
     """Initial parameters, with every zero and one of them moved, so that no gradient is zero by symmetry."""
     random = np.random.default_rng(seed)
     params = jax.tree.map(np.asarray, model.init(jax.random.key(seed)))
-    params = jax.tree.map(resized, params, model.natural_shapes)
+    params = with_shapes(params, model.natural_shapes)
     return jax.tree.map(lambda leaf: leaf + 0.1 * random.standard_normal(leaf.shape, np.float32), params)
 
 

@@ -145,7 +145,20 @@ def muon(params, gradient, moments, step: int, optim) -> tuple[Any, Any]:
     return jax.tree_util.tree_map_with_path(moved, params, gradient, first, second), (first, second)
 
 
-OPTIMIZERS = {"adamw": adamw, "muon": muon}
+def lion(params, gradient, moments, step: int, optim) -> tuple[Any, Any]:
+    """Parameters and moments after step `step`: Lion (Chen et al. 2023, arXiv 2302.06675, algorithm 2), in float64."""
+    moment, unused = moments
+    gradient, b1, b2 = _clipped(gradient, optim), optim.beta1, optim.beta2
+
+    def moved(path, p, m, g):
+        decay = optim.weight_decay if path[-1].key.startswith(("kernel", "table")) else 0.0
+        return p - learning_rate(step, optim) * (np.sign(b1 * m + (1 - b1) * g) + decay * p)
+
+    params = jax.tree_util.tree_map_with_path(moved, params, moment, gradient)
+    return params, (jax.tree.map(lambda m, g: b2 * m + (1 - b2) * g, moment, gradient), unused)
+
+
+OPTIMIZERS = {"adamw": adamw, "lion": lion, "muon": muon}
 
 
 def _clipped(gradient, optim):

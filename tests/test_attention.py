@@ -150,7 +150,7 @@ def test_ulysses_exchanges_a_part_of_the_sequence_for_a_part_of_the_heads(name):
 
 
 @pytest.mark.parametrize("way", sampled(["forward", "backward"], ["backward"]))
-def test_of_many_groups_two_are_held_at_a_time(way):
+def test_of_many_groups_one_is_held_at_a_time(way):
     """In the compiled program gathering in 8 groups saves more than half of the gathered pair."""
     L, heads, width = 4096, 8, 32
     shape = jax.ShapeDtypeStruct((1, L, heads, width), jnp.float32)

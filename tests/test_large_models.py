@@ -20,12 +20,15 @@ from helpers import (
     perturbed_params,
     sampled,
     windows_of,
+    with_shapes,
 )
 from jax.sharding import PartitionSpec as P
 
+import lss_jax.models.stack
 import lss_jax.models.tiles
 from lss_jax import load_config
-from lss_jax.models import build_model, parameter_count, resized
+from lss_jax.config.schema import ConfigError
+from lss_jax.models import FAMILIES, build_model, parameter_count
 from lss_jax.models.tiles import tile_size
 from lss_jax.parallel.mesh import DATA, SEQ
 from lss_jax.parallel.weights import Share, whole_weight
@@ -87,8 +90,7 @@ CASES = [(mesh, option) for mesh in MESHES for option in OPTIONS]
 @pytest.mark.parametrize("case", sampled(CASES, SAMPLE, quick=[((1, 8, 1), "all")]), ids=str)
 def test_gradient_equals_the_oracle(case):
     mesh, option = case
-    microbatches = {"optim__accumulate": 2} if option == "all in microbatches" else {}
-    check_against_oracle(*mesh, model__vocab_parallel=mesh[2] > 1, **{**LLAMA, **OPTIONS[option], **microbatches})
+    check_against_oracle(*mesh, model__vocab_parallel=mesh[2] > 1, **{**LLAMA, **OPTIONS[option]})
 
 
 @pytest.mark.parametrize("strategy", sampled(["ring", "ulysses"], ["ulysses"]))
@@ -137,6 +139,20 @@ def test_moments_in_bfloat16_stay_near_those_in_float32(name):
     assert narrow[-1] < 0.98 * narrow[0], "it learns"
 
 
+def test_inputs_in_several_host_buffers_are_put_together_again(monkeypatch):
+    """No buffer in host memory may be too large; here none may have more than a few bytes."""
+    monkeypatch.setattr(lss_jax.models.stack, "LARGEST_HOST_BUFFER", 1000)
+    check_against_oracle(2, 4, model__remat="offload", data__seq_len=88)
+
+
+def test_a_family_that_does_not_gather_weights_is_refused(monkeypatch):
+    monkeypatch.setitem(FAMILIES, "other", FAMILIES["decoder"]._replace(gathers_weights=False))
+    with pytest.raises(
+        ConfigError, match=r"family='other' does not gather weights, which mesh.shard=\"all\" needs; use"
+    ):
+        model_on(2, 4, model__family="other", mesh__shard="all")
+
+
 def test_every_matrix_is_in_shares_and_each_device_has_its_share_alone():
     """Also of an odd group that divides none of the sizes."""
     for sizes in ((1, 3, 1), (2, 4, 1)):
@@ -145,7 +161,7 @@ def test_every_matrix_is_in_shares_and_each_device_has_its_share_alone():
         here = sum(leaf.addressable_shards[0].data.size for leaf in jax.tree.leaves(state.params))
         count = parameter_count(model)
         assert count / mesh.size <= here < 1.1 * count / mesh.size
-        natural = jax.tree.map(resized, state.params, model.natural_shapes)
+        natural = with_shapes(state.params, model.natural_shapes)
         plain, _ = model_on(*sizes, **LLAMA)
         assert_close(natural, plain.init(jax.random.key(0)), 1e-6)
 
@@ -156,10 +172,6 @@ def test_llama_8b_has_8_billion_parameters():
 
 
 # The tests can fail
-
-
-def only_over(axes, wrong, real):
-    return lambda x, axis_name, **options: (wrong if axis_name in axes else real)(x, axis_name, **options)
 
 
 def share_of_own(x, axis_name, *, scatter_dimension, tiled):

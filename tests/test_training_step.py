@@ -183,8 +183,8 @@ WITH_MUON = [(mesh, "muon") for mesh in ALL_MESHES if mesh[2] == 1]  # it needs 
 @pytest.mark.parametrize(
     "case",
     sampled(
-        [*((mesh, "adamw") for mesh in ALL_MESHES), *WITH_MUON],
-        {((2, 2, 2), "adamw"), ((2, 4, 1), "muon")},
+        [*((mesh, "adamw") for mesh in ALL_MESHES), *WITH_MUON, ((2, 4, 1), "lion")],
+        {((2, 2, 2), "adamw"), ((2, 4, 1), "muon"), ((2, 4, 1), "lion")},
     ),
 )
 def test_twenty_steps_follow_the_oracle(case):

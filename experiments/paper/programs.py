@@ -14,7 +14,7 @@ from configs import paper_50112
 from experiments.paper.machines import V5P, algorithmic_operations, groups, step_time
 from lss_jax.config.schema import Config, from_dict
 from lss_jax.data.loader import read_batch
-from lss_jax.inspection.audit import audited, json_of
+from lss_jax.inspection.audit import audited, json_of, on_device
 from lss_jax.inspection.contract import sent
 from lss_jax.inspection.topology import capacity_of, devices_of
 from lss_jax.models import build_model
@@ -82,7 +82,7 @@ def compiled(config: Config, devices: Sequence[jax.Device]) -> Row:
         "fits": audit.memory is not None,
         "too_large": audit.too_large,
         "memory": audit.memory,
-        "memory_total": sum(audit.memory.values()) if audit.memory else None,
+        "memory_total": on_device(audit.memory) if audit.memory else None,
         "operations": operations,
         "attention_operations": audit.attention_flops,
         "algorithmic_operations": algorithmic_operations(model, mesh, scores=1),

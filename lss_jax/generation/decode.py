@@ -88,6 +88,9 @@ def make_step(model: Model, mesh: Mesh, length: int) -> Step:
     layout = layout_on(config, mesh)
     specs = model.with_tables(lambda _: ROWS, model.specs)
     logits_spec = P(DATA, MODEL) if config.model.vocab_parallel else ROWS
+    # Logits from weights that were gathered over `seq` are the same along it, but do not count as such.
+    copies = seq_axis is not None and any(one.times for one in jax.tree.leaves(model.gathers))
+    logits_spec = P(SEQ, *logits_spec) if copies else logits_spec
 
     @partial(
         jax.shard_map,
@@ -113,13 +116,15 @@ def make_step(model: Model, mesh: Mesh, length: int) -> Step:
         outputs, kv_n2BGK = model.recall(params, token_B[None], segment, cache.kv_n2BGcK)
         slot = length // layout.devices + number // layout.devices
         mine = seq_axis is None or number % layout.devices == jax.lax.axis_index(seq_axis)
-        return write(cache, kv_n2BGK, position_B, slot, mine), outputs.all()[0]
+        (logits_BV,) = outputs.all()
+        return write(cache, kv_n2BGK, position_B, slot, mine), logits_BV[None] if copies else logits_BV
 
     def step(
         params: Params, cache: Cache, token_B: jax.Array, position_B: jax.Array, number: jax.Array
     ) -> tuple[Cache, jax.Array]:
         looked_up = model.with_tables(lambda table_LE: table_LE[position_B], params)
         cache, logits_BV = on_devices(looked_up, cache, token_B, position_B, number)
+        logits_BV = logits_BV[0] if copies else logits_BV
         return cache, jax.lax.with_sharding_constraint(logits_BV, NamedSharding(mesh, P()))
 
     return step

@@ -33,6 +33,7 @@ class Audit(NamedTuple):
     memory: dict[str, int] | None  # bytes per device, by class
     too_large: str  # the compiler's message if the program does not fit, else empty
     predicted: Contract
+    predicted_memory: dict[str, int]  # as `memory`: from shapes, specs and the memory model's count of live arrays
     flops: int  # per device, of matrix products outside attention, traced
     attention_flops: int  # on the busiest device, by the blocks that the mask touches
 
@@ -64,7 +65,13 @@ def audit_step(config: Config, devices: str | Sequence[jax.Device] | None = None
 def audited(model: Model, mesh: Mesh) -> Audit:
     """Compiles a model's training step from shapes alone and compares it with its predictions."""
     traced = trace_train_step(model, mesh)
-    known = (contract.predicted(model, mesh), operations.traced(traced.jaxpr), operations.attention(model, mesh))
+    expected = dict(zip(CLASSES, memory_of(model, mesh), strict=True))
+    known = (
+        contract.predicted(model, mesh),
+        expected,
+        operations.traced(traced.jaxpr),
+        operations.attention(model, mesh),
+    )
     started = time.perf_counter()
     try:
         compiled = traced.lower().compile()
@@ -108,7 +115,7 @@ def problems(audit: Audit, room: int | None) -> list[str]:
     expected = operations.outside_attention(audit.model, audit.mesh)
     if audit.flops != expected:
         found.append(f"operations outside attention: {audit.flops:,} in the program, {expected:,} predicted")
-    expected_host = predicted_memory(audit)[HOST]
+    expected_host = audit.predicted_memory[HOST]
     if audit.memory[HOST] < expected_host:
         found.append(
             f"host memory: {shown_size(audit.memory[HOST])} in the program, {shown_size(expected_host)} predicted: "
@@ -161,7 +168,7 @@ def _table_of_collectives(audit: Audit) -> list[str]:
 
 
 def _table_of_memory(audit: Audit, room: int | None) -> list[str]:
-    compiled, predicted = audit.memory, predicted_memory(audit)
+    compiled, predicted = audit.memory, audit.predicted_memory
     lines = [f"{'memory per device':21}{'compiled':>14}{'predicted':>14}"]
     for name in CLASSES:
         lines.append(f"{name:21}{shown_size(compiled[name]) if compiled else '-':>14}{shown_size(predicted[name]):>14}")
@@ -177,11 +184,6 @@ def _table_of_memory(audit: Audit, room: int | None) -> list[str]:
 def on_device(memory: dict[str, int]) -> int:
     """The bytes of all classes that must fit a device's memory."""
     return sum(size for name, size in memory.items() if name != HOST)
-
-
-def predicted_memory(audit: Audit) -> dict[str, int]:
-    """Predicted bytes per device, by class: from shapes, specs and the memory model's count of live arrays."""
-    return dict(zip(CLASSES, memory_of(audit.model, audit.mesh), strict=True))
 
 
 def _table_of_operations(audit: Audit) -> list[str]:
@@ -212,7 +214,7 @@ def json_of(audit: Audit, room: int | None) -> dict[str, Any]:
             "compiled": rows(audit.collectives),
             "predicted": rows(audit.predicted),
         },
-        "memory": {"compiled": audit.memory, "predicted": predicted_memory(audit)},
+        "memory": {"compiled": audit.memory, "predicted": audit.predicted_memory},
         "memory_of_device": room,
         "too_large": audit.too_large,
         "operations": {

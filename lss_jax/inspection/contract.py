@@ -160,7 +160,7 @@ def _weights(model: Model, mesh: Mesh | AbstractMesh) -> Part:
     """Weights that are sharded at rest: a gather over each axis wherever one is used, and a scatter of its gradient.
 
     Per microbatch, those of a layer are gathered in the forward pass and once or more in the backward pass; those of
-    the embedding and the head once, and a tied one once for each.
+    the embedding and the head once per step.
     """
     config, trees = model.config, (model.shapes, model.specs, model.gathers)
     for leaf, spec, gathers in zip(*map(jax.tree.leaves, trees), strict=True):

@@ -226,13 +226,15 @@ def _trips(loop: Instruction, body: Computation, computations: dict[str, Computa
     if len(limits) != 1 or not limits[0]:
         return None
     limit = CONSTANT.match(instructions[limits[0]["limit"]].operands)
-    return int(limit[1]) - _start(loop, body) if limit else None
+    (compared,) = (x for x in instructions.values() if x.op == "compare")
+    counter = re.search(r"index=(\d+)", instructions[compared.arguments[0]].line)
+    return int(limit[1]) - _start(loop, body, int(counter[1])) if limit and counter else None
 
 
-def _start(loop: Instruction, body: Computation) -> int:
+def _start(loop: Instruction, body: Computation, counter: int) -> int:
     """The number from which a loop counts: zero, unless XLA has taken the first trips out of it."""
     initial = body.get(loop.arguments[0])
-    start = body.get(initial.arguments[0]) if initial and initial.op == "tuple" else None
+    start = body.get(initial.arguments[counter]) if initial and initial.op == "tuple" else None
     while start and start.op == "copy":
         start = body.get(start.arguments[0])
     constant = start and start.op == "constant" and CONSTANT.match(start.operands)

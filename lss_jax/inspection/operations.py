@@ -51,7 +51,7 @@ def _orthogonalizing(model: Model) -> int:
     if model.config.optim.name != "muon":
         return 0
     E, F, K = config.width, config.mlp_width, config.width // config.heads
-    counts = {(E, K): 2 * (config.heads + config.kv_heads), (E, F): 2}
+    counts = {(E, K): 2 * (config.heads + config.kv_heads), (E, F): 3 if config.mlp == "swiglu" else 2}
     iteration = sum(n * 2 * min(shape) ** 2 * (2 * max(shape) + min(shape)) for shape, n in counts.items())
     return config.layers * 5 * iteration
 

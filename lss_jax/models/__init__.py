@@ -21,7 +21,11 @@ from lss_jax.models.decoder import Decoder
 from lss_jax.models.family import Costs, Family
 from lss_jax.models.shares import NOT_GATHERED, shard_weights
 
-FAMILIES = {"decoder": Family(Decoder, Costs(decoder_costs.traffic, decoder_costs.products), generates=True)}
+FAMILIES = {
+    "decoder": Family(
+        Decoder, Costs(decoder_costs.traffic, decoder_costs.products), generates=True, gathers_weights=True
+    )
+}
 
 Params = dict[str, Any]  # nested, leaves are arrays; names as in the modules
 
@@ -46,7 +50,7 @@ class Model:
     def init(self, key: jax.Array) -> Params:
         """Fresh global parameters; the values depend on the key alone, not on any sharding."""
         params = nnx.to_pure_dict(nnx.state(module_of(self.config, nnx.Rngs(key))))
-        return jax.tree.map(resized, params, self.shapes)
+        return jax.tree.map(lambda param, like: resized(param, like.shape), params, self.shapes)
 
     def apply(self, params: Params, *args) -> Any:
         """Calls the module with these (local) parameters."""
@@ -61,16 +65,19 @@ class Model:
         return jax.tree.map(lambda p, is_table: change(p) if is_table else p, params, self.row_per_position)
 
 
-def resized(array: jax.Array, like: jax.ShapeDtypeStruct) -> jax.Array:
+def resized(array: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     """The array with another shape: cropped, or padded with zeros, after the end of each dimension."""
-    cropped = array[tuple(map(slice, like.shape))]
-    return jnp.pad(cropped, [(0, to - size) for to, size in zip(like.shape, cropped.shape, strict=True)])
+    cropped = array[tuple(map(slice, shape))]
+    return jnp.pad(cropped, [(0, to - size) for to, size in zip(shape, cropped.shape, strict=True)])
 
 
 def family_problems(config: Config) -> Iterator[str]:
-    """What is wrong with the name of the config's family."""
-    if config.model.family not in FAMILIES:
-        yield unknown_choice("model.family", config.model.family, FAMILIES)
+    """What is wrong with the config's family: its name, or what it cannot do."""
+    family = config.model.family
+    if family not in FAMILIES:
+        yield unknown_choice("model.family", family, FAMILIES)
+    elif config.mesh.shard == "all" and not FAMILIES[family].gathers_weights:
+        yield f'model.family={family!r} does not gather weights, which mesh.shard="all" needs; use mesh.shard="none"'
 
 
 def costs_of(model: "Model") -> Costs:

@@ -23,3 +23,4 @@ class Family(NamedTuple):
     module: Callable[[Config, nnx.Rngs], nnx.Module]
     costs: Costs | None = None
     generates: bool = False  # whether the module has a method `recall`, as the decoder's
+    gathers_weights: bool = False  # whether it calls `layers.whole` where it uses weights that are sharded at rest

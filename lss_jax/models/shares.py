@@ -47,6 +47,8 @@ def shard_weights(module: nnx.Module, mesh: Mesh | AbstractMesh) -> None:
         shape, first = parameter.shape, int("stacked" in parameter.get_metadata())
         parts = [*parameter.spec, *[None] * (len(shape) - len(parameter.spec))]
         free = [at for at in range(first, len(shape)) if parts[at] is None]
+        if not free:
+            continue
         at = min(free, key=lambda at: next_multiple(shape[at], count) / shape[at])
         padded = (*shape[:at], next_multiple(shape[at], count), *shape[at + 1 :])
         parameter.set_value(jax.ShapeDtypeStruct(padded, parameter.dtype))

@@ -25,7 +25,7 @@ class Share(NamedTuple):
 
 @partial(jax.custom_vjp, nondiff_argnums=(1, 2))
 def whole_weight(share: jax.Array, how: Share, dtype: str) -> jax.Array:
-    """A weight in the compute dtype, gathered from the devices' shares: over `data` first, which is then the least."""
+    """A weight in the compute dtype, gathered from its shares: over `data` first, while there is least to move."""
     return _gathered(share, how, dtype)[0]
 
 
@@ -38,16 +38,16 @@ def _gathered(share: jax.Array, how: Share, dtype: str) -> tuple[jax.Array, None
 
 
 @jax.named_scope(WEIGHTS)
-def _scattered(how: Share, _dtype: str, _: None, partial: jax.Array) -> tuple[jax.Array]:
+def _scattered(how: Share, _dtype: str, _: None, d_weight: jax.Array) -> tuple[jax.Array]:
     """A device's partial gradient to its share of the finished one, in float32: the transpose of the gather."""
     missing = -how.size % math.prod(jax.lax.axis_size(axis) for axis in how.axes)
-    widths = [(0, missing if axis == how.dimension else 0) for axis in range(partial.ndim)]
-    partial = jnp.pad(partial.astype(jnp.float32), widths)
+    widths = [(0, missing if axis == how.dimension else 0) for axis in range(d_weight.ndim)]
+    d_weight = jnp.pad(d_weight.astype(jnp.float32), widths)
     if SEQ in how.axes:
-        partial = jax.lax.psum_scatter(partial, SEQ, scatter_dimension=how.dimension, tiled=True)  # first average
+        d_weight = jax.lax.psum_scatter(d_weight, SEQ, scatter_dimension=how.dimension, tiled=True)  # first average
     if DATA in how.axes:
-        partial = jax.lax.psum_scatter(partial, DATA, scatter_dimension=how.dimension, tiled=True)  # second average
-    return (partial,)
+        d_weight = jax.lax.psum_scatter(d_weight, DATA, scatter_dimension=how.dimension, tiled=True)  # second average
+    return (d_weight,)
 
 
 whole_weight.defvjp(_gathered, _scattered)

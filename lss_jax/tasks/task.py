@@ -64,7 +64,10 @@ class Task(abc.ABC):
 
     @abc.abstractmethod
     def batch_specs(self) -> Any:
-        """The `PartitionSpec` of every array of a batch, `None` for one that this config does not have."""
+        """The `PartitionSpec` of every array of a batch, `None` for one that this config does not have.
+
+        An array that is sharded over `seq` has its tokens on its last axis, by which it is cut into tiles.
+        """
 
     @abc.abstractmethod
     def batch_like(self, mesh: Mesh | AbstractMesh) -> Any:
@@ -95,7 +98,7 @@ class Task(abc.ABC):
 
         Args:
           outputs: the model's, for this device's part `p` of its segment, or its vocabulary shard.
-          batch: local arrays.
+          batch: local arrays, of all tokens or of a tile of them, without `rows`.
           axis: the mesh axis over which the segment is sharded into parts, None if it is not.
         """
 

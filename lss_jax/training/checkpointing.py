@@ -5,6 +5,7 @@ its natural shape is one that the mesh does not divide.
 """
 
 import math
+from functools import cache
 from typing import Any
 
 import jax
@@ -41,8 +42,11 @@ def converted(arrays: Any, to: Any) -> Any:
     """Global arrays with the shapes and shardings of `to`: padded with zeros, or without the padding."""
 
     def of_leaf(array: jax.Array, to: jax.ShapeDtypeStruct) -> jax.Array:
-        if array.shape == to.shape:
-            return array
-        return jax.jit(lambda array: resized(array, to), out_shardings=to.sharding)(array)
+        return array if array.shape == to.shape else _resizing(to.shape, to.sharding)(array)
 
     return jax.tree.map(of_leaf, arrays, to)
+
+
+@cache
+def _resizing(shape: tuple[int, ...], placed: NamedSharding) -> jax.stages.Wrapped:
+    return jax.jit(lambda array: resized(array, shape), out_shardings=placed)

@@ -19,7 +19,7 @@ from lss_jax.models.outputs import PerToken
 from lss_jax.parallel.dropout import Dropout
 from lss_jax.parallel.gradients import double_sum, varying
 from lss_jax.parallel.hashing import hashed
-from lss_jax.parallel.mesh import DATA, MODEL, SEQ, axis_if_sharded, sharded_axes, without_unsharded
+from lss_jax.parallel.mesh import DATA, MODEL, SEQ, axis_if_sharded, named_axes, sharded_axes, without_unsharded
 from lss_jax.parallel.scopes import OPTIMIZER
 from lss_jax.parallel.tensor_parallel import own_part
 from lss_jax.tasks import make_task
@@ -149,9 +149,10 @@ def local_losses(model: Model, mesh: Mesh | AbstractMesh, params: Params, batch:
     outputs = model.apply(params, task.inputs(batch), segment)
     if not isinstance(outputs, PerToken):
         return task.losses(outputs, batch, axis)
-    # What has tokens goes with them in tiles; what else is in a batch does not.
-    of_tokens = jax.tree.map(lambda array, spec: array if SEQ in spec else None, batch, task.batch_specs())
-    others = jax.tree.map(lambda array, spec: None if SEQ in spec else array, batch, task.batch_specs())
+    # What has tokens goes with them in tiles, and all else but the numbers of rows, which are for dropout, to each.
+    batch, specs = batch._replace(rows=None), task.batch_specs()._replace(rows=None)
+    of_tokens = jax.tree.map(lambda array, spec: array if SEQ in named_axes(spec) else None, batch, specs)
+    others = jax.tree.map(lambda array, spec: None if SEQ in named_axes(spec) else array, batch, specs)
 
     def losses(outputs: Any, of_tile: Any, others: Any) -> Any:
         tile = type(batch)(*(a if b is None else b for a, b in zip(others, of_tile, strict=True)))
