@@ -12,8 +12,9 @@ from helpers import model_on, sampled
 from lss_jax.attention import lss
 from lss_jax.audit import DISAGREES
 from lss_jax.inspection import contract, hlo, operations
-from lss_jax.inspection.audit import audited, json_of, problems, text_of
+from lss_jax.inspection.audit import HOST, audited, json_of, problems, text_of
 from lss_jax.inspection.topology import devices_of
+from lss_jax.models.stack import waiting
 from lss_jax.parallel.mesh import make_mesh
 from lss_jax.training.step import trace_train_step
 
@@ -120,6 +121,16 @@ def test_operations_of_attention_follow_the_mask():
     assert flops[16] / dense <= 2 / blocks
 
 
+def test_what_stays_on_the_device_though_it_should_wait_on_the_host_is_reported():
+    model, mesh = model_on(1, 8, model__remat="offload")
+    result = audited(model, mesh)
+    assert problems(result, None) == [] and result.memory[HOST] == result.predicted_memory[HOST] == 0, "as on CPUs"
+    result = result._replace(predicted_memory={**result.predicted_memory, HOST: 3 * 2**20})
+    assert problems(result, None) == [
+        "host memory: 0.00 MiB in the program, 3.00 MiB predicted: what should wait there stays on the devices"
+    ]
+
+
 def test_the_text_and_the_json_tell_the_same():
     result = audited(*model_on(2, 4, model__layers=LAYERS))
     text, values = text_of(result, 2**30), json_of(result, 2**30)
@@ -199,6 +210,11 @@ ON_TPU: list[tuple[tuple[int, ...], dict[str, Any], int]] = [
     ((1, 8), IN_GROUPS, 2 * 4),
     ((1, 8), {**IN_GROUPS, "attention__regather": True, "attention__kernel": "blockwise"}, 3 * 4),
 ]
+LARGE = {
+    **{"model__norm": "rms", "model__mlp": "swiglu", "model__bias": False, "model__tied_head": False},
+    **{"mesh__shard": "all", "model__tile": 32, "model__remat": "offload", "model__dtype": "bfloat16"},
+    **{"attention__head_groups": 2, "attention__regather": True, "model__heads": 8, "model__width": 1024},
+}
 
 
 @pytest.mark.grid
@@ -214,6 +230,18 @@ def test_the_contract_holds_on_a_tpu_topology(sizes, changes, per_layer):
         total.times for line, total in result.collectives.items() if line.place.split()[0] in ("attention", "regions")
     )
     assert of_layers == per_layer * LAYERS
+
+
+@pytest.mark.grid
+@pytest.mark.parametrize("changes", [{}, {"optim__accumulate": 2}, {"model__remat_every": 2, "model__layers": 4}])
+def test_large_models_on_a_tpu_topology(changes):
+    """Weights in shares, tiles, groups and offload: every collective as predicted, and host memory to the byte."""
+    sizes = {"model__layers": LAYERS, "data__seq_len": 8192, "data__batch_size": 2, **LARGE, **changes}
+    model, _ = model_on(1, 8, **sizes)
+    result = audited(model, make_mesh((1, 8, 1), devices_of("tpu:v5p:2x2x2")))
+    assert problems(result, None) == []
+    waits = waiting(model.config, result.mesh)
+    assert result.memory[HOST] == result.predicted_memory[HOST] == waits > 0
 
 
 @pytest.mark.grid

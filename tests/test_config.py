@@ -8,7 +8,6 @@ import numpy as np
 import optax
 import pytest
 from helpers import make_loss_and_gradient, small_config
-from jax.sharding import AbstractMesh, AxisType
 
 from configs import base
 from lss_jax.config.loading import override
@@ -17,7 +16,7 @@ from lss_jax.config.schema import ConfigError, MeshConfig, from_dict
 from lss_jax.data.batch import batch_like
 from lss_jax.models import build_model, parameter_count
 from lss_jax.parallel.layout import layout_on
-from lss_jax.parallel.mesh import AXES, make_mesh
+from lss_jax.parallel.mesh import abstract_mesh, make_mesh
 from lss_jax.training.compatibility import shapes_of, shaping
 from lss_jax.training.optimizer import decayed, make_optimizer, make_schedule
 from lss_jax.training.setup import validate
@@ -48,7 +47,7 @@ def test_the_papers_largest_run_traces_on_its_mesh():
     config = load("paper_50112")
     sizes = validate(config, 3456)
     assert sizes == (24, 144, 1)
-    mesh = AbstractMesh(sizes, AXES, axis_types=(AxisType.Auto,) * 3)
+    mesh = abstract_mesh(sizes)
     model = build_model(config)
     layout = layout_on(config, mesh)
     batch = batch_like(config.data.batch_size, config.data.seq_len, mesh, layout, packed=False)

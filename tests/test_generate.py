@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import oracle
 import pytest
-from helpers import model_on, random_bytes, relative_error, sampled
+from helpers import model_on, random_bytes, relative_error, sampled, with_shapes
 
 from lss_jax.generation.cache import Cache
 from lss_jax.generation.decode import Generation, make_prefill, make_step
@@ -50,6 +50,10 @@ VARIANTS = {
     },
     "vocabulary in shares": {"model__vocab_parallel": True, "model__vocab": 264},
     "documents": {"data__separator": "\x00"},
+    "weights in shares": {
+        **{"mesh__shard": "all", "attention__head_groups": 2, "model__remat": "offload", "model__tile": 4},
+        **{"model__positions": "rope", "model__mlp_width": 50},
+    },
 }
 
 
@@ -98,7 +102,7 @@ def check_logits(sizes, variant, **changes):
     wide = {"model__width": 96, "model__heads": 24}  # 2, 3 and 8 devices divide the heads, for Ulysses
     model, mesh = model_on(*sizes, **wide, **VARIANTS[variant], **changes)
     params = large_params(model, mesh)
-    expected = logits_of_full_pass(model.config, jax.tree.map(np.asarray, params))
+    expected = logits_of_full_pass(model.config, with_shapes(jax.tree.map(np.asarray, params), model.natural_shapes))
     assert relative_error(logits_of_steps(model, mesh, params), expected) < BOUND
 
 
@@ -109,6 +113,7 @@ def cases():
         ((1, 8), "ring", "contiguous", "rope, grouped, window"),
         ((1, 3), "ulysses", "zigzag", "learned, padded, prefix"),
         ((2, 2, 2), "lss", "zigzag", "vocabulary in shares"),
+        ((1, 3), "lss", "zigzag", "weights in shares"),
     ]
     grid = [((1, 1), "lss", "zigzag", "rope, grouped, window")]
     grid += [

@@ -147,9 +147,7 @@ def test_inputs_in_several_host_buffers_are_put_together_again(monkeypatch):
 
 def test_a_family_that_does_not_gather_weights_is_refused(monkeypatch):
     monkeypatch.setitem(FAMILIES, "other", FAMILIES["decoder"]._replace(gathers_weights=False))
-    with pytest.raises(
-        ConfigError, match=r"family='other' does not gather weights, which mesh.shard=\"all\" needs; use"
-    ):
+    with pytest.raises(ConfigError, match=r"family='other' does not gather weights, which mesh.shard=\"all\" needs"):
         model_on(2, 4, model__family="other", mesh__shard="all")
 
 

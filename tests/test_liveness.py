@@ -6,11 +6,11 @@ import jax
 import jax.numpy as jnp
 import pytest
 from jax.ad_checkpoint import checkpoint_name
-from jax.sharding import AbstractMesh, NamedSharding
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from lss_jax.inspection.liveness import liveness
-from lss_jax.parallel.mesh import AXES, SEQ
+from lss_jax.parallel.mesh import SEQ, abstract_mesh
 
 LAYERS, TOKENS, WIDTH = 8, 512, 256
 STREAM = TOKENS * WIDTH * 4  # bytes of one layer's input
@@ -53,7 +53,9 @@ def test_what_a_policy_offloads_is_counted_on_the_host():
 def test_close_to_the_compiler(unroll):
     traced = traced_gradient(POLICIES["saved"], unroll)
     compiled = traced.lower().compile().memory_analysis().temp_size_in_bytes
-    assert 0.95 * compiled <= liveness(traced.jaxpr).device <= 1.25 * compiled
+    # The rules are those of jaxlib 0.10; a later one fuses more of an unrolled loop.
+    most = 1.25 if unroll == 1 or jax.__version_info__ < (0, 11) else 1.6
+    assert 0.95 * compiled <= liveness(traced.jaxpr).device <= most * compiled
 
 
 def test_the_largest_arrays_say_what_made_them():
@@ -63,7 +65,7 @@ def test_the_largest_arrays_say_what_made_them():
 
 
 def test_inside_shard_map_shapes_are_local():
-    mesh = AbstractMesh((1, 8, 1), AXES)
+    mesh = abstract_mesh((1, 8, 1))
 
     @partial(jax.shard_map, mesh=mesh, in_specs=P(SEQ), out_specs=P(SEQ))
     def segments(x):

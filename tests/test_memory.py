@@ -5,12 +5,11 @@ The whole grid, also of middle-sized models, is that of `python -m experiments.p
 
 import pytest
 from helpers import mesh_of, model_on, sampled, small_config
-from jax.sharding import AbstractMesh
 
 from experiments.planner import cases
 from experiments.planner import run as planner
 from lss_jax.inspection.memory import memory_of
-from lss_jax.parallel.mesh import AXES
+from lss_jax.parallel.mesh import abstract_mesh
 from lss_jax.training.step import trace_train_step
 
 CLOSE = 0.10  # the goal; experiments/planner has how close it is over the whole grid
@@ -75,4 +74,4 @@ def test_muon_has_one_moment_of_a_matrix():
 
 def test_an_abstract_mesh_will_do():
     model, mesh = model_on(2, 4)
-    assert memory_of(model, AbstractMesh((2, 4, 1), AXES)) == memory_of(model, mesh)
+    assert memory_of(model, abstract_mesh((2, 4, 1))) == memory_of(model, mesh)

@@ -4,7 +4,6 @@ import json
 from pathlib import Path
 
 import pytest
-from jax.sharding import AbstractMesh
 
 from experiments.paper import ablation, head_to_head, longest, splits, weak_scaling
 from experiments.paper.machines import Machine, communication, step_time
@@ -12,10 +11,10 @@ from experiments.paper.programs import HERE, config_of
 from lss_jax.inspection.contract import Line, Total, predicted
 from lss_jax.inspection.topology import devices_of
 from lss_jax.models import build_model
-from lss_jax.parallel.mesh import AXES
+from lss_jax.parallel.mesh import abstract_mesh
 
 TABLES = {module.NAME: module for module in (ablation, head_to_head, longest, splits, weak_scaling)}
-MESH = AbstractMesh((2, 4, 1), AXES)
+MESH = abstract_mesh((2, 4, 1))
 SLOW = Machine("slow", peak=1e9, memory_rate=1e6, link_rate=100.0, latency=0.5)
 
 

@@ -17,7 +17,6 @@ import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
-from jax.sharding import AbstractMesh
 from matplotlib.figure import Figure
 
 from experiments.paper.machines import V5P, algorithmic_operations, step_time
@@ -28,7 +27,7 @@ from lss_jax.inspection.memory import memory_of
 from lss_jax.inspection.planner import at_length, meshes
 from lss_jax.inspection.topology import CAPACITY
 from lss_jax.models import Model, build_model, parameter_count
-from lss_jax.parallel.mesh import AXES
+from lss_jax.parallel.mesh import abstract_mesh
 from lss_jax.training.setup import validate
 
 NAME = "splits"
@@ -72,7 +71,7 @@ def tried(model: Model, sizes: Mesh, microbatches: int) -> Row | None:
         validate(config, sizes[0] * sizes[1] * sizes[2])
     except ConfigError:
         return None
-    mesh = AbstractMesh(sizes, AXES)
+    mesh = abstract_mesh(sizes)
     model = build_model(config, mesh)
     collectives = predicted(model, mesh)
     work = algorithmic_operations(model, mesh, scores=0.5)

@@ -10,6 +10,8 @@ import jax.numpy as jnp
 
 # XLA on CPU computes bfloat16 in float32 up to jaxlib 0.11.1, and so stores it.
 BFLOAT16 = 2 if jax.__version_info__ >= (0, 11, 2) else 4  # bytes
+MOVED_BFLOAT16 = 4 if BFLOAT16 == 4 else 4 + 2  # collectives carry float32: as it arrived, and rounded
+COLLECTIVES = ("all_gather", "all_to_all", "ppermute", "psum", "psum_invariant", "reduce_scatter")
 
 # Operations that move nothing: their result is their operand under another name or shape.
 RESHAPES = {"reshape", "squeeze", "expand_dims"}
@@ -69,8 +71,10 @@ class Value:
     @property
     def bytes(self) -> int:
         """On one device."""
-        itemsize = BFLOAT16 if self.dtype == jnp.bfloat16 else getattr(self.dtype, "itemsize", 8)
-        return self.elements * itemsize
+        if self.dtype != jnp.bfloat16:
+            return self.elements * getattr(self.dtype, "itemsize", 8)
+        moved = self.node is not None and self.node.operation in COLLECTIVES
+        return self.elements * (MOVED_BFLOAT16 if moved else BFLOAT16)
 
 
 @dataclasses.dataclass(eq=False)

@@ -83,8 +83,8 @@ def _scan(eqn: core.JaxprEqn, inputs: list[Value], graph: Graph, scope: str) -> 
     """A loop; a turn slices its inputs from stacks, which are read where they lie."""
     if eqn.params["unroll"] >= eqn.params["length"]:
         return _unrolled(eqn, inputs, graph, scope)
-    consts, carries = eqn.params["num_consts"], eqn.params["num_carry"]
-    variables, first = eqn.params["jaxpr"].jaxpr.invars, consts + carries
+    consts, first = _constants_and_carries(eqn)
+    variables = _open(eqn.params["jaxpr"]).invars
     body = Graph(local=True, carried=[value_of(var.aval) for var in variables[consts:first]])
     stacks = zip(inputs[first:], variables[first:], strict=True)
     slices = [body.add("dynamic_slice", [stack], [value_of(var.aval)], scope)[0] for stack, var in stacks]
@@ -94,9 +94,8 @@ def _scan(eqn: core.JaxprEqn, inputs: list[Value], graph: Graph, scope: str) -> 
 
 def _unrolled(eqn: core.JaxprEqn, inputs: list[Value], graph: Graph, scope: str) -> list[Value]:
     """The turns of a loop one after the other: also of one with a single turn."""
-    consts, length = eqn.params["num_consts"], eqn.params["length"]
-    first = consts + eqn.params["num_carry"]
-    variables, carried, results = eqn.params["jaxpr"].jaxpr.invars[first:], inputs[consts:first], []
+    (consts, first), length = _constants_and_carries(eqn), eqn.params["length"]
+    variables, carried, results = _open(eqn.params["jaxpr"]).invars[first:], inputs[consts:first], []
     cut, stack = ("squeeze", "reshape") if length == 1 else ("slice", "stack")
     for turn in range(length)[:: -1 if eqn.params["reverse"] else 1]:
         stacks, key = zip(inputs[first:], variables, strict=True), f"turn {turn}"
@@ -108,6 +107,22 @@ def _unrolled(eqn: core.JaxprEqn, inputs: list[Value], graph: Graph, scope: str)
     turns = [([result[position] for result in results], value_of(var.aval)) for position, var in outvars]
     stacked = [graph.add(stack, parts, [whole], scope, key=None)[0] for parts, whole in turns]
     return [*carried, *stacked]
+
+
+def _constants_and_carries(eqn: core.JaxprEqn) -> tuple[int, int]:
+    """Where the carries of a scan begin among its inputs, and where they end: what is stacked has a dimension more."""
+    inner = _open(eqn.params["jaxpr"])
+
+    def stacked(outside: Any, inside: Any) -> int:
+        return sum(a.aval.ndim > b.aval.ndim for a, b in zip(outside, inside, strict=True))
+
+    first = len(eqn.invars) - stacked(eqn.invars, inner.invars)
+    return first - (len(eqn.outvars) - stacked(eqn.outvars, inner.outvars)), first
+
+
+def _open(jaxpr: Any) -> core.Jaxpr:
+    """The equations of a jaxpr, which some versions of JAX close over constants."""
+    return jaxpr.jaxpr if hasattr(jaxpr, "consts") else jaxpr
 
 
 def _while(eqn: core.JaxprEqn, inputs: list[Value], graph: Graph, scope: str) -> list[Value]:

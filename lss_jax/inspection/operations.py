@@ -25,9 +25,11 @@ from lss_jax.attention.strategies import STRATEGIES
 from lss_jax.attention.strategy import Strategy
 from lss_jax.attention.traffic import Sizes, sizes_of
 from lss_jax.models import Model, costs_of
+from lss_jax.models.stack import repeats
 from lss_jax.parallel.scopes import ATTENTION
 from lss_jax.tasks import make_task
 
+FORWARD = 2  # products per score in a forward pass
 PRODUCTS = {"dense": 2 + 5, "blockwise": 2 + 5, "triton": 2 + 3 + 4, "mosaic": 2 + 3 + 4}  # per score, in both passes
 
 
@@ -62,7 +64,8 @@ def attention(model: Model, mesh: Mesh) -> int:
     sizes, setting = strategy.in_kernel(sizes_of(config, mesh), setting_on(config, mesh))
     positions_Nl = setting.layout.positions(sizes.l * setting.layout.devices).reshape(-1, sizes.l)
     scores = max(_scores(task.mask(jnp.asarray(positions_l)), sizes, setting, strategy) for positions_l in positions_Nl)
-    return config.model.layers * config.optim.accumulate * scores * 2 * sizes.K * PRODUCTS[setting.kernel]
+    products = PRODUCTS[setting.kernel] + FORWARD * repeats(config.model)
+    return config.model.layers * config.optim.accumulate * scores * 2 * sizes.K * products
 
 
 def _scores(mask: Intervals, sizes: Sizes, setting: Setting, strategy: Strategy) -> int:

@@ -7,7 +7,6 @@ from functools import cache
 from typing import NamedTuple
 
 import jax
-from jax.sharding import AbstractMesh
 
 from lss_jax.attention.strategies import STRATEGIES, with_strategy
 from lss_jax.config.rules import MeshSizes
@@ -18,7 +17,7 @@ from lss_jax.inspection.memory import Memory, memory_of
 from lss_jax.inspection.room import Changes, changed, fewer_inputs, ways
 from lss_jax.models import Model, build_model
 from lss_jax.parallel.layout import layout_on
-from lss_jax.parallel.mesh import AXES, make_mesh
+from lss_jax.parallel.mesh import abstract_mesh, make_mesh
 from lss_jax.training.setup import validate
 from lss_jax.training.step import trace_train_step
 
@@ -133,7 +132,7 @@ def evaluate(config: Config, sizes: MeshSizes, strategy: str, room: Room, change
     Raises:
       ConfigError: it breaks a rule of the config, or not even the shortest sequence fits.
     """
-    changes, mesh = changes or {}, AbstractMesh(sizes, AXES)
+    changes, mesh = changes or {}, abstract_mesh(sizes)
     config = changed(with_mesh(config, sizes, strategy), changes)
     validate(config, math.prod(sizes))
 

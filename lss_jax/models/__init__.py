@@ -21,11 +21,8 @@ from lss_jax.models.decoder import Decoder
 from lss_jax.models.family import Costs, Family
 from lss_jax.models.shares import NOT_GATHERED, shard_weights
 
-FAMILIES = {
-    "decoder": Family(
-        Decoder, Costs(decoder_costs.traffic, decoder_costs.products), generates=True, gathers_weights=True
-    )
-}
+DECODER = Costs(decoder_costs.traffic, decoder_costs.products)
+FAMILIES = {"decoder": Family(Decoder, DECODER, generates=True, gathers_weights=True)}
 
 Params = dict[str, Any]  # nested, leaves are arrays; names as in the modules
 

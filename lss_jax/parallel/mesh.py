@@ -25,6 +25,11 @@ def make_mesh(sizes: tuple[int, int, int], devices: Sequence[jax.Device] | None 
     return Mesh(placed, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
+def abstract_mesh(sizes: tuple[int, int, int]) -> AbstractMesh:
+    """The mesh of `sizes` without devices, to trace for."""
+    return AbstractMesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
 def sharded_axes(mesh: Mesh | AbstractMesh) -> tuple[str, ...]:
     """The axes with more than one device: only these may leave a collective in the compiled program."""
     return tuple(axis for axis in mesh.axis_names if mesh.shape[axis] > 1)
