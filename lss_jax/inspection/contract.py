@@ -22,7 +22,7 @@ from lss_jax.models import Model, costs_of
 from lss_jax.models.stack import repeats
 from lss_jax.parallel.layout import layout_on
 from lss_jax.parallel.mesh import DATA, MODEL, SEQ, named_axes, sharded_axes
-from lss_jax.parallel.scopes import ATTENTION, ELSEWHERE, GRADIENTS, MASK, OPTIMIZER, POSITIONS, WEIGHTS
+from lss_jax.parallel.scopes import ATTENTION, ELSEWHERE, GRADIENTS, LOSS, MASK, OPTIMIZER, POSITIONS, WEIGHTS
 from lss_jax.tasks import make_task
 from lss_jax.training.state import moment_specs, param_specs
 
@@ -94,7 +94,7 @@ def disagreements(compiled: Contract, expected: Contract) -> list[str]:
 
     Elements are compared, not bytes: compilers change the dtype that is sent (on CPU bfloat16 is sent as float32; on
     TPU a sum has the dtype to which its reader rounds it). Of scalars only place and axes are compared. Large sums of
-    gradients may be split (`LARGE`).
+    gradients may be split (`LARGE`), those of several weights or of the last tiles of the loss combined.
     """
     differences = []
     for line in sorted(_differing(compiled, expected)):
@@ -132,7 +132,7 @@ def _agree(line: Line, compiled: Contract, expected: Contract) -> bool:
     if one is None or other is None:
         return False
     apart = line.place == GRADIENTS and one.elements > LARGE and one.times <= VECTORS
-    combined = line.place.startswith(WEIGHTS) and one.times <= other.times
+    combined = line.place.startswith((WEIGHTS, LOSS)) and one.times <= other.times
     return line.kind == "scalars" or (
         one.elements == other.elements and (one.times == other.times or apart or combined)
     )

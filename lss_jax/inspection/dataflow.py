@@ -71,7 +71,7 @@ class Value:
     @property
     def bytes(self) -> int:
         """On one device."""
-        if self.dtype != jnp.bfloat16:
+        if self.dtype != jnp.bfloat16 or self.on_host:
             return self.elements * getattr(self.dtype, "itemsize", 8)
         moved = self.node is not None and self.node.operation in COLLECTIVES
         return self.elements * (MOVED_BFLOAT16 if moved else BFLOAT16)
