@@ -233,7 +233,7 @@ def test_the_contract_holds_on_a_tpu_topology(sizes, changes, per_layer):
 
 
 @pytest.mark.grid
-@pytest.mark.parametrize("changes", [{}, {"optim__accumulate": 2}, {"model__remat_every": 2, "model__layers": 4}])
+@pytest.mark.parametrize("changes", [{}, {"model__remat_every": 2, "model__layers": 4}])
 def test_large_models_on_a_tpu_topology(changes):
     """Weights in shares, tiles, groups and offload: every collective as predicted, and host memory to the byte."""
     sizes = {"model__layers": LAYERS, "data__seq_len": 8192, "data__batch_size": 2, **LARGE, **changes}
