@@ -37,8 +37,7 @@ def in_head_groups(attend: Callable[..., jax.Array], count: int) -> Callable[...
         heads = q_BlHK.shape[2] // count
 
         def one_group(_: None, group: Any, number: jax.Array) -> tuple[None, jax.Array]:
-            of_group = dropout and dropout._replace(first_head=dropout.first_head + number * heads)
-            return None, attend(*group, of_group)
+            return None, attend(*group, dropout and dropout.of_group(number, heads))
 
         groups = tuple(jnp.stack(jnp.split(x, count, axis=2)) for x in (q_BlHK, k_BlGK, v_BlGK))
         _, o_nBlhK = over_head_groups(one_group, None, groups)

@@ -65,7 +65,7 @@ def audit_step(config: Config, devices: str | Sequence[jax.Device] | None = None
 def audited(model: Model, mesh: Mesh) -> Audit:
     """Compiles a model's training step from shapes alone and compares it with its predictions."""
     traced = trace_train_step(model, mesh)
-    expected = dict(zip(CLASSES, memory_of(model, mesh), strict=True))
+    expected = dict(zip(CLASSES, memory_of(model, mesh, traced), strict=True))
     known = (
         contract.predicted(model, mesh),
         expected,

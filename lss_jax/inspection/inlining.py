@@ -24,7 +24,7 @@ def graph_of(closed: core.ClosedJaxpr) -> Graph:
 
 def _inline(jaxpr: Any, arguments: Sequence[Value], graph: Graph, scope: str) -> list[Value]:
     """Adds the operations of a jaxpr to a graph, and returns its results."""
-    jaxpr = getattr(jaxpr, "jaxpr", jaxpr)
+    jaxpr = _open(jaxpr)
     values = dict(zip(jaxpr.invars, arguments, strict=True)) | {var: value_of(var.aval) for var in jaxpr.constvars}
 
     def read(atom: Any) -> Value:
@@ -50,7 +50,7 @@ def _called(eqn: core.JaxprEqn) -> Any:
     for name in ("jaxpr", "call_jaxpr", "fun_jaxpr"):
         jaxpr = eqn.params.get(name)
         if hasattr(jaxpr, "eqns") and eqn.primitive.name != "pallas_call":
-            inner: Any = getattr(jaxpr, "jaxpr", jaxpr)  # of a closed one
+            inner = _open(jaxpr)
             if eqn.primitive.name == "shard_map" or _shapes(inner.invars) == _shapes(eqn.invars):
                 return inner
     return None

@@ -49,16 +49,16 @@ def shortfall(error: jax.errors.JaxRuntimeError) -> str:
     return sizes[0] if sizes else message.splitlines()[0]
 
 
-def memory_of(model: Model, mesh: Mesh | AbstractMesh) -> Memory:
-    """Predicts the memory of this model's training step on this mesh, which may be abstract; traces the step once."""
-    live, waits = live_arrays(model, mesh), has_host_memory(mesh)
+def memory_of(model: Model, mesh: Mesh | AbstractMesh, traced: jax.stages.Traced | None = None) -> Memory:
+    """Predicts the memory of this model's training step on this mesh, which may be abstract; traces it if need be."""
+    live, waits = live_arrays(model, mesh, traced), has_host_memory(mesh)
     temporaries = math.ceil(MARGIN * (live.device if waits else live.device + live.host))
     return Memory(*arguments_of(model, mesh), temporaries, live.host if waits else 0)
 
 
-def live_arrays(model: Model, mesh: Mesh | AbstractMesh) -> Liveness:
+def live_arrays(model: Model, mesh: Mesh | AbstractMesh, traced: jax.stages.Traced | None = None) -> Liveness:
     """What the traced training step holds beside its arguments: bytes on the device and on its host, without margin."""
-    return liveness(trace_train_step(model, mesh).jaxpr)
+    return liveness((traced or trace_train_step(model, mesh)).jaxpr)
 
 
 def arguments_of(model: Model, mesh: Mesh | AbstractMesh) -> tuple[int, int, int]:

@@ -29,6 +29,10 @@ class Dropout(NamedTuple):
         """Dropout at a place further down in the model: with these coordinates (layer, site) in its key."""
         return self._replace(key=hashed(self.key, *coordinates))
 
+    def of_group(self, number: Any, heads: int) -> "Dropout":
+        """Dropout of one of equal groups of this device's heads, which counts its heads from its own first."""
+        return self._replace(first_head=self.first_head + number * heads)
+
     def of_heads(self, head_H: jax.Array) -> "PairDropout":
         """Dropout of the attention weights of these heads, counted from this device's first."""
         head_H = self.first_head + head_H
