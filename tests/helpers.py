@@ -12,6 +12,7 @@ from lss_jax.config.schema import Config, from_dict
 from lss_jax.data.batch import Batch
 from lss_jax.data.loader import document_edges, read_batch
 from lss_jax.models import Model, build_model, resized
+from lss_jax.parallel.host_memory import to_device, to_host
 from lss_jax.parallel.layout import layout_on
 from lss_jax.parallel.mesh import make_mesh
 from lss_jax.training.setup import validate
@@ -70,10 +71,10 @@ def make_loss_and_gradient(model: Model, mesh: jax.sharding.Mesh):
     means_and_gradient = make_means_and_gradient(model, mesh)
 
     def loss_and_gradient(params, batch, step):
-        means, gradient = means_and_gradient(
-            jax.tree.map(lambda p, like: resized(p, like.shape), params, model.shapes), batch, step
-        )
-        return means["loss"], with_shapes(gradient, model.natural_shapes)
+        stored = with_shapes(params, model.shapes)
+        stored = jax.tree.map(lambda p, on_host: to_host(p) if on_host else p, stored, model.on_host)
+        means, gradient = means_and_gradient(stored, batch, step)
+        return means["loss"], with_shapes(jax.tree.map(to_device, gradient), model.natural_shapes)
 
     return loss_and_gradient
 

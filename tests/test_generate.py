@@ -14,8 +14,7 @@ from lss_jax.generation.decode import Generation, make_prefill, make_step
 from lss_jax.generation.sampling import Sampling
 from lss_jax.inspection import hlo
 from lss_jax.parallel.layout import layout_on
-from lss_jax.parallel.mesh import shardings
-from lss_jax.training.state import param_specs
+from lss_jax.training.state import param_shardings
 
 GREEDY = Sampling(0.0, None, 1.0, seed=0)
 DRAWN = Sampling(0.9, 50, 0.95, seed=3)
@@ -28,7 +27,7 @@ def large_params(model, mesh):
     def create():
         return jax.tree.map(lambda p: p * 3.0, model.init(jax.random.key(1)))
 
-    return jax.jit(create, out_shardings=shardings(param_specs(model, mesh), mesh))()
+    return jax.jit(create, out_shardings=param_shardings(model, mesh))()
 
 
 # Logits

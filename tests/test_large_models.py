@@ -24,7 +24,7 @@ from helpers import (
 )
 from jax.sharding import PartitionSpec as P
 
-import lss_jax.models.stack
+import lss_jax.models.offload
 import lss_jax.models.tiles
 from lss_jax import load_config
 from lss_jax.config.schema import ConfigError
@@ -65,6 +65,8 @@ ALL = {
     "attention__regather": True,
 }
 OPTIONS["all"] = ALL
+OPTIONS["state on the host"] = {"mesh__shard": "all", "optim__offload": True}
+OPTIONS["all and state on the host"] = {**ALL, "optim__offload": True}
 OPTIONS["all in microbatches"] = {**ALL, "optim__accumulate": 2}
 OPTIONS["all with biases and a tied head"] = {
     **ALL,
@@ -141,7 +143,7 @@ def test_moments_in_bfloat16_stay_near_those_in_float32(name):
 
 def test_inputs_in_several_host_buffers_are_put_together_again(monkeypatch):
     """No buffer in host memory may be too large; here none may have more than a few bytes."""
-    monkeypatch.setattr(lss_jax.models.stack, "LARGEST_HOST_BUFFER", 1000)
+    monkeypatch.setattr(lss_jax.models.offload, "LARGEST_HOST_BUFFER", 1000)
     check_against_oracle(2, 4, model__remat="offload", data__seq_len=88)
 
 

@@ -26,10 +26,10 @@ from lss_jax.config.schema import from_dict
 from lss_jax.generation.decode import Generation
 from lss_jax.generation.sampling import Sampling
 from lss_jax.models import build_model
-from lss_jax.parallel.mesh import make_mesh, shardings
+from lss_jax.parallel.mesh import make_mesh
 from lss_jax.runtime import distributed
 from lss_jax.training.setup import validate
-from lss_jax.training.state import param_specs
+from lss_jax.training.state import param_shardings
 
 DEVICES = (1, 2, 4, 8)
 LENGTHS = (1024, 4096, 16384)  # of the prompt
@@ -44,7 +44,7 @@ def generation(devices: int, length: int, tokens: int) -> Generation:
     values.update_from_flattened_dict({**MODEL, "mesh.seq": devices})
     config = from_dict(values)
     mesh, model = make_mesh(validate(config, devices), jax.devices()[:devices]), build_model(config)
-    placed = shardings(param_specs(model, mesh), mesh)
+    placed = param_shardings(model, mesh)
     params = jax.jit(lambda: model.init(jax.random.key(0)), out_shardings=placed)()
     prompt = np.random.default_rng(0).integers(0, 256, length).astype(np.uint8).tobytes()
     return Generation(config, mesh, params, [prompt], tokens, Sampling(1.0, None, 1.0, seed=0))

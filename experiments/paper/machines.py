@@ -85,7 +85,7 @@ def bytes_moved(model: Model, mesh) -> float:
     backward. Every block of queries reads all keys and values that reach its device, as with LSS.
     """
     config, sizes, setting = model.config, sizes_of(model.config, mesh), setting_on(model.config, mesh)
-    parameters, moments, _ = arguments_of(model, mesh)
+    parameters, moments, *_ = arguments_of(model, mesh)
     tokens, parts = sizes.B * sizes.l, mesh.shape[MODEL]
     part, hidden = tokens * config.model.width // parts, tokens * config.model.mlp_width // parts
     state = 6 * parameters + 2 * moments

@@ -179,8 +179,18 @@ def attention_problems(attention: AttentionConfig, heads: int, kv_heads: int) ->
 
 def optimizer_problems(config: Config, sizes: MeshSizes | None) -> Iterator[str]:
     """Errors in how the state of the optimizer is sharded: for training alone, as others read parameters only."""
+    if config.optim.offload and sizes and sizes[0] * sizes[1] > 1 and config.mesh.shard != "all":
+        yield (
+            f"optim.offload=True with mesh.shard={config.mesh.shard!r} would keep a copy of all weights in host memory "
+            f'for each device; use mesh.shard="all", which shards them, or optim.offload=False'
+        )
     if config.optim.name != "muon":
         return
+    if config.optim.offload:
+        yield (
+            'optim.offload=True updates a part of a matrix at a time, and optim.name="muon" needs all of it; '
+            'use optim.offload=False or optim.name="adamw"'
+        )
     if config.mesh.shard != "none":
         yield (
             f'mesh.shard={config.mesh.shard!r} leaves each device a shard of a matrix, and optim.name="muon" needs all '

@@ -75,6 +75,7 @@ class DataConfig:
 class OptimConfig:
     name: Literal["adamw", "lion", "muon"]
     moments_dtype: Literal["float32", "bfloat16"]
+    offload: bool
     steps: int
     learning_rate: float
     warmup_steps: int

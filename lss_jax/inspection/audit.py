@@ -13,7 +13,7 @@ from lss_jax.config.schema import Config
 from lss_jax.config.units import shown_size
 from lss_jax.inspection import contract, hlo, operations
 from lss_jax.inspection.contract import Contract
-from lss_jax.inspection.memory import memory_of, shortfall
+from lss_jax.inspection.memory import memory_of, rests_on_host, shortfall
 from lss_jax.inspection.topology import capacity_of, devices_of
 from lss_jax.models import Model, build_model, parameter_count
 from lss_jax.training.setup import mesh_of
@@ -79,19 +79,21 @@ def audited(model: Model, mesh: Mesh) -> Audit:
         return Audit(model, mesh, time.perf_counter() - started, None, None, shortfall(error), *known)
     seconds = time.perf_counter() - started
     found = contract.found(hlo.collectives(compiled.as_text()), mesh)
-    return Audit(model, mesh, seconds, found, _memory(compiled), "", *known)
+    return Audit(model, mesh, seconds, found, _memory(compiled, mesh), "", *known)
 
 
-def _memory(compiled: jax.stages.Compiled) -> dict[str, int]:
+def _memory(compiled: jax.stages.Compiled, mesh: Mesh) -> dict[str, int]:
     """Bytes per device, by class: the arguments, by the program's input shardings, and the temporaries."""
     (state, batch), _ = compiled.args_info
     (state_shardings, batch_shardings), _ = compiled.input_shardings
 
     def size(infos: Any, shardings: Any) -> int:
-        """Bytes per device of the arguments that the program uses: the others have no sharding."""
+        """Bytes per device, on it, of the arguments that the program uses: the others have no sharding."""
 
         def of_one(info: Any, sharding: Any) -> int:
-            return math.prod(sharding.shard_shape(info.shape)) * info.dtype.itemsize if sharding else 0
+            if not sharding or rests_on_host(sharding, mesh):
+                return 0
+            return math.prod(sharding.shard_shape(info.shape)) * info.dtype.itemsize
 
         return sum(jax.tree.leaves(jax.tree.map(of_one, infos, shardings)))
 

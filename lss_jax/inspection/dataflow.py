@@ -90,6 +90,13 @@ class Node:
     carried: list[Value] = dataclasses.field(default_factory=list)  # initial values of what a loop carries
     for_product: bool = False  # makes a matrix of a product's factor
 
+    def drop_stacks(self, needed: set[Value]) -> None:
+        """Lets a loop stack only what is needed."""
+        (body,), first = self.bodies, len(self.carried)
+        kept = [at for at, value in enumerate(self.outputs) if at < first or value in needed]
+        self.outputs, body.outputs = [self.outputs[at] for at in kept], [body.outputs[at] for at in kept]
+        self.inputs = [*self.carried, *body.pruned().captured()]
+
     @property
     def fusible(self) -> bool:
         """Whether it may be computed inside of another operation's kernel, element by element."""
@@ -146,10 +153,12 @@ class Graph:
         return node.outputs
 
     def pruned(self) -> "Graph":
-        """This graph, without operations whose results nobody needs."""
+        """This graph, without operations and stacked results of loops that nobody needs."""
         needed, kept = set(self.outputs), []
         for node in reversed(self.nodes):
             if needed.intersection(node.outputs):
+                if node.carried:
+                    node.drop_stacks(needed)
                 kept.append(node)
                 needed.update(node.inputs)
         self.nodes = kept[::-1]

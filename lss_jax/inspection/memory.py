@@ -16,6 +16,7 @@ from jax.sharding import AbstractMesh, Mesh
 from lss_jax.config.schema import Config
 from lss_jax.inspection.liveness import Liveness, liveness
 from lss_jax.models import Model
+from lss_jax.parallel.host_memory import HOST
 from lss_jax.parallel.mesh import has_host_memory
 from lss_jax.tasks import make_task
 from lss_jax.training.optimizer import make_optimizer
@@ -26,13 +27,13 @@ MARGIN = 1.05  # of what is counted: the compiler's schedule and packing differ 
 
 
 class Memory(NamedTuple):
-    """The memory of a training step, in bytes per device."""
+    """The memory of a training step, in bytes per device: on the device, but for `host`."""
 
     parameters: int
     moments: int  # the whole state of the optimizer
     batch: int
     temporaries: int
-    host: int  # layers' inputs that wait in the host's memory
+    host: int  # in the host's memory: layers' inputs that wait there, and state that rests there
 
     @property
     def total(self) -> int:
@@ -52,8 +53,9 @@ def shortfall(error: jax.errors.JaxRuntimeError) -> str:
 def memory_of(model: Model, mesh: Mesh | AbstractMesh, traced: jax.stages.Traced | None = None) -> Memory:
     """Predicts the memory of this model's training step on this mesh, which may be abstract; traces it if need be."""
     live, waits = live_arrays(model, mesh, traced), has_host_memory(mesh)
+    parameters, moments, batch, on_host = arguments_of(model, mesh)
     temporaries = math.ceil(MARGIN * (live.device if waits else live.device + live.host))
-    return Memory(*arguments_of(model, mesh), temporaries, live.host if waits else 0)
+    return Memory(parameters, moments, batch, temporaries, live.host + on_host if waits else 0)
 
 
 def live_arrays(model: Model, mesh: Mesh | AbstractMesh, traced: jax.stages.Traced | None = None) -> Liveness:
@@ -61,19 +63,30 @@ def live_arrays(model: Model, mesh: Mesh | AbstractMesh, traced: jax.stages.Trac
     return liveness((traced or trace_train_step(model, mesh)).jaxpr)
 
 
-def arguments_of(model: Model, mesh: Mesh | AbstractMesh) -> tuple[int, int, int]:
-    """Bytes per device of parameters, moments and batch."""
+def arguments_of(model: Model, mesh: Mesh | AbstractMesh) -> tuple[int, int, int, int]:
+    """Bytes per device of parameters, moments and batch, and of what of these is in the host's memory instead."""
     state = state_like(model, make_optimizer(model.config.optim), mesh)
-    return _bytes(state.params), _bytes(state.opt_state), _bytes(state.step) + _bytes(_used(model.config, mesh))
+    parameters, moments, batch = (
+        _bytes(arrays, mesh) for arrays in (state.params, state.opt_state, (state.step, _used(model.config, mesh)))
+    )
+    return parameters[0], moments[0], batch[0], parameters[1] + moments[1] + batch[1]
+
+
+def _bytes(arrays: Any, mesh: Mesh | AbstractMesh) -> tuple[int, int]:
+    """Bytes per device of arrays with shapes, dtypes and shardings: on the device, and in the host's memory."""
+    sizes = [0, 0]
+    for leaf in jax.tree.leaves(arrays):
+        shard = math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        sizes[rests_on_host(leaf.sharding, mesh)] += shard
+    return sizes[0], sizes[1]
+
+
+def rests_on_host(sharding: Any, mesh: Mesh | AbstractMesh) -> bool:
+    """Whether arrays of this sharding take none of the devices' memory."""
+    return sharding.memory_kind == HOST and has_host_memory(mesh)
 
 
 def _used(config: Config, mesh: Mesh | AbstractMesh) -> Any:
     """What the step uses of a batch; the numbers of its rows are an argument for dropout alone."""
     batch = make_task(config).batch_like(mesh)
     return batch if config.model.dropout else batch._replace(rows=None)
-
-
-def _bytes(arrays: Any) -> int:
-    """Bytes per device of arrays with shapes, dtypes and shardings."""
-    leaves = jax.tree.leaves(arrays)
-    return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves)

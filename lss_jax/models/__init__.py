@@ -19,7 +19,7 @@ from lss_jax.config.schema import Config, ConfigError, unknown_choice
 from lss_jax.models import decoder_costs
 from lss_jax.models.decoder import Decoder
 from lss_jax.models.family import Costs, Family
-from lss_jax.models.shares import NOT_GATHERED, shard_weights
+from lss_jax.models.shares import NOT_GATHERED, place_weights
 
 DECODER = Costs(decoder_costs.traffic, decoder_costs.products)
 FAMILIES = {"decoder": Family(Decoder, DECODER, generates=True, gathers_weights=True)}
@@ -34,6 +34,7 @@ class Model:
     `shapes`, `specs` and `row_per_position` are nested dicts like the parameters: global `ShapeDtypeStruct`s,
     `PartitionSpec`s and booleans. Weights that are sharded at rest may be padded, so that the mesh divides them:
     `natural_shapes` are those without padding, as checkpoints have them, and `gathers` says how often each is gathered.
+    Those of `on_host`, and all that the optimizer knows of them, rest in the host's memory.
     """
 
     config: Config
@@ -43,6 +44,7 @@ class Model:
     specs: Params
     row_per_position: Params
     gathers: Params
+    on_host: Params
 
     def init(self, key: jax.Array) -> Params:
         """Fresh global parameters; the values depend on the key alone, not on any sharding."""
@@ -73,8 +75,12 @@ def family_problems(config: Config) -> Iterator[str]:
     family = config.model.family
     if family not in FAMILIES:
         yield unknown_choice("model.family", family, FAMILIES)
-    elif config.mesh.shard == "all" and not FAMILIES[family].gathers_weights:
-        yield f'model.family={family!r} does not gather weights, which mesh.shard="all" needs; use mesh.shard="none"'
+    elif not FAMILIES[family].gathers_weights:
+        fetches = f"model.family={family!r} does not gather weights, which"
+        if config.mesh.shard == "all":
+            yield f'{fetches} mesh.shard="all" needs; use mesh.shard="none"'
+        if config.optim.offload:
+            yield f"{fetches} optim.offload=True needs; use optim.offload=False"
 
 
 def costs_of(model: "Model") -> Costs:
@@ -102,17 +108,17 @@ def module_of(config: Config, rngs: nnx.Rngs) -> nnx.Module:
 
 
 def build_model(config: Config, mesh: Mesh | AbstractMesh | None = None) -> Model:
-    """The model of a config, with its weights sharded over this mesh as `mesh.shard` says; allocates nothing.
+    """The model of a config, its weights placed on a mesh as `mesh.shard` and `optim.offload` say; allocates nothing.
 
-    Without a mesh no weight is sharded at rest.
+    Without a mesh no weight is sharded at rest, or on the host.
 
     Raises:
       ConfigError: no family has the name `model.family`.
     """
     module = nnx.eval_shape(lambda: module_of(config, nnx.Rngs(0)))
     natural_shapes = nnx.to_pure_dict(nnx.state(module))
-    if mesh is not None and config.mesh.shard == "all":
-        shard_weights(module, mesh)
+    if mesh is not None:
+        place_weights(module, config, mesh)
     graphdef, state = nnx.split(module)
 
     def metadata(read: Callable[[nnx.Variable], Any]) -> Params:
@@ -121,7 +127,8 @@ def build_model(config: Config, mesh: Mesh | AbstractMesh | None = None) -> Mode
     specs = metadata(lambda variable: variable.spec)
     tables = metadata(lambda variable: "row_per_position" in variable.get_metadata() and variable.row_per_position)
     gathers = metadata(lambda variable: variable.get_metadata().get("gathers", NOT_GATHERED))
-    return Model(config, graphdef, nnx.to_pure_dict(state), natural_shapes, specs, tables, gathers)
+    on_host = metadata(lambda variable: variable.get_metadata().get("on_host", False))
+    return Model(config, graphdef, nnx.to_pure_dict(state), natural_shapes, specs, tables, gathers, on_host)
 
 
 def parameter_count(model: Model) -> int:

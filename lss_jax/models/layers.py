@@ -106,7 +106,7 @@ Module = TypeVar("Module")
 
 
 def whole(module: Module, dtype: str) -> Module:
-    """The module with each weight that is sharded at rest gathered, in the compute dtype; a tuple of modules too."""
+    """The module, or a tuple, with each weight fetched that is sharded or on the host, in the compute dtype."""
 
     def gathered(variable: nnx.Variable) -> nnx.Variable:
         share = variable.get_metadata().get("share")

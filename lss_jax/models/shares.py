@@ -1,6 +1,7 @@
-"""Which weights are sharded at rest, over `seq` and `data`, and along which dimension (ZeRO-3, FSDP).
+"""Which weights are sharded at rest, over `seq` and `data`, along which dimension, and which are in host memory.
 
-Source: Rajbhandari et al. 2020 (arXiv 1910.02054, Sec. 5.3), Zhao et al. 2023 (arXiv 2304.11277).
+Source: ZeRO-3 (Rajbhandari et al. 2020, arXiv 1910.02054, Sec. 5.3), FSDP (Zhao et al. 2023, arXiv 2304.11277),
+ZeRO-Offload (Ren et al. 2021, arXiv 2101.06840).
 """
 
 import dataclasses
@@ -11,7 +12,8 @@ from flax import nnx
 from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 
 from lss_jax.config.rules import next_multiple
-from lss_jax.parallel.mesh import DATA, SEQ, sharded_axes
+from lss_jax.config.schema import Config
+from lss_jax.parallel.mesh import DATA, SEQ, named_axes, sharded_axes
 from lss_jax.parallel.weights import Share
 
 
@@ -27,33 +29,36 @@ VECTORS = ("scale", "bias")  # of norms and linear maps: too small to be worth a
 NOT_GATHERED = Gathers(0, False)
 
 
-def shard_weights(module: nnx.Module, mesh: Mesh | AbstractMesh) -> None:
-    """Marks each matrix of an abstract module as sharded over `seq` and `data`, and pads its shape if need be.
+def place_weights(module: nnx.Module, config: Config, mesh: Mesh | AbstractMesh) -> None:
+    """Marks how each matrix of an abstract module rests, and pads its shape if need be.
 
-    The dimension is the first one that takes the least padding, of those that no other axis shards. Norms and biases
-    stay replicated: of Llama 3 8B they are 0.003%.
+    With `mesh.shard="all"` it is sharded over `seq` and `data`, in the dimension that takes the least padding of those
+    that no other axis shards. With `optim.offload` it is in the host's memory, if its gradient is finished there: if it
+    is sharded over all axes of the mesh. Norms and biases stay replicated and on the device: of Llama 3 8B they are
+    0.003%.
     """
-    axes = tuple(axis for axis in (SEQ, DATA) if axis in sharded_axes(mesh))
-    count = math.prod(mesh.shape[axis] for axis in axes)
-    if not axes:
-        return
     for path, parameter in nnx.iter_graph(module):
-        if (
-            not isinstance(parameter, nnx.Param)
-            or path[-1] in VECTORS
-            or "row_per_position" in parameter.get_metadata()
-        ):
-            continue
-        shape, first = parameter.shape, int("stacked" in parameter.get_metadata())
-        parts = [*parameter.spec, *[None] * (len(shape) - len(parameter.spec))]
-        free = [at for at in range(first, len(shape)) if parts[at] is None]
-        if not free:
-            continue
-        at = min(free, key=lambda at: next_multiple(shape[at], count) / shape[at])
+        is_matrix = isinstance(parameter, nnx.Param) and path[-1] not in VECTORS
+        if is_matrix and "row_per_position" not in parameter.get_metadata():
+            _place(parameter, config, mesh)
+
+
+def _place(parameter: nnx.Param, config: Config, mesh: Mesh | AbstractMesh) -> None:
+    shape, first = parameter.shape, int("stacked" in parameter.get_metadata())
+    axes = tuple(axis for axis in (SEQ, DATA) if axis in sharded_axes(mesh) and config.mesh.shard == "all")
+    count = math.prod(mesh.shape[axis] for axis in axes)
+    parts = [*parameter.spec, *[None] * (len(shape) - len(parameter.spec))]
+    free = [at for at in range(first, len(shape)) if parts[at] is None]
+    at = min(free, key=lambda at: next_multiple(shape[at], count) / shape[at], default=None)
+    if at is None:
+        return
+    if axes:
         padded = (*shape[:at], next_multiple(shape[at], count), *shape[at + 1 :])
         parameter.set_value(jax.ShapeDtypeStruct(padded, parameter.dtype))
         parameter.set_metadata(
             spec=PartitionSpec(*parts[:at], axes, *parts[at + 1 :]),
-            share=Share(axes, dimension=at - first, size=shape[at]),
             gathers=Gathers(shape[0], True) if first else Gathers(1, False),
         )
+    on_host = config.optim.offload and named_axes(parameter.spec).issuperset(sharded_axes(mesh))
+    if axes or on_host:
+        parameter.set_metadata(share=Share(axes, dimension=at - first, size=shape[at]), on_host=on_host)

@@ -20,14 +20,13 @@ from lss_jax.config.schema import Config, ConfigError, gather_problems
 from lss_jax.data.split import WindowSplit
 from lss_jax.models import Model, Params, build_model
 from lss_jax.parallel.layout import Layout, layout_on
-from lss_jax.parallel.mesh import shardings
 from lss_jax.reports.figures import Curve, Plot
 from lss_jax.tasks import Task, make_task
 from lss_jax.tasks.task import means_of, values_of
 from lss_jax.training.compatibility import check_workdir
 from lss_jax.training.evaluation import restore_params, sums_on
 from lss_jax.training.setup import mesh_of, validate
-from lss_jax.training.state import param_specs
+from lss_jax.training.state import param_shardings
 from lss_jax.training.step import make_position_step
 
 
@@ -82,7 +81,7 @@ def at_length(config: Config, length: int) -> Config:
 
 def shortened(params: Params, model: Model, mesh: Mesh) -> Params:
     """Global parameters with the tables of learned positions cropped to the length of this model's windows."""
-    placed = shardings(param_specs(model, mesh), mesh)
+    placed = param_shardings(model, mesh)
     crop = jax.jit(
         lambda params: jax.tree.map(lambda p, shape: p[: shape.shape[0]], params, model.shapes), out_shardings=placed
     )

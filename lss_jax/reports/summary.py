@@ -10,7 +10,7 @@ from lss_jax.config.units import shown_size
 from lss_jax.generation.decode import Generation
 from lss_jax.generation.sampling import Sampling
 from lss_jax.models import parameter_count
-from lss_jax.models.stack import waiting
+from lss_jax.models.offload import waiting
 from lss_jax.parallel.layout import layout_on
 from lss_jax.reports.by_position import binned, shown_bin, sums_by_position
 from lss_jax.storage.metrics import read_records

@@ -13,13 +13,13 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from lss_jax.models import Model, resized
-from lss_jax.parallel.mesh import axes_of, like, shardings
-from lss_jax.training.state import param_specs
+from lss_jax.parallel.mesh import axes_of, like
+from lss_jax.training.state import param_shardings
 
 
 def params_like(model: Model, mesh: Mesh) -> Any:
     """Shapes and shardings of the parameters in the state."""
-    return like(model.shapes, shardings(param_specs(model, mesh), mesh))
+    return like(model.shapes, param_shardings(model, mesh))
 
 
 def natural_like(stored: Any, natural_shapes: Any) -> Any:

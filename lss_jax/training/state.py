@@ -1,15 +1,17 @@
 """The training state: global arrays, sharded over the mesh by their specs."""
 
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import AbstractMesh, Mesh
+from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from lss_jax.models import Model
+from lss_jax.parallel.host_memory import HOST
 from lss_jax.parallel.layout import layout_on
 from lss_jax.parallel.mesh import DATA, SEQ, axes_of, like, named_axes, sharded_axes, shardings
 
@@ -23,17 +25,38 @@ class TrainState(NamedTuple):
 
 
 def state_shardings(model: Model, optimizer: optax.GradientTransformation, mesh: Mesh | AbstractMesh) -> TrainState:
-    """The sharding of every array of the state; moments are sharded like their parameter, or further."""
-    specs = param_specs(model, mesh)
-    moments = optax.tree_map_params(
+    """The sharding of every array of the state; moments are where their parameter is, sharded like it, or further."""
+    everywhere = NamedSharding(mesh, P())
+    moments = of_moments(
+        optimizer, model, _placed(moment_specs(model, mesh), model, mesh), of_others=lambda _: everywhere
+    )
+    return TrainState(everywhere, param_shardings(model, mesh), moments)
+
+
+def of_moments(
+    optimizer: optax.GradientTransformation, model: Model, of_params: Any, of_others: Callable[[Any], Any]
+) -> Any:
+    """A tree like the optimizer's state, in which each moment has what its parameter has in the tree `of_params`."""
+    return optax.tree_map_params(
         optimizer,
-        lambda moment, spec: moment if _is_masked(moment) else spec,
+        lambda moment, of_param: moment if _is_masked(moment) else of_param,
         jax.eval_shape(optimizer.init, model.shapes),
-        moment_specs(model, mesh),
-        transform_non_params=lambda _: P(),
+        of_params,
+        transform_non_params=of_others,
         is_leaf=_is_masked,
     )
-    return shardings(TrainState(P(), specs, moments), mesh)
+
+
+def param_shardings(model: Model, mesh: Mesh | AbstractMesh) -> Any:
+    """The shardings of the parameters in the state, on the device or in the host's memory."""
+    return _placed(param_specs(model, mesh), model, mesh)
+
+
+def _placed(specs: Any, model: Model, mesh: Mesh | AbstractMesh) -> Any:
+    def of_leaf(placed: NamedSharding, on_host: bool) -> NamedSharding:
+        return placed.with_memory_kind(HOST) if on_host else placed
+
+    return jax.tree.map(of_leaf, shardings(specs, mesh), model.on_host)
 
 
 def _is_masked(moment: Any) -> bool:

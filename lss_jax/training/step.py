@@ -19,6 +19,7 @@ from lss_jax.models.outputs import PerToken
 from lss_jax.parallel.dropout import Dropout
 from lss_jax.parallel.gradients import double_sum, varying
 from lss_jax.parallel.hashing import hashed
+from lss_jax.parallel.host_memory import elementwise, is_on_host, zeros_on_host
 from lss_jax.parallel.mesh import DATA, MODEL, SEQ, axis_if_sharded, named_axes, sharded_axes, without_unsharded
 from lss_jax.parallel.scopes import OPTIMIZER
 from lss_jax.parallel.tensor_parallel import own_part
@@ -27,6 +28,7 @@ from lss_jax.tasks.task import Means, means_of
 from lss_jax.training.optimizer import make_optimizer
 from lss_jax.training.state import TrainState, param_specs, state_like, state_shardings
 from lss_jax.training.tables import cropped, in_layout_order, in_natural_order, padded
+from lss_jax.training.update import make_norm, make_update
 
 
 def make_train_step(
@@ -37,23 +39,15 @@ def make_train_step(
     The metrics are the task's means and `grad_norm`. If the loss or the norm is not finite, parameters and optimizer
     state stay as they are, and `step` still counts. Every device knows both numbers, so this needs no collective.
     """
-    means_and_gradient = make_means_and_gradient(model, mesh)
-    placed = state_shardings(model, optimizer, mesh)
-
-    def updated(state: TrainState, gradient: Params, norm: jax.Array) -> tuple[Params, Any]:
-        updates, opt_state = optimizer.update(gradient, state.opt_state, state.params, norm=norm)
-        return optax.apply_updates(state.params, updates), opt_state
-
-    def unchanged(state: TrainState, _gradient: Params, _norm: jax.Array) -> tuple[Params, Any]:
-        return state.params, state.opt_state
+    means_and_gradient, placed = make_means_and_gradient(model, mesh), state_shardings(model, optimizer, mesh)
+    norm, update = make_norm(model, mesh), make_update(model, optimizer, mesh)
 
     def train_step(state: TrainState, batch: Any) -> tuple[TrainState, dict[str, jax.Array]]:
         means, gradient = means_and_gradient(state.params, batch, state.step)
         with jax.named_scope(OPTIMIZER):
-            metrics = {**means, "grad_norm": optax.tree.norm(gradient)}
+            metrics = {**means, "grad_norm": norm(gradient)}
             finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"])
-            # `cond` rather than `where`: the update is then in place, without a second copy of the state.
-            new = jax.lax.cond(finite, updated, unchanged, state, gradient, metrics["grad_norm"])
+            new = update(state, gradient, metrics["grad_norm"], finite)
             new = jax.lax.with_sharding_constraint(new, (placed.params, placed.opt_state))
         return TrainState(state.step + 1, *new), metrics
 
@@ -96,7 +90,8 @@ def make_means_and_gradient(model: Model, mesh: Mesh | AbstractMesh) -> MeansAnd
         sums, gradient = sum_over_microbatches(partial_sums, batch, batch_specs, model.config.optim.accumulate, mesh)
         gradient = in_natural_order(gradient, model, mesh)
         sums, gradient = double_sum((sums, gradient), (jax.tree.map(lambda _: P(), sums), model.specs), mesh)
-        gradient = jax.tree.map(lambda leaf: leaf / jnp.maximum(sums[-1], 1.0), gradient)
+        count = jnp.maximum(sums[-1], 1.0)
+        gradient = jax.tree.map(partial(elementwise, lambda leaf: leaf / count), gradient)
         return means_of(sums), cropped(gradient, model, mesh)
 
     def means_and_gradient(params: Params, batch: Any, step: jax.Array | int) -> tuple[Means, Params]:
@@ -189,12 +184,15 @@ def sum_over_microbatches(
         return jax.tree.map(micro_rows, batch, specs)
 
     def add(index: jax.Array, total: Any) -> Any:
-        return jax.tree.map(jnp.add, total, function(micro(index)))
+        return jax.tree.map(partial(elementwise, jnp.add), total, function(micro(index)))
 
-    def nothing(leaf: Any) -> jax.Array:
-        return jax.lax.pcast(jnp.zeros(leaf.shape, leaf.dtype), sharded_axes(mesh), to="varying")
+    def nothing(aval: Any) -> jax.Array:
+        zero = jax.lax.pcast(jnp.zeros((), aval.dtype), sharded_axes(mesh), to="varying")
+        return zeros_on_host(aval.shape, zero) if is_on_host(aval) else jnp.broadcast_to(zero, aval.shape)
 
-    return jax.lax.fori_loop(0, count, add, jax.tree.map(nothing, jax.eval_shape(lambda: function(micro(0)))))
+    traced, shapes = jax.make_jaxpr(lambda: function(micro(0)), return_shape=True)()  # with the arrays' memory
+    start = jax.tree.unflatten(jax.tree.structure(shapes), map(nothing, traced.out_avals))
+    return jax.lax.fori_loop(0, count, add, start)
 
 
 def on_mesh(specs: Any, mesh: Mesh | AbstractMesh) -> Any:
