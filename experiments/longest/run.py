@@ -26,7 +26,8 @@ PROGRAMS = 5
 CRASHED = "the compiler ended"
 
 BARE = {"attention.head_groups": 1, "attention.regather": False, "model.remat": "block", "model.tile": 0}
-EIGHT, MANY = ("tpu:v5p:2x2x2", 8), ("tpu:v5p:2x4x4", 32)
+ON_HOST = {"optim.offload": True, "optim.moments_dtype": "bfloat16", "optim.beta2": 0.98}
+ONE, EIGHT, MANY = ("tpu:v5p:2x2x1", 1), ("tpu:v5p:2x2x2", 8), ("tpu:v5p:2x4x4", 32)
 # name: (what it is, topology, devices, first length per device, changes)
 RUNGS: dict[str, tuple[str, str, int, int, dict[str, Any]]] = {
     "plain": ("weights replicated, blocks recomputed", *EIGHT, STEP, {**BARE, "mesh.shard": "none"}),
@@ -49,14 +50,27 @@ RUNGS: dict[str, tuple[str, str, int, int, dict[str, Any]]] = {
         8 * STEP,
         {"attention.strategy": "ulysses", "attention.head_groups": 4, "model.remat_every": 2},
     ),
+    "all, state on the host": (
+        "every second layer's input waits; weights, gradients and moments rest on the host",
+        *EIGHT,
+        40 * STEP,
+        {"model.remat_every": 2, **ON_HOST},
+    ),
     "32 devices": ("all, every second layer's input waits", *MANY, 31 * STEP, {"model.remat_every": 2}),
+    "one device": (
+        "tiles, groups, every fourth layer's input waits; weights, gradients and moments rest on the host",
+        *ONE,
+        30 * STEP,
+        {"model.remat_every": 4, **ON_HOST},
+    ),
 }
 
 
-def compiled(topology: str, length: int, changes: dict[str, Any]) -> dict[str, Any]:
+def compiled(topology: str, devices: int, length: int, changes: dict[str, Any]) -> dict[str, Any]:
     """What `compile.py` prints of one program."""
     overrides = [f"--config.{key}={value}" for key, value in {**changes, "data.seq_len": length}.items()]
-    command = [sys.executable, "-m", "experiments.longest.compile", "--topology", topology, *overrides]
+    program = [sys.executable, "-m", "experiments.longest.compile"]
+    command = [*program, "--topology", topology, "--devices", str(devices), *overrides]
     done = subprocess.run(command, capture_output=True, text=True)
     lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
     result = json.loads(lines[-1]) if lines else {"too large": f"{CRASHED}: {done.stderr.strip()[-200:]}"}
@@ -79,7 +93,7 @@ def search(topology: str, devices: int, first: int, changes: dict[str, Any]) -> 
     step, length = STEP * devices, first * devices
     found: list[dict[str, Any]] = []
     while len(found) < PROGRAMS:
-        found.append(compiled(topology, length, changes))
+        found.append(compiled(topology, devices, length, changes))
         if crashed(found[-1]):
             length += step
             continue
