@@ -60,10 +60,10 @@ def get_config() -> ConfigDict:
     model.vocab_parallel = False  # shard the token embedding and the head over mesh.model, for large vocabularies
     model.dropout = 0.0  # on embeddings, attention weights and both residual branches; the same on every mesh
     model.dtype = "float32"  # of activations; or "bfloat16"; parameters are always float32
-    # Recomputed in the backward pass: "none"; "block", each block but its attention; or "offload", each block from its
-    # input, which waits in host memory.
+    # Recomputed in the backward pass: "none"; "block", each block but its attention; "input", each block from its input
+    # alone; "offload", the same, and the input waits in host memory.
     model.remat = "none"
-    model.remat_every = 1  # "offload": only every so many layers' input waits, and more is recomputed
+    model.remat_every = 1  # "input", "offload": only every so many layers' input is saved, and more is recomputed
     model.tile = 0  # tokens for which MLP, projections, head and loss are computed at a time; 0: all at once
     model.scan_layers = True  # scan over the layers, which compiles one block; False: unrolled
 

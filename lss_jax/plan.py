@@ -35,7 +35,7 @@ def main() -> int:
         "--host-memory",
         metavar="SIZE",
         help="per device, for what waits there: also chooses what makes room (sharded weights, tiles, recomputation, "
-        "groups of heads, offload), and says what each of them buys",
+        "groups of heads, offload of inputs and state), and says what each of them buys",
     )
     parser.add_argument("--json", metavar="OUT", help="also write the whole plan to this file")
     parser.add_argument(

@@ -14,7 +14,7 @@ from lss_jax.audit import DISAGREES
 from lss_jax.inspection import contract, hlo, operations
 from lss_jax.inspection.audit import HOST, audited, json_of, problems, text_of
 from lss_jax.inspection.topology import devices_of
-from lss_jax.models.offload import waiting
+from lss_jax.models.recompute import waiting
 from lss_jax.parallel.mesh import make_mesh
 from lss_jax.training.step import trace_train_step
 

@@ -14,6 +14,7 @@ from lss_jax.generation.generate import generate_text
 from lss_jax.reports.summary import introduction
 from lss_jax.storage.metrics import MetricsWriter, console_line, duration, read_records
 from lss_jax.storage.workdir import saved_config
+from lss_jax.training import host
 from lss_jax.training.evaluation import evaluate_run
 from lss_jax.training.trainer import Trainer
 
@@ -91,7 +92,8 @@ def test_an_interrupted_run_ends_like_an_uninterrupted_one(config, tmp_path, who
         pytest.param((1, 3, 2), {"model__vocab_parallel": True}, marks=pytest.mark.grid),
         pytest.param((2, 2, 2), {"mesh__shard": "optimizer"}, marks=pytest.mark.grid),
         pytest.param((2, 4, 1), {"mesh__shard": "all"}, marks=pytest.mark.grid),
-        ((1, 3, 1), {"mesh__shard": "all", "model__remat": "offload", "model__tile": 5, "attention__head_groups": 2}),
+        pytest.param((1, 8, 1), {"mesh__shard": "all", "optim__offload": True}, marks=pytest.mark.grid),
+        ((1, 3, 1), {"mesh__shard": "all", "model__remat": "offload", "model__tile": 5, "optim__offload": True}),
     ],
 )
 def test_another_mesh_goes_on_with_the_same_curve(config, tmp_path, whole, sizes, changes):
@@ -106,10 +108,27 @@ def test_another_mesh_goes_on_with_the_same_curve(config, tmp_path, whole, sizes
 
 
 def test_offload_on_cpu_is_said_to_do_nothing(config, tmp_path):
-    for remat, lines in (("offload", 1), ("block", 0)):
-        trainer = Trainer(change(config, model__remat=remat), tmp_path / remat)
+    inputs, state = {"model__remat": "offload"}, {"mesh__shard": "all", "optim__offload": True}
+    for number, (changes, lines) in enumerate([(inputs, 1), (state, 1), ({}, 0)]):
+        trainer = Trainer(change(config, **changes), tmp_path / str(number))
         assert introduction(trainer).count("offload  does nothing here: cpu devices have no memory but") == lines
         trainer.close()
+
+
+def test_host_memory_that_is_not_there_is_refused(config, tmp_path, monkeypatch):
+    """As if these devices had memory of their own, and their host none or little."""
+    monkeypatch.setattr(host, "has_host_memory", lambda _: True)
+    config = change(config, model__remat="offload", mesh__shard="all", optim__offload=True)
+    little = (
+        r"model.remat='offload', optim.offload=True: 0.50 MiB for the 8 devices of this host, which has 0.25 MiB of"
+    )
+    wrong = r"optim.offload=True: cpu devices cannot reach the host's memory; use optim.offload=False"
+    for name, replacement, message in (("_physical_memory", lambda: 2**18, little), ("HOST", "another", wrong)):
+        with monkeypatch.context() as patch:
+            patch.setattr(host, name, replacement)
+            with pytest.raises(ConfigError, match=message):
+                Trainer(config, tmp_path / "refused")
+        assert not (tmp_path / "refused").exists()
 
 
 def test_muon_goes_on_with_the_same_curve_on_another_mesh(config, tmp_path):

@@ -2,9 +2,10 @@
 
     python -m experiments.longest.compile --topology tpu:v5p:2x2x2 --config.data.seq_len=1048576
 
-The device's total is that of the compiler's own report of its buffers, arguments included: `memory_analysis` counts the
-gaps between buffers of different parts of the program as if they added up. One program per process, for the report is
-written where `XLA_FLAGS` says when XLA is loaded, and a program that is too large may end the process.
+The totals, of the device and of the host, are those of the compiler's own report of its buffers, arguments included:
+`memory_analysis` counts the gaps between buffers of different parts of the program as if they added up. One program per
+process, for the report is written where `XLA_FLAGS` says when XLA is loaded, and a program that is too large may end
+the process.
 """
 
 import argparse
@@ -24,7 +25,8 @@ from lss_jax.training.setup import mesh_of
 from lss_jax.training.step import trace_train_step
 
 BUDGET = 80  # GiB per device
-TOTAL = re.compile(r"Total bytes: (\d+)")
+TOTAL = re.compile(r"\(color=(\d+)\)\nTotal bytes: (\d+)")
+DEVICE, HOST = "0", "5"  # the compiler's numbers of memories
 
 
 def main() -> None:
@@ -46,15 +48,10 @@ def main() -> None:
             print(json.dumps({"too large": shortfall(error), "seconds": time.perf_counter() - started}))
             return
         (report,) = Path(folder).glob("*jit_train_step*memory-usage-report.txt")
-        found = TOTAL.search(report.read_text())
-        assert analysis is not None and found
-        host = analysis.host_argument_size_in_bytes + analysis.host_temp_size_in_bytes
-        seconds = time.perf_counter() - started
-        print(
-            json.dumps(
-                {"device": int(found[1]), "host": host, "state": analysis.argument_size_in_bytes, "seconds": seconds}
-            )
-        )
+        sizes = {HOST: 0} | {memory: int(size) for memory, size in TOTAL.findall(report.read_text())}
+        assert analysis is not None
+        state, seconds = analysis.argument_size_in_bytes, time.perf_counter() - started
+        print(json.dumps({"device": sizes[DEVICE], "host": sizes[HOST], "state": state, "seconds": seconds}))
 
 
 if __name__ == "__main__":

@@ -41,7 +41,24 @@ RUNGS: dict[str, tuple[str, str, int, int, dict[str, Any]]] = {
         STEP,
         {**BARE, "attention.head_groups": 8, "attention.regather": True},
     ),
-    "no offload": ("weights, tiles and groups", *EIGHT, 6 * STEP, {"model.remat": "block"}),
+    "no offload": (
+        "weights, tiles and groups; blocks but their attention recomputed",
+        *EIGHT,
+        6 * STEP,
+        {"model.remat": "block"},
+    ),
+    "no offload, inputs": (
+        "the same, blocks recomputed from their inputs",
+        *EIGHT,
+        12 * STEP,
+        {"model.remat": "input"},
+    ),
+    "no offload, every 2nd": (
+        "the same, every second layer's input saved",
+        *EIGHT,
+        16 * STEP,
+        {"model.remat": "input", "model.remat_every": 2},
+    ),
     "all": ("weights, tiles, groups and offload", *EIGHT, 24 * STEP, {}),
     "all, every 2nd": ("the same, every second layer's input waits", *EIGHT, 40 * STEP, {"model.remat_every": 2}),
     "all, ulysses": (
@@ -56,7 +73,7 @@ RUNGS: dict[str, tuple[str, str, int, int, dict[str, Any]]] = {
         40 * STEP,
         {"model.remat_every": 2, **ON_HOST},
     ),
-    "32 devices": ("all, every second layer's input waits", *MANY, 31 * STEP, {"model.remat_every": 2}),
+    "32 devices": ("all, every second layer's input waits", *MANY, 38 * STEP, {"model.remat_every": 2}),
     "one device": (
         "tiles, groups, every fourth layer's input waits; weights, gradients and moments rest on the host",
         *ONE,
@@ -110,7 +127,7 @@ def search(topology: str, devices: int, first: int, changes: dict[str, Any]) -> 
         guess = 1.25 * best["length"]
         if len(good) > 1:
             slope = (best["device"] - good[-2]["device"]) / (best["length"] - good[-2]["length"])
-            guess = best["length"] + 0.98 * (BUDGET - best["device"]) / max(slope, 1)
+            guess = min(guess, best["length"] + 0.98 * (BUDGET - best["device"]) / slope) if slope > 0 else guess
         if bad:
             guess = min(guess, (best["length"] + bad) / 2)
         length = max(int(guess) // step * step, best["length"] + step)

@@ -139,10 +139,10 @@ def _cross_field(config: Config) -> Iterator[str]:
 
 def _remat_problems(model: ModelConfig) -> Iterator[str]:
     every = model.remat_every
-    if every > 1 and model.remat != "offload":
+    if every > 1 and model.remat in ("none", "block"):
         yield (
             f"model.remat_every={every} has no use with model.remat={model.remat!r}, which saves something of every "
-            f'layer; use model.remat="offload" or model.remat_every=1'
+            f'layer; use model.remat="input", "offload" or model.remat_every=1'
         )
     elif every > 0 and model.layers > 0 and model.layers % every:
         yield (

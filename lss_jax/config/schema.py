@@ -56,7 +56,7 @@ class ModelConfig:
     vocab_parallel: bool
     dropout: float
     dtype: Literal["float32", "bfloat16"]
-    remat: Literal["none", "block", "offload"]
+    remat: Literal["none", "block", "input", "offload"]
     remat_every: int
     tile: int
     scan_layers: bool

@@ -6,7 +6,7 @@ from pathlib import Path
 import jax
 from jax.sharding import Mesh
 
-from lss_jax.config.schema import Config, from_dict, gather_problems
+from lss_jax.config.schema import Config, from_dict, gather_problems, with_value
 from lss_jax.generation.decode import Generation, check_request
 from lss_jax.generation.sampling import Sampling
 from lss_jax.models import build_model
@@ -68,5 +68,6 @@ def generation_of(
     config: Config, workdir: Path, mesh: Mesh, prompts: Sequence[bytes], tokens: int, sampling: Sampling
 ) -> tuple[int, Generation]:
     """The step of the run's newest sound checkpoint, and the `Generation` from its parameters."""
+    config = with_value(config, "optim.offload", False)  # or all weights would come from the host for every token
     step, params = restore_params(build_model(config, mesh), mesh, workdir)
     return step, Generation(config, mesh, params, prompts=prompts, tokens=tokens, sampling=sampling)

@@ -5,12 +5,6 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-import jax
-import jax.numpy as jnp
-
-# XLA on CPU computes bfloat16 in float32 up to jaxlib 0.11.1, and so stores it.
-BFLOAT16 = 2 if jax.__version_info__ >= (0, 11, 2) else 4  # bytes
-MOVED_BFLOAT16 = 4 if BFLOAT16 == 4 else 4 + 2  # collectives carry float32: as it arrived, and rounded
 COLLECTIVES = ("all_gather", "all_to_all", "ppermute", "psum", "psum_invariant", "reduce_scatter")
 
 # Operations that move nothing: their result is their operand under another name or shape.
@@ -70,11 +64,8 @@ class Value:
 
     @property
     def bytes(self) -> int:
-        """On one device."""
-        if self.dtype != jnp.bfloat16 or self.on_host:
-            return self.elements * getattr(self.dtype, "itemsize", 8)
-        moved = self.node is not None and self.node.operation in COLLECTIVES
-        return self.elements * (MOVED_BFLOAT16 if moved else BFLOAT16)
+        """On one device, if it is stored as what it is."""
+        return self.elements * getattr(self.dtype, "itemsize", 8)
 
 
 @dataclasses.dataclass(eq=False)

@@ -14,11 +14,17 @@ from collections import defaultdict, deque
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
+import jax
+import jax.numpy as jnp
 from jax.extend import core
 
-from lss_jax.inspection.dataflow import VIEWS, Graph, Node, Value
+from lss_jax.inspection.dataflow import COLLECTIVES, VIEWS, Graph, Node, Value
 from lss_jax.inspection.inlining import graph_of
 from lss_jax.inspection.kernels import IN_PLACE, Kernels
+
+# XLA on CPU computes bfloat16 in float32 up to jaxlib 0.11.1, and so stores it.
+BFLOAT16_ON_CPU = 2 if jax.__version_info__ >= (0, 11, 2) else 4  # bytes
+MOVED_ON_CPU = 4 if BFLOAT16_ON_CPU == 4 else 4 + 2  # collectives carry float32: as it arrived, and rounded
 
 ORDERS = 8  # of equal arrays in the packing, beside those by start and by lifetime
 NOISE = 0.1  # by which lifetimes differ between these orders
@@ -44,14 +50,14 @@ class Liveness(NamedTuple):
 class Buffer:
     """A piece of memory, from the first to the last moment at which a kernel uses it."""
 
-    def __init__(self, value: Value, maker: str, time: int):
-        self.value, self.maker, self.bytes = value, maker, value.bytes
+    def __init__(self, value: Value, maker: str, time: int, bytes: int):
+        self.value, self.maker, self.bytes = value, maker, bytes
         self.start = self.end = time
 
 
-def liveness(closed: core.ClosedJaxpr, shown: int = 20) -> Liveness:
+def liveness(closed: core.ClosedJaxpr, shown: int = 20, *, on_cpu: bool = True) -> Liveness:
     """Counts the arrays of a traced, jitted function, without its arguments and what it returns in their place."""
-    graph, run = graph_of(closed), _Run()
+    graph, run = graph_of(closed), _Run(on_cpu)
     run.graph(graph)
     returned = {run.held.get(run.kernels.base(value)) for value in graph.outputs}
     buffers = [buffer for buffer in run.buffers if buffer not in returned]
@@ -64,7 +70,8 @@ def liveness(closed: core.ClosedJaxpr, shown: int = 20) -> Liveness:
 class _Run:
     """One pass over a program's kernels: the buffers that they use, and when."""
 
-    def __init__(self) -> None:
+    def __init__(self, on_cpu: bool) -> None:
+        self.on_cpu = on_cpu
         self.time = 0
         self.buffers: list[Buffer] = []
         self.held: dict[Value, Buffer | None] = {}  # where each value is; None or missing: in an argument, or nowhere
@@ -94,8 +101,14 @@ class _Run:
         if buffer:
             buffer.end = self.time
 
+    def _bytes(self, value: Value) -> int:
+        if value.dtype != jnp.bfloat16 or value.on_host or not self.on_cpu:
+            return value.bytes
+        moved = value.node is not None and value.node.operation in COLLECTIVES
+        return value.elements * (MOVED_ON_CPU if moved else BFLOAT16_ON_CPU)
+
     def _new(self, value: Value, node: Node, what: str = "") -> Buffer:
-        buffer = Buffer(value, f"{what or node.operation} in {node.scope}", self.time)
+        buffer = Buffer(value, f"{what or node.operation} in {node.scope}", self.time, self._bytes(value))
         self.buffers.append(buffer)
         return buffer
 
@@ -114,7 +127,8 @@ class _Run:
                 over = (x for x in kernels.sources(node.inputs[0], fused=False) if x in mine)
             elif value is node.outputs[0]:
                 over = (x for x in kernels.overwritable(node) if x in kernels.own and x in reads)
-            free = (x for x in over if self.held.get(x) and readers[x][-1] is node and x.bytes == value.bytes)
+            size = self._bytes(value)
+            free = (x for x in over if self.held.get(x) and readers[x][-1] is node and self._bytes(x) == size)
             place = next(free, None)
             self.held[value] = self.held[place] if place else self._new(value, node)
 

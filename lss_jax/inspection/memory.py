@@ -60,7 +60,7 @@ def memory_of(model: Model, mesh: Mesh | AbstractMesh, traced: jax.stages.Traced
 
 def live_arrays(model: Model, mesh: Mesh | AbstractMesh, traced: jax.stages.Traced | None = None) -> Liveness:
     """What the traced training step holds beside its arguments: bytes on the device and on its host, without margin."""
-    return liveness((traced or trace_train_step(model, mesh)).jaxpr)
+    return liveness((traced or trace_train_step(model, mesh)).jaxpr, on_cpu=not has_host_memory(mesh))
 
 
 def arguments_of(model: Model, mesh: Mesh | AbstractMesh) -> tuple[int, int, int, int]:

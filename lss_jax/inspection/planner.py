@@ -14,7 +14,7 @@ from lss_jax.config.schema import Config, ConfigError, MeshConfig
 from lss_jax.config.units import shown_size
 from lss_jax.inspection.contract import predicted, sent
 from lss_jax.inspection.memory import Memory, memory_of
-from lss_jax.inspection.room import Changes, changed, fewer_inputs, ways
+from lss_jax.inspection.room import Changes, changed, fewer_inputs, state_on_host, ways
 from lss_jax.models import Model, build_model
 from lss_jax.parallel.layout import layout_on
 from lss_jax.parallel.mesh import abstract_mesh, make_mesh
@@ -25,6 +25,7 @@ TILE = 128  # lengths are multiples of this, and of the number of segments (or c
 LONGEST = 2**31 - 1  # positions are int32
 EXACT = 0.005  # the longest length is found to within this fraction
 NEARLY_ALL = 0.9  # of a device's memory: used to less, it is the host's that ends a sequence
+MUCH = 0.1  # of a device's memory: a larger state may be better off in the host's
 CLOSE = 0.05  # lengths within this fraction of the longest count as equal, and traffic decides
 
 
@@ -90,6 +91,8 @@ def meshes(devices: int) -> Iterator[MeshSizes]:
 def roomiest(config: Config, sizes: MeshSizes, strategy: str, room: Room) -> Candidate:
     """Costs with all that makes room, where there is host memory to use; of every layer's input as many wait as fit.
 
+    The state goes to the host too, where it would take much of the devices, if that makes the sequence longer.
+
     Raises:
       ConfigError: as `evaluate`.
     """
@@ -97,12 +100,37 @@ def roomiest(config: Config, sizes: MeshSizes, strategy: str, room: Room) -> Can
         return evaluate(config, sizes, strategy, room)
     planned = with_mesh(config, sizes, strategy)
     changes = {key: value for way in ways(planned, sizes) for key, value in way.items()}
+    found: list[Candidate] = []
+    problem: ConfigError | None = None
+    for more in ({}, *state_on_host(planned)):
+        if found and _state(found[0]) < MUCH * room.memory:
+            break
+        try:
+            found.append(with_inputs(config, sizes, strategy, room, {**changes, **more}))
+        except ConfigError as error:
+            problem = problem or error
+    if not found:
+        assert problem
+        raise problem
+    return max(found, key=_length)
+
+
+def with_inputs(config: Config, sizes: MeshSizes, strategy: str, room: Room, changes: Changes) -> Candidate:
+    """Costs with these changes, and as few layers' inputs in host memory as make the sequence longest.
+
+    Raises:
+      ConfigError: as `evaluate`.
+    """
     best = evaluate(config, sizes, strategy, room, changes)
-    for fewer in fewer_inputs(changed(planned, changes)):
+    for fewer in fewer_inputs(changed(with_mesh(config, sizes, strategy), changes)):
         if best.longest.memory.total > NEARLY_ALL * room.memory:  # the device's memory is what ends it
             break
         best = max(best, evaluate(config, sizes, strategy, room, {**changes, **fewer}), key=_length)
     return best
+
+
+def _state(candidate: Candidate) -> int:
+    return candidate.own.memory.parameters + candidate.own.memory.moments
 
 
 def steps(config: Config, best: Candidate, room: Room) -> Iterator[tuple[Changes, int]]:
@@ -112,8 +140,10 @@ def steps(config: Config, best: Candidate, room: Room) -> Iterator[tuple[Changes
     """
     planned = with_mesh(config, best.sizes, best.strategy)
     so_far: Changes = {}
-    inputs = {"model.remat_every": best.changes["model.remat_every"]} if "model.remat_every" in best.changes else {}
-    for way in ({}, *ways(planned, best.sizes), *([inputs] if inputs else [])):
+    last: list[Changes] = [
+        {key: best.changes[key]} for key in ("optim.offload", "model.remat_every") if key in best.changes
+    ]
+    for way in ({}, *ways(planned, best.sizes), *last):
         so_far |= way
         try:
             length = evaluate(config, best.sizes, best.strategy, room, so_far).longest.seq_len

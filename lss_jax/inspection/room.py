@@ -33,6 +33,12 @@ def fewer_inputs(config: Config) -> Iterator[Changes]:
         yield {"model.remat_every": every}
 
 
+def state_on_host(config: Config) -> Iterator[Changes]:
+    """Yields what puts weights, gradients and moments into host memory, if the config's optimizer can be there."""
+    if config.optim.name != "muon" and not config.optim.offload:
+        yield {"optim.offload": True}
+
+
 def changed(config: Config, changes: Changes) -> Config:
     """The config with these changes."""
     for key, value in changes.items():

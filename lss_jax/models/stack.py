@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec as P
 from lss_jax.config.schema import ModelConfig
 from lss_jax.models.blocks import Block
 from lss_jax.models.layers import Segment, whole
-from lss_jax.models.offload import offloaded
+from lss_jax.models.recompute import recomputed
 from lss_jax.parallel.dropout import LAYER
 from lss_jax.parallel.mesh import MODEL
 from lss_jax.parallel.residuals import ATTENDED, COMMUNICATED, GATHERED, REGION_OUTPUT
@@ -19,7 +19,7 @@ from lss_jax.parallel.residuals import ATTENDED, COMMUNICATED, GATHERED, REGION_
 
 def repeats(model: ModelConfig) -> int:
     """How often a whole block, its attention included, is computed once more in the backward pass."""
-    return 0 if model.remat != "offload" else 1 if model.remat_every == 1 else 2
+    return 0 if model.remat in ("none", "block") else 1 if model.remat_every == 1 else 2
 
 
 class Stack(nnx.Module):
@@ -30,8 +30,8 @@ class Stack(nnx.Module):
     `remat="block"` saves for the backward pass a block's input, attention's output before its projection (of the
     blockwise kernels), what attention received from other devices if the strategy saves that, and this device's part of
     the projected output. The rest is recomputed, for which both regions re-gather their input: saved, it would be as
-    large as `M` parts, and Megatron re-gathers too. `remat="offload"` saves a block's input alone, in host memory; with
-    `remat_every=k` that of every k-th block, from which k blocks are recomputed in turn.
+    large as `M` parts, and Megatron re-gathers too. `remat="input"` saves a block's input alone, and `remat="offload"`
+    saves it in host memory; with `remat_every=k` that of every k-th block, from which k blocks are recomputed in turn.
 
     Weights that are sharded, or on the host, are fetched for one block, and again in its backward pass.
     """
@@ -64,8 +64,8 @@ class Stack(nnx.Module):
             return block(x_BpE, of_layer, past)
 
         layers = params, (jnp.arange(model.layers), past)
-        if model.remat == "offload":
-            return offloaded(apply, model, x_BpE, *layers)
+        if model.remat in ("input", "offload"):
+            return recomputed(apply, model, x_BpE, *layers)
         if model.remat == "block":
             policy = jax.checkpoint_policies.save_only_these_names(ATTENDED, COMMUNICATED, REGION_OUTPUT)
         elif any(

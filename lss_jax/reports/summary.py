@@ -10,10 +10,11 @@ from lss_jax.config.units import shown_size
 from lss_jax.generation.decode import Generation
 from lss_jax.generation.sampling import Sampling
 from lss_jax.models import parameter_count
-from lss_jax.models.offload import waiting
 from lss_jax.parallel.layout import layout_on
+from lss_jax.parallel.mesh import has_host_memory
 from lss_jax.reports.by_position import binned, shown_bin, sums_by_position
 from lss_jax.storage.metrics import read_records
+from lss_jax.training.host import in_host_memory
 from lss_jax.training.trainer import Trainer
 
 TOKENS = 200  # of the sample
@@ -78,16 +79,14 @@ def introduction(trainer: Trainer) -> str:
 
 
 def _offload(trainer: Trainer) -> Iterator[str]:
-    """Where the layers' inputs wait for the backward pass, if that is to be the host's memory."""
-    if trainer.config.model.remat != "offload":
-        return
-    size = waiting(trainer.config, trainer.mesh)
-    kind = trainer.mesh.devices.flat[0].device_kind
-    yield (
-        f"offload  {shown_size(size)} of layers' inputs per device wait in the host's memory"
-        if size
-        else f"offload  does nothing here: {kind} devices have no memory but the host's"
-    )
+    """What is to be in the host's memory."""
+    sizes = in_host_memory(trainer.config, trainer.mesh, trainer.like)
+    if sizes and has_host_memory(trainer.mesh):
+        parts = " and ".join(f"{shown_size(size)} of {what}" for what, size in sizes.items())
+        yield f"offload  {parts} per device are in the host's memory"
+    elif sizes:
+        kind = trainer.mesh.devices.flat[0].device_kind
+        yield f"offload  does nothing here: {kind} devices have no memory but the host's"
 
 
 def conclusion(trainer: Trainer, learned: list[str], again: str) -> str:

@@ -13,6 +13,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from lss_jax.parallel.hashing import mixed
+from lss_jax.parallel.host_memory import is_on_host, to_device
 
 SALTS = (0, 0x5BD1E995)
 UNSIGNED = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}  # by the size of an element
@@ -21,11 +22,18 @@ UNSIGNED = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}  # by the size of an ele
 def checksums(tree: Any) -> dict[str, str]:
     """The checksum of every array of a tree (64 bits, in hexadecimal), by its path."""
     leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
-    arrays = [leaf for _, leaf in leaves]
-    sums = jax.device_get(_summing(arrays[0].sharding.mesh)(arrays))
-    return {
-        _name(path): "".join(f"{word:08x}" for word in words) for (path, _), words in zip(leaves, sums, strict=True)
-    }
+    arrays = {_name(path): leaf for path, leaf in leaves}
+    sums: dict[str, Any] = {}
+    for names in _computed_together(arrays):
+        found = _summing(leaves[0][1].sharding.mesh)([arrays[name] for name in names])
+        sums |= zip(names, jax.device_get(found), strict=True)
+    return {name: "".join(f"{word:08x}" for word in sums[name]) for name in arrays}
+
+
+def _computed_together(arrays: dict[str, jax.Array]) -> list[list[str]]:
+    """The names of all arrays on the devices, and those of each in host memory by itself: devices may not hold two."""
+    alone = [name for name, array in arrays.items() if is_on_host(array)]
+    return [[name for name in arrays if name not in alone], *([name] for name in alone)]
 
 
 @functools.lru_cache(maxsize=2)
@@ -34,6 +42,7 @@ def _summing(mesh: Mesh) -> jax.stages.Wrapped:
 
 
 def _checksum(array: jax.Array) -> jax.Array:
+    array = to_device(array) if is_on_host(array) else array
     bits = jax.lax.bitcast_convert_type(array, UNSIGNED[array.dtype.itemsize]).astype(jnp.uint32)
     index = jnp.uint32(0)
     for axis, size in enumerate(array.shape):

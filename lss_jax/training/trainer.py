@@ -25,6 +25,7 @@ from lss_jax.tasks.task import values_of
 from lss_jax.training.checkpointing import converted, natural_like
 from lss_jax.training.compatibility import check_workdir
 from lss_jax.training.evaluation import evaluate_split
+from lss_jax.training.host import check_hosts
 from lss_jax.training.optimizer import make_optimizer, make_schedule
 from lss_jax.training.profile import STEP, Profile
 from lss_jax.training.setup import mesh_of, validate
@@ -40,7 +41,8 @@ class Trainer:
 
     The constructor validates everything, opens the data, makes or restores the state, and only then writes. With
     several processes each builds one, and all call the same methods in the same order. `state` is the training state
-    (global arrays; `state.params`), `step` the number of finished steps; `mesh` and `config` are what it trains by.
+    (global arrays; `state.params`), `like` its shapes and shardings, `step` the number of finished steps; `mesh` and
+    `config` are what it trains by.
 
     Args:
       config: from `lss_jax.load_config`.
@@ -65,11 +67,12 @@ class Trainer:
         self._waits_for_steps = self.mesh.devices.flat[0].platform == "cpu"
         self._optimizer = make_optimizer(config.optim)
         self._schedule = make_schedule(config.optim)
-        self._like = state_like(self.model, self._optimizer, self.mesh)
+        self.like = state_like(self.model, self._optimizer, self.mesh)
+        check_hosts(config, self.mesh, self.like)
         moments = jax.eval_shape(self._optimizer.init, self.model.natural_shapes)
         self._natural = {
-            "params": natural_like(self._like.params, self.model.natural_shapes),
-            "opt_state": natural_like(self._like.opt_state, moments),
+            "params": natural_like(self.like.params, self.model.natural_shapes),
+            "opt_state": natural_like(self.like.opt_state, moments),
         }
         self._train_step: Callable | None = None
         self._eval_step = make_eval_step(self.model, self.mesh)
@@ -80,7 +83,7 @@ class Trainer:
         self._data = fingerprint(self._source)
         found = self._restored(folder)
         self.step = found.step if found else 0
-        stored = {"params": self._like.params, "opt_state": self._like.opt_state}
+        stored = {"params": self.like.params, "opt_state": self.like.opt_state}
         self.state = TrainState(self._step_number(), **converted(found.items, stored)) if found else self._fresh()
         self._skips = Skips(*found.notes["skips"]) if found else Skips(0, 0)
         self._profile = Profile(config.profile, workdir / "profile")
@@ -194,7 +197,7 @@ class Trainer:
         return found
 
     def _step_number(self) -> jax.Array:
-        return jax.make_array_from_callback((), self._like.step.sharding, lambda _: np.array(self.step, np.int32))
+        return jax.make_array_from_callback((), self.like.step.sharding, lambda _: np.array(self.step, np.int32))
 
     def _settle(self) -> None:
         """Logs the steps skipped since the last call; raises a RunError after too many in a row."""

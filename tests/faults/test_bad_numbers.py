@@ -53,10 +53,14 @@ def kept(trainer):
     return jax.tree.map(np.asarray, (trainer.state.params, trainer.state.opt_state))
 
 
+STATE_ON_HOST = {"mesh__shard": "all", "optim__offload": True}
+
+
+@pytest.mark.parametrize("changes", sampled([{}, STATE_ON_HOST], [{}], rest=pytest.mark.faults))
 @pytest.mark.parametrize("gradient_alone", sampled([False, True], [True], rest=pytest.mark.faults))
-def test_a_bad_step_changes_nothing_and_the_run_goes_on(tmp_path, monkeypatch, capsys, gradient_alone):
+def test_a_bad_step_changes_nothing_and_the_run_goes_on(tmp_path, monkeypatch, capsys, gradient_alone, changes):
     monkeypatch.setattr(language_model, "cross_entropy", poisoned(gradient_alone))
-    trainer = Trainer(config_of(tmp_path, [1000, 3000]), tmp_path / "run", jax.devices()[:4])
+    trainer = Trainer(config_of(tmp_path, [1000, 3000], **changes), tmp_path / "run", jax.devices()[:4])
     before, skipped = kept(trainer), []
     for record in trainer.fit():
         if record["split"] != "train":

@@ -1,4 +1,4 @@
-"""Layers whose inputs wait in host memory for the backward pass: both passes written out, each move is one line."""
+"""Layers of which the input alone waits for the backward pass, on the device or in host memory: both passes."""
 
 from collections.abc import Callable
 from functools import partial
@@ -29,11 +29,11 @@ def waiting(config: Config, mesh: Mesh | AbstractMesh) -> int:
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def offloaded(layer: Layer, model: ModelConfig, x_BpE: jax.Array, params: Any, others: Any) -> tuple[jax.Array, Any]:
+def recomputed(layer: Layer, model: ModelConfig, x_BpE: jax.Array, params: Any, others: Any) -> tuple[jax.Array, Any]:
     """Applies `layer(x_BpE, (params, others))` for each layer, and returns what is left, and their other results.
 
     In the backward pass there are no gradients of `others`, and no other results. Of every `remat_every` layers the
-    input is saved, in host memory, and these layers are recomputed from it in turn.
+    input is saved, with `remat="offload"` in host memory, and these layers are recomputed from it in turn.
 
     Args:
       layer: may close over arrays that have no gradient.
@@ -52,11 +52,12 @@ def offloaded(layer: Layer, model: ModelConfig, x_BpE: jax.Array, params: Any, o
 
 def _forward(layer, model, x_BpE, params, others):
     pieces = -(-model.layers // model.remat_every * x_BpE.nbytes // LARGEST_HOST_BUFFER)
+    save = to_host if model.remat == "offload" else lambda piece: piece
 
     def some_layers(x_BpE: jax.Array, start: jax.Array) -> tuple[jax.Array, list[jax.Array]]:
         y_BpE, own = _some_layers(layer, model, x_BpE, _cut((params, others), start, model))
         assert not jax.tree.leaves(own), "the backward pass knows no gradient of other results"
-        return y_BpE, [to_host(piece) for piece in jnp.array_split(x_BpE, pieces, axis=1)]
+        return y_BpE, [save(piece) for piece in jnp.array_split(x_BpE, pieces, axis=1)]
 
     y_BpE, inputs = _over_layers(some_layers, model, x_BpE)
     return (y_BpE, None), (inputs, params, others)
@@ -67,7 +68,7 @@ def _backward(layer, model, saved, cotangents):
 
     def some_layers(carry: Any, start: jax.Array, pieces: list[jax.Array]) -> tuple[Any, None]:
         dx_BpE, d_params = carry
-        x_BpE = jnp.concatenate([to_device(piece) for piece in pieces], axis=1)
+        x_BpE = jnp.concatenate([to_device(piece) if is_on_host(piece) else piece for piece in pieces], axis=1)
         of_params, of_others = _cut((params, others), start, model)
 
         def from_input(x_BpE: jax.Array, of_params: Any) -> jax.Array:
@@ -81,7 +82,7 @@ def _backward(layer, model, saved, cotangents):
     return dx_BpE, d_params, None
 
 
-offloaded.defvjp(_forward, _backward)
+recomputed.defvjp(_forward, _backward)
 
 
 def _over_layers(some_layers: Callable, model: ModelConfig, carry: Any, inputs: Any = None) -> tuple[Any, Any]:
@@ -97,8 +98,8 @@ def _some_layers(layer: Layer, model: ModelConfig, x_BpE: jax.Array, layers: Any
     if model.remat_every == 1:
         y_BpE, own = layer(x_BpE, jax.tree.map(lambda leaf: leaf[0], layers))
         return y_BpE, jax.tree.map(lambda leaf: leaf[None], own)
-    recomputed = jax.checkpoint(layer, prevent_cse=not model.scan_layers)
-    return jax.lax.scan(recomputed, x_BpE, layers, unroll=1 if model.scan_layers else model.remat_every)
+    once_more = jax.checkpoint(layer, prevent_cse=not model.scan_layers)
+    return jax.lax.scan(once_more, x_BpE, layers, unroll=1 if model.scan_layers else model.remat_every)
 
 
 def _cut(stacks: Any, start: jax.Array, model: ModelConfig) -> Any:
