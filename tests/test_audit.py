@@ -245,6 +245,30 @@ def test_large_models_on_a_tpu_topology(changes):
 
 
 @pytest.mark.grid
+@pytest.mark.parametrize("changes", [{}, {"model__remat_every": 2, "model__layers": 4}])
+def test_state_in_host_memory_on_a_tpu_topology(changes):
+    """Of weights, gradients and moments only a layer's are on the device; libtpu copies some of them on the host."""
+    sizes = {"model__layers": LAYERS, "data__seq_len": 8192, "data__batch_size": 2, **LARGE, **changes}
+    plain, offloaded = (model_on(1, 8, **sizes, optim__offload=offload)[0] for offload in (False, True))
+    mesh = make_mesh((1, 8, 1), devices_of("tpu:v5p:2x2x2"))
+    result, before = audited(offloaded, mesh), audited(plain, mesh)
+    assert problems(result, None) == []
+    for name in ("parameters", "optimizer state"):
+        assert result.memory[name] == result.predicted_memory[name] < 0.1 * before.memory[name]
+    state = sum(before.memory[name] for name in ("parameters", "optimizer state"))
+    assert result.predicted_memory[HOST] > waiting(offloaded.config, mesh) + 0.99 * state
+    assert 0.95 < result.memory[HOST] / result.predicted_memory[HOST] < 1.5
+
+
+@pytest.mark.grid
+def test_a_vocabulary_over_all_devices_in_tiles_on_a_tpu_topology():
+    """The compiler takes a device's share of the loss's sums in several slices, and loses the place of others."""
+    large = {**LARGE, "attention__head_groups": 1, "attention__regather": False, "model__vocab_parallel": True}
+    model, _ = model_on(1, 1, 8, model__layers=LAYERS, data__seq_len=8192, data__batch_size=1, **large)
+    assert problems(audited(model, make_mesh((1, 1, 8), devices_of("tpu:v5p:2x2x2"))), None) == []
+
+
+@pytest.mark.grid
 def test_a_program_that_does_not_fit_is_told_with_its_sizes():
     model, _ = model_on(
         1, 4, model__layers=2, model__width=512, data__seq_len=2**17, data__batch_size=16, attention__kernel="dense"

@@ -20,6 +20,7 @@ from lss_jax.training.setup import mesh_of
 from lss_jax.training.step import trace_train_step
 
 HOST = "host memory"
+OFFLOADED = 0.95  # of what should be in host memory: compilers may leave a few small arrays on the device
 CLASSES = ("parameters", "optimizer state", "batch", "temporaries", HOST)
 
 
@@ -118,7 +119,7 @@ def problems(audit: Audit, room: int | None) -> list[str]:
     if audit.flops != expected:
         found.append(f"operations outside attention: {audit.flops:,} in the program, {expected:,} predicted")
     expected_host = audit.predicted_memory[HOST]
-    if audit.memory[HOST] < expected_host:
+    if audit.memory[HOST] < OFFLOADED * expected_host:
         found.append(
             f"host memory: {shown_size(audit.memory[HOST])} in the program, {shown_size(expected_host)} predicted: "
             f"what should wait there stays on the devices"

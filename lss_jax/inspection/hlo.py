@@ -139,13 +139,15 @@ def _collective(
     for_tpu = TILES in instruction.type  # elsewhere a sum of which one takes a slice is a sum
     one_result = not instruction.type.startswith("(")
     slices = _slices(instruction, body, computations) if kind == "all-reduce" and for_tpu and one_result else None
-    (result,) = done or (slices or [instruction])[:1]
+    (result,) = done or [instruction]
     parts = [(int(bits), math.prod(map(int, filter(None, s.split(","))))) for bits, s in SHAPE.findall(result.type)]
+    group = _group(instruction.line)
+    shares = len(group) if slices else 1  # a share may be taken in several slices, and by several readers
     return Collective(
         kind="reduce-scatter" if slices else kind,
-        elements=sum(count for _, count in parts),
-        bytes=sum(bits // 8 * count for bits, count in parts),
-        group=_group(instruction.line),
+        elements=sum(count for _, count in parts) // shares,
+        bytes=sum(bits // 8 * count for bits, count in parts) // shares,
+        group=group,
         times=times,
         asynchronous=(started and '"is_sync":true' not in instruction.line)
         or "async_collective_name" in instruction.line,
