@@ -6,7 +6,8 @@ A model of the Llama class, small enough for two cores. First the time of a trai
 in one process: nothing recomputed, each block recomputed from its input, and the same with everything on (weights in
 shares, tiles, groups of heads, inputs "offloaded", which on CPU means saved; then also the state on the host). Then the
 memory of a process that trains on one sequence of 131,072 tokens (with a sliding window, or it would take hours), each
-variant in a process of its own. Fifteen minutes on two idle cores. Writes `simulated.json` and `simulated.md` beside this file.
+variant in a process of its own. Fifteen minutes on two idle cores. Writes `simulated.json` and `simulated.md` beside
+this file.
 """
 
 import argparse
