@@ -43,7 +43,7 @@ def counted(function, *shapes):
 
 
 def test_what_a_policy_offloads_is_counted_on_the_host():
-    saved, offloaded = (liveness(traced_gradient(policy).jaxpr) for policy in POLICIES.values())
+    saved, offloaded = (liveness(traced_gradient(policy).jaxpr, on_cpu=False) for policy in POLICIES.values())
     assert saved.host == 0
     assert offloaded.host == LAYERS * STREAM
     assert saved.device - LAYERS * STREAM <= offloaded.device <= saved.device - (LAYERS - 2) * STREAM

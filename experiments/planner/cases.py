@@ -137,6 +137,8 @@ def large() -> list[Case]:
         {"model__remat": "offload"},
         {"model__remat": "offload", "model__remat_every": 2},
         {**together, "attention__regather": True},
+        {"model__remat": "block", "mesh__shard": "all", "optim__offload": True},
+        {**together, "attention__regather": True, "optim__offload": True},
     ]
     cases = [
         case(mesh, model, "lss", **llama, **changes)

@@ -155,6 +155,15 @@ class Graph:
         self.nodes = kept[::-1]
         return self
 
+    def put_in_one_memory(self) -> None:
+        """Makes of moves between the memories of device and host what they are where there is but one: nothing."""
+        for node in self.nodes:
+            node.operation = "reshard" if node.operation == "device_put" else node.operation
+            for body in node.bodies:
+                body.put_in_one_memory()
+        for value in [*self.carried, *(value for node in self.nodes for value in node.outputs)]:
+            value.on_host = False
+
     def captured(self) -> list[Value]:
         """The values of outside that a body reads."""
         inside = {value for node in self.nodes for value in node.outputs} | set(self.carried)

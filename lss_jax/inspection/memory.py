@@ -52,10 +52,9 @@ def shortfall(error: jax.errors.JaxRuntimeError) -> str:
 
 def memory_of(model: Model, mesh: Mesh | AbstractMesh, traced: jax.stages.Traced | None = None) -> Memory:
     """Predicts the memory of this model's training step on this mesh, which may be abstract; traces it if need be."""
-    live, waits = live_arrays(model, mesh, traced), has_host_memory(mesh)
+    live = live_arrays(model, mesh, traced)
     parameters, moments, batch, on_host = arguments_of(model, mesh)
-    temporaries = math.ceil(MARGIN * (live.device if waits else live.device + live.host))
-    return Memory(parameters, moments, batch, temporaries, live.host + on_host if waits else 0)
+    return Memory(parameters, moments, batch, math.ceil(MARGIN * live.device), live.host + on_host)
 
 
 def live_arrays(model: Model, mesh: Mesh | AbstractMesh, traced: jax.stages.Traced | None = None) -> Liveness:
