@@ -129,6 +129,7 @@ LARGE["all"] = {
     "attention__regather": True,
 }
 LARGE["all, microbatches"] = {**LARGE["all"], "optim__accumulate": 4}
+LARGE["all, state on the host"] = {**LARGE["all"], "optim__offload": True}
 LARGE["all, ulysses"] = {**LARGE["all"], "attention__strategy": "ulysses"}
 LARGE["all, ring"] = {**LARGE["all"], "attention__strategy": "ring", "attention__regather": False}
 LARGE_SIZES = [(2, 4, 1), (2, 2, 2), (8, 1, 1), (1, 8, 1), (1, 1, 4), (1, 3, 1)]
