@@ -79,7 +79,7 @@ def get_config() -> ConfigDict:
     # for the rest.
     optim.name = "adamw"
     optim.moments_dtype = "float32"  # in which moments are kept; or "bfloat16"
-    optim.offload = False  # keep weights, gradients and moments in host memory; on the device a layer at a time
+    optim.offload = False  # weights, gradients and moments rest in host memory; on the device while they are used
     optim.steps = 300
     optim.learning_rate = 1e-3  # peak, after warm-up
     optim.warmup_steps = 20

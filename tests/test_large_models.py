@@ -15,6 +15,7 @@ from helpers import (
     assert_close,
     batch_on,
     check_against_oracle,
+    make_loss_and_gradient,
     mesh_of,
     model_on,
     perturbed_params,
@@ -55,6 +56,7 @@ OPTIONS = {
     "tiles and a rest": {"model__tile": 5, "data__seq_len": 88},
     "offload": {"model__remat": "offload"},
     "input": {"model__remat": "input"},
+    "input, unrolled": {"model__remat": "input", "model__scan_layers": False},
     "input of every other": {"model__remat": "input", "model__remat_every": 2, "model__layers": 4},
     "offload of every other": {"model__remat": "offload", "model__remat_every": 2, "model__layers": 4},
     "groups": {"attention__head_groups": 2},
@@ -101,10 +103,12 @@ SAMPLE = {
     ((1, 8, 1), "all"),
     ((2, 2, 2), "state on the host, in microbatches"),
     ((1, 3, 1), "all and state on the host"),
+    ((1, 1, 1), "state on the host, recomputed"),
     ((2, 2, 2), "all in microbatches"),
     ((1, 3, 1), "all with a table of positions"),
 }
 CASES = [(mesh, option) for mesh in MESHES for option in OPTIONS]
+CASES += [((1, 1, 1), option) for option in OPTIONS if "host" in option]
 
 
 @pytest.mark.parametrize("case", sampled(CASES, SAMPLE, quick=[((1, 8, 1), "all")]), ids=str)
@@ -158,7 +162,7 @@ def test_twenty_steps_with_all_of_it_follow_the_oracle(mesh):
 @pytest.mark.parametrize("changes", sampled(UPDATES, ["lion in bfloat16"]))
 def test_an_update_in_slices_is_the_update(changes, monkeypatch):
     """Of weights and moments in host memory, of which never more than a few rows are on the device."""
-    monkeypatch.setattr(lss_jax.parallel.host_memory, "SLICE", 1000)
+    monkeypatch.setattr(lss_jax.parallel.host_memory, "SLICE", 600)
     (_, found), (_, expected) = (
         trained(3, 2, 2, 2, **{**STATE_ON_HOST, **UPDATES[changes], "optim__offload": offload})
         for offload in (True, False)
@@ -169,6 +173,42 @@ def test_an_update_in_slices_is_the_update(changes, monkeypatch):
     kinds = {leaf.sharding.memory_kind for leaf in jax.tree.leaves((found.params["stack"], found.opt_state))}
     assert kinds == {"device", "pinned_host"}
     assert found.params["stack"]["blocks"]["mlp"]["up"]["kernel"].sharding.memory_kind == "pinned_host"
+
+
+@pytest.mark.parametrize("shape", [(7, 3, 4), (8, 4, 4), (2, 6, 50), (9, 1), (1, 1), (3, 7, 10)])
+def test_slices_cover_an_array_once(shape, monkeypatch):
+    """With a rest, a few rows, or a row that is too large and is sliced along the second axis."""
+    monkeypatch.setattr(lss_jax.parallel.host_memory, "SLICE", 200)
+    sizes = []
+
+    def add(one, other):
+        sizes.append(one.size)
+        return one + other
+
+    def sum_and_total(x, y):
+        x, y = lss_jax.parallel.host_memory.to_host(x), lss_jax.parallel.host_memory.to_host(y)
+        total = lss_jax.parallel.host_memory.streamed_sum(jnp.sum, x, jnp.float32(0))
+        return lss_jax.parallel.host_memory.streamed(add, x, y), total
+
+    x, y = (jax.random.normal(jax.random.key(seed), shape) for seed in (0, 1))
+    found, total = jax.jit(sum_and_total)(x, y)
+    np.testing.assert_array_equal(np.asarray(found), np.asarray(x + y))
+    np.testing.assert_allclose(total, jnp.sum(x), rtol=1e-5, atol=1e-5)
+    assert 4 * max(sizes) <= max(200, 4 * shape[-1] * (len(shape) > 2))
+
+
+@pytest.mark.parametrize("changes", [{"model__remat": "input"}, {"model__remat": "offload", "model__remat_every": 2}])
+def test_what_is_dropped_is_dropped_when_recomputed(changes):
+    """A layer is known by its number, also within a group of layers."""
+    gradients = []
+    for change in ({}, changes):
+        model, mesh = model_on(1, 2, **LLAMA, **change, model__layers=4, model__dropout=0.2)
+        gradients.append(
+            jax.jit(make_loss_and_gradient(model, mesh))(
+                perturbed_params(model), batch_on(mesh, model.config), jnp.uint32(3)
+            )
+        )
+    assert_close(*gradients, 1e-5)
 
 
 def test_only_what_all_devices_shard_rests_on_the_host():

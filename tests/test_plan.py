@@ -12,6 +12,7 @@ from lss_jax.config.schema import ConfigError
 from lss_jax.config.units import parse_size
 from lss_jax.inspection import planner
 from lss_jax.inspection.planner import Room, largest, plan, steps
+from lss_jax.models import build_model, parameter_count
 
 ROOT = Path(__file__).parents[1]
 
@@ -59,6 +60,18 @@ def test_with_host_memory_it_chooses_what_makes_room(monkeypatch):
     assert best.changes["model.remat_every"] > 1
     bought = [length for _, length in steps(config, best, room)]
     assert bought[-1] == best.longest.seq_len > 2 * bought[0]
+
+
+@pytest.mark.grid
+def test_a_state_that_does_not_fit_goes_to_the_host(monkeypatch):
+    """On one device, which has room for a few layers of the weights alone."""
+    config = small_config(model__layers=64, model__width=128, model__mlp_width=512, data__batch_size=1)
+    room = Room(parse_size("64MiB"), parse_size("4GiB"))
+    (best,), _ = plan(config, 1, room)
+    assert best.changes["optim.offload"] and best.longest.memory.total <= room.memory
+    assert best.longest.memory.host > 12 * parameter_count(build_model(config)) * 0.9
+    bought = dict((next(iter(way), ""), length) for way, length in steps(config, best, room))
+    assert bought["model.remat"] == 0 < bought["optim.offload"]
 
 
 def test_thousands_of_devices(tmp_path):

@@ -115,15 +115,25 @@ def test_offload_on_cpu_is_said_to_do_nothing(config, tmp_path):
         trainer.close()
 
 
+def test_a_state_on_the_host_is_evaluated_and_continues_prompts(config, tmp_path, whole):
+    """As one on the devices, whose run it goes on with."""
+    state = {"mesh__shard": "all", "optim__offload": True}
+    run(change(config, **state), tmp_path / "state")
+    expected, found = (evaluate_run(folder, "valid", batches=2) for folder in (whole[0], tmp_path / "state"))
+    np.testing.assert_allclose(found["loss"], expected["loss"], rtol=1e-5)
+    texts = [generate_text(folder, "ab", tokens=5, temperature=0.0) for folder in (whole[0], tmp_path / "state")]
+    assert texts[0] == texts[1]
+
+
 def test_host_memory_that_is_not_there_is_refused(config, tmp_path, monkeypatch):
     """As if these devices had memory of their own, and their host none or little."""
     monkeypatch.setattr(host, "has_host_memory", lambda _: True)
     config = change(config, model__remat="offload", mesh__shard="all", optim__offload=True)
     little = (
-        r"model.remat='offload', optim.offload=True: 0.50 MiB for the 8 devices of this host, which has 0.25 MiB of"
+        r"optim.offload=True asks each of the 8 devices of a process for .* has 0.25 MiB .*larger model.remat_every"
     )
-    wrong = r"optim.offload=True: cpu devices cannot reach the host's memory; use optim.offload=False"
-    for name, replacement, message in (("_physical_memory", lambda: 2**18, little), ("HOST", "another", wrong)):
+    wrong = r"cpu devices cannot reach the host's memory; use model.remat='block' and optim.offload=False"
+    for name, replacement, message in (("memory_of_this_host", lambda: 2**18, little), ("HOST", "another", wrong)):
         with monkeypatch.context() as patch:
             patch.setattr(host, name, replacement)
             with pytest.raises(ConfigError, match=message):

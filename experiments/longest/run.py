@@ -64,7 +64,7 @@ RUNGS: dict[str, tuple[str, str, int, int, dict[str, Any]]] = {
     "all, ulysses": (
         "the same with Ulysses, 4 groups",
         *EIGHT,
-        8 * STEP,
+        36 * STEP,
         {"attention.strategy": "ulysses", "attention.head_groups": 4, "model.remat_every": 2},
     ),
     "all, state on the host": (

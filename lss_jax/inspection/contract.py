@@ -21,7 +21,7 @@ from lss_jax.inspection.hlo import Collective
 from lss_jax.models import Model, costs_of
 from lss_jax.models.stack import repeats
 from lss_jax.parallel.layout import layout_on
-from lss_jax.parallel.mesh import DATA, MODEL, SEQ, named_axes, sharded_axes
+from lss_jax.parallel.mesh import DATA, MODEL, SEQ, has_host_memory, named_axes, sharded_axes
 from lss_jax.parallel.scopes import ATTENTION, ELSEWHERE, GRADIENTS, LOSS, MASK, OPTIMIZER, POSITIONS, WEIGHTS
 from lss_jax.tasks import make_task
 from lss_jax.training.state import moment_specs, param_specs
@@ -159,14 +159,14 @@ def _attention(model: Model, mesh: Mesh | AbstractMesh) -> Part:
 def _weights(model: Model, mesh: Mesh | AbstractMesh) -> Part:
     """Weights that are sharded at rest: a gather over each axis wherever one is used, and a scatter of its gradient.
 
-    Per microbatch, those of a layer are gathered in the forward pass and once or more in the backward pass; those of
-    the embedding and the head once per step.
+    Per microbatch, those of a layer are gathered in the forward pass and once or more in the backward pass, those of
+    the embedding and the head once; compilers for CPUs take these out of the loop over microbatches.
     """
     config, trees = model.config, (model.shapes, model.specs, model.gathers)
     for leaf, spec, gathers in zip(*map(jax.tree.leaves, trees), strict=True):
         axes = [axis for axis in (SEQ, DATA) if gathers.times and axis in _sharding_axes(mesh, *named_axes(spec))]
         times = gathers.times * config.optim.accumulate
-        once = times if gathers.of_layers else gathers.times  # compilers take it out of the loop over microbatches
+        once = times if gathers.of_layers or has_host_memory(mesh) else gathers.times
         again = times * max(1, repeats(config.model)) if gathers.of_layers else 0
         whole = leaf.size // (gathers.times if gathers.of_layers else 1)
         whole //= mesh.shape[MODEL] if MODEL in named_axes(spec) else 1

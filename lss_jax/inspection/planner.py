@@ -1,9 +1,9 @@
 """The longest sequence that fits on each mesh with each strategy, and the bytes that a step of it sends."""
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
-from functools import cache
 from typing import NamedTuple
 
 import jax
@@ -112,7 +112,7 @@ def roomiest(config: Config, sizes: MeshSizes, strategy: str, room: Room) -> Can
     if not found:
         assert problem
         raise problem
-    return max(found, key=_length)
+    return functools.reduce(_longer, found)
 
 
 def with_inputs(config: Config, sizes: MeshSizes, strategy: str, room: Room, changes: Changes) -> Candidate:
@@ -125,7 +125,7 @@ def with_inputs(config: Config, sizes: MeshSizes, strategy: str, room: Room, cha
     for fewer in fewer_inputs(changed(with_mesh(config, sizes, strategy), changes)):
         if best.longest.memory.total > NEARLY_ALL * room.memory:  # the device's memory is what ends it
             break
-        best = max(best, evaluate(config, sizes, strategy, room, {**changes, **fewer}), key=_length)
+        best = _longer(best, evaluate(config, sizes, strategy, room, {**changes, **fewer}))
     return best
 
 
@@ -152,8 +152,9 @@ def steps(config: Config, best: Candidate, room: Room) -> Iterator[tuple[Changes
         yield way, length
 
 
-def _length(candidate: Candidate) -> int:
-    return candidate.longest.seq_len
+def _longer(one: Candidate, other: Candidate) -> Candidate:
+    """The other, which costs more time, if its sequence is longer by more than what counts as equal."""
+    return other if other.longest.seq_len > (1 + CLOSE) * one.longest.seq_len else one
 
 
 def evaluate(config: Config, sizes: MeshSizes, strategy: str, room: Room, changes: Changes | None = None) -> Candidate:
@@ -169,7 +170,7 @@ def evaluate(config: Config, sizes: MeshSizes, strategy: str, room: Room, change
     def at(seq_len: int) -> Model:
         return build_model(at_length(config, seq_len), mesh)
 
-    @cache
+    @functools.cache
     def memory_at(seq_len: int) -> Memory:
         return memory_of(at(seq_len), mesh)
 

@@ -14,7 +14,7 @@ from lss_jax.parallel.host_memory import empty_on_host, is_on_host, to_device, t
 from lss_jax.parallel.mesh import MODEL, has_host_memory
 from lss_jax.parallel.varying import varying_like
 
-LARGEST_HOST_BUFFER = 2**37  # bytes, 128 GiB: libtpu takes no larger one
+LARGEST_HOST_BUFFER = 2**37  # bytes, 128 GiB: libtpu takes no larger one, and at present no more in all, state apart
 
 Layer = Callable[[jax.Array, Any], tuple[jax.Array, Any]]  # of `x_BpE` and a layer's parameters and other arrays
 
@@ -44,20 +44,17 @@ def recomputed(layer: Layer, model: ModelConfig, x_BpE: jax.Array, params: Any, 
     """
 
     def some_layers(x_BpE: jax.Array, start: jax.Array) -> tuple[jax.Array, Any]:
-        return _some_layers(layer, model, x_BpE, _cut((params, others), start, model))
+        return _some_layers(layer, model, x_BpE, _layers_of((params, others), start, model))
 
     x_BpE, own = _over_layers(some_layers, model, x_BpE)
     return x_BpE, jax.tree.map(lambda leaf: leaf.reshape(model.layers, *leaf.shape[2:]), own)
 
 
 def _forward(layer, model, x_BpE, params, others):
-    pieces = -(-model.layers // model.remat_every * x_BpE.nbytes // LARGEST_HOST_BUFFER)
-    save = to_host if model.remat == "offload" else lambda piece: piece
-
     def some_layers(x_BpE: jax.Array, start: jax.Array) -> tuple[jax.Array, list[jax.Array]]:
-        y_BpE, own = _some_layers(layer, model, x_BpE, _cut((params, others), start, model))
+        y_BpE, own = _some_layers(layer, model, x_BpE, _layers_of((params, others), start, model))
         assert not jax.tree.leaves(own), "the backward pass knows no gradient of other results"
-        return y_BpE, [save(piece) for piece in jnp.array_split(x_BpE, pieces, axis=1)]
+        return y_BpE, _saved(x_BpE, model)
 
     y_BpE, inputs = _over_layers(some_layers, model, x_BpE)
     return (y_BpE, None), (inputs, params, others)
@@ -69,7 +66,7 @@ def _backward(layer, model, saved, cotangents):
     def some_layers(carry: Any, start: jax.Array, pieces: list[jax.Array]) -> tuple[Any, None]:
         dx_BpE, d_params = carry
         x_BpE = jnp.concatenate([to_device(piece) if is_on_host(piece) else piece for piece in pieces], axis=1)
-        of_params, of_others = _cut((params, others), start, model)
+        of_params, of_others = _layers_of((params, others), start, model)
 
         def from_input(x_BpE: jax.Array, of_params: Any) -> jax.Array:
             return _some_layers(layer, model, x_BpE, (of_params, of_others))[0]
@@ -83,6 +80,14 @@ def _backward(layer, model, saved, cotangents):
 
 
 recomputed.defvjp(_forward, _backward)
+
+
+def _saved(x_BpE: jax.Array, model: ModelConfig) -> list[jax.Array]:
+    """The input as it is saved: with `remat="offload"` in host memory, in as many pieces as its stack needs buffers."""
+    if model.remat != "offload":
+        return [x_BpE]
+    pieces = -(-model.layers // model.remat_every * x_BpE.nbytes // LARGEST_HOST_BUFFER)
+    return [to_host(piece) for piece in jnp.array_split(x_BpE, pieces, axis=1)]
 
 
 def _over_layers(some_layers: Callable, model: ModelConfig, carry: Any, inputs: Any = None) -> tuple[Any, Any]:
@@ -102,14 +107,14 @@ def _some_layers(layer: Layer, model: ModelConfig, x_BpE: jax.Array, layers: Any
     return jax.lax.scan(once_more, x_BpE, layers, unroll=1 if model.scan_layers else model.remat_every)
 
 
-def _cut(stacks: Any, start: jax.Array, model: ModelConfig) -> Any:
+def _layers_of(stacks: Any, start: jax.Array, model: ModelConfig) -> Any:
     """`remat_every` layers of stacked arrays, on the device."""
 
-    def cut(stack: jax.Array) -> jax.Array:
+    def on_device(stack: jax.Array) -> jax.Array:
         layers = jax.lax.dynamic_slice_in_dim(stack, start, model.remat_every)
         return to_device(layers) if is_on_host(stack) else layers
 
-    return jax.tree.map(cut, stacks)
+    return jax.tree.map(on_device, stacks)
 
 
 def _put(stack: jax.Array, layers: jax.Array, start: jax.Array) -> jax.Array:

@@ -5,6 +5,7 @@ The memory in which an array is belongs to its type (`jax.memory.Space`); these 
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -12,6 +13,7 @@ import jax.numpy as jnp
 
 HOST = "pinned_host"  # the memory's kind, in shardings
 SLICE = 2**26  # bytes of an array that are moved at a time: enough for a link's full speed, and little for a device
+LOOP = 4  # slices at least, where there are as many rows: compilers unroll shorter loops, and hold all slices at once
 
 
 def to_device(array: jax.Array) -> jax.Array:
@@ -48,15 +50,13 @@ def streamed(function: Callable[..., Any], replaced: Any, *read: Any) -> Any:
       replaced: a tree of arrays on the host, local and all of one shape.
       read: more such trees.
     """
-    count, cut = _slices((replaced, read))
 
-    def replace(number: jax.Array, replaced: Any) -> Any:
-        start, (slices, others) = cut(number, (replaced, read))
-        new = function(slices, *others)
-        put = jax.lax.dynamic_update_slice_in_dim
-        return jax.tree.map(lambda whole, part: put(whole, to_host(part), start, 0), replaced, new)
+    def replace(start: Start, size: tuple[int, ...], replaced: Any) -> Any:
+        slices, others = _sliced((replaced, read), start, size)
+        put = partial(jax.lax.dynamic_update_slice, start_indices=start)
+        return jax.tree.map(lambda whole, part: put(whole, to_host(part)), replaced, function(slices, *others))
 
-    return jax.lax.fori_loop(0, count, replace, replaced)
+    return _over_slices(jax.tree.leaves(replaced)[0].shape, replace, replaced)
 
 
 def elementwise(function: Callable[..., jax.Array], array: jax.Array, *others: jax.Array) -> jax.Array:
@@ -66,18 +66,34 @@ def elementwise(function: Callable[..., jax.Array], array: jax.Array, *others: j
 
 def streamed_sum(function: Callable[[jax.Array], jax.Array], array: jax.Array, start: jax.Array) -> jax.Array:
     """`start` and `function`, a scalar, of every slice of a local array on the host."""
-    count, cut = _slices(array)
-    return jax.lax.fori_loop(0, count, lambda number, total: total + function(cut(number, array)[1]), start)
+
+    def add(start: Start, size: tuple[int, ...], total: jax.Array) -> jax.Array:
+        return total + function(_sliced(array, start, size))
+
+    return _over_slices(array.shape, add, start)
 
 
-def _slices(tree: Any) -> tuple[int, Callable[[jax.Array, Any], tuple[jax.Array, Any]]]:
-    """How many slices arrays of one shape have along axis 0; and by number a slice's start, and the slices."""
-    rows, *row = jax.tree.leaves(tree)[0].shape
-    most = max(1, SLICE // (4 * math.prod(row)))
-    size = next(size for size in range(min(rows, most), 0, -1) if rows % size == 0)
+Start = tuple[Any, ...]  # an index per axis
 
-    def cut(number: jax.Array, tree: Any) -> tuple[jax.Array, Any]:
-        start = number * size
-        return start, jax.tree.map(lambda a: to_device(jax.lax.dynamic_slice_in_dim(a, start, size)), tree)
 
-    return rows // size, cut
+def _over_slices(shape: tuple[int, ...], body: Callable[[Start, tuple[int, ...], Any], Any], carry: Any) -> Any:
+    """`carry = body(start, size, carry)` for slices that cover arrays of this shape, which has at least two axes.
+
+    Slices are of whole rows (along axis 0), or of one row along axis 1 where a row alone is too large.
+    """
+    (rows, columns, *others), row = shape, 4 * math.prod(shape[1:])
+    parts = next((parts for parts in range(1, columns) if columns % parts == 0 and row <= parts * SLICE), columns)
+    size = 1 if parts > 1 else max(1, min(SLICE // row, rows // LOOP))
+    width, rest = columns // parts, rows % size
+
+    def slice_of(number: jax.Array, carry: Any) -> Any:
+        start = number // parts * size, number % parts * width, *[0] * len(others)
+        return body(start, (size, width, *others), carry)
+
+    carry = jax.lax.fori_loop(0, rows // size * parts, slice_of, carry)
+    return body((rows - rest, *[0] * (1 + len(others))), (rest, columns, *others), carry) if rest else carry
+
+
+def _sliced(tree: Any, start: Start, size: tuple[int, ...]) -> Any:
+    """A slice of each array, on the device."""
+    return jax.tree.map(lambda array: to_device(jax.lax.dynamic_slice(array, start, size)), tree)

@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 
 from lss_jax.config.schema import Config, ConfigError, gather_problems
 from lss_jax.data.split import WindowSplit
@@ -81,11 +81,14 @@ def at_length(config: Config, length: int) -> Config:
 
 def shortened(params: Params, model: Model, mesh: Mesh) -> Params:
     """Global parameters with the tables of learned positions cropped to the length of this model's windows."""
-    placed = param_shardings(model, mesh)
-    crop = jax.jit(
-        lambda params: jax.tree.map(lambda p, shape: p[: shape.shape[0]], params, model.shapes), out_shardings=placed
+    placed, length = param_shardings(model, mesh), model.config.data.seq_len
+
+    def crop(table: jax.Array, placed: NamedSharding) -> jax.Array:
+        return jax.jit(lambda table: table[:length], out_shardings=placed)(table)
+
+    return jax.tree.map(
+        lambda p, placed, is_table: crop(p, placed) if is_table else p, params, placed, model.row_per_position
     )
-    return crop(params)
 
 
 def sums_by_position(

@@ -14,7 +14,7 @@ from lss_jax.parallel.layout import layout_on
 from lss_jax.parallel.mesh import has_host_memory
 from lss_jax.reports.by_position import binned, shown_bin, sums_by_position
 from lss_jax.storage.metrics import read_records
-from lss_jax.training.host import in_host_memory
+from lss_jax.training.host import host_bytes
 from lss_jax.training.trainer import Trainer
 
 TOKENS = 200  # of the sample
@@ -45,6 +45,10 @@ def sample(trainer: Trainer) -> list[str]:
     prompt = trainer.config.sample_prompt.encode()
     if not prompt:
         return []
+    if trainer.config.optim.offload and has_host_memory(trainer.mesh):
+        return [
+            "  no sample: the weights are in the host's memory; `python -m lss_jax.generate` moves them to the devices"
+        ]
     try:
         generation = Generation(
             trainer.config, trainer.mesh, trainer.state.params, prompts=[prompt], tokens=TOKENS, sampling=SAMPLING
@@ -80,10 +84,10 @@ def introduction(trainer: Trainer) -> str:
 
 def _offload(trainer: Trainer) -> Iterator[str]:
     """What is to be in the host's memory."""
-    sizes = in_host_memory(trainer.config, trainer.mesh, trainer.like)
+    sizes = host_bytes(trainer.config, trainer.mesh, trainer.like)
     if sizes and has_host_memory(trainer.mesh):
         parts = " and ".join(f"{shown_size(size)} of {what}" for what, size in sizes.items())
-        yield f"offload  {parts} per device are in the host's memory"
+        yield f"offload  asks for {parts} per device in the host's memory"
     elif sizes:
         kind = trainer.mesh.devices.flat[0].device_kind
         yield f"offload  does nothing here: {kind} devices have no memory but the host's"

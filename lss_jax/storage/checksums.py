@@ -32,8 +32,8 @@ def checksums(tree: Any) -> dict[str, str]:
 
 def _computed_together(arrays: dict[str, jax.Array]) -> list[list[str]]:
     """The names of all arrays on the devices, and those of each in host memory by itself: devices may not hold two."""
-    alone = [name for name, array in arrays.items() if is_on_host(array)]
-    return [[name for name in arrays if name not in alone], *([name] for name in alone)]
+    together = [name for name, array in arrays.items() if not is_on_host(array)]
+    return [together, *([name] for name, array in arrays.items() if is_on_host(array))]
 
 
 @functools.lru_cache(maxsize=2)

@@ -2,6 +2,8 @@
 
 import math
 import os
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -12,39 +14,53 @@ from lss_jax.config.units import shown_size
 from lss_jax.models.recompute import waiting
 from lss_jax.parallel.host_memory import HOST
 from lss_jax.parallel.mesh import has_host_memory
+from lss_jax.runtime.distributed import all_agree
+
+INSTEAD = {"model.remat": "block", "optim.offload": False}
+LIMIT = Path("/sys/fs/cgroup/memory.max")  # of a container, in bytes; or "max"
 
 
-def in_host_memory(config: Config, mesh: Mesh, state: Any) -> dict[str, int]:
+def host_bytes(config: Config, mesh: Mesh, state: Any) -> dict[str, int]:
     """Bytes per device by what they are: layers' inputs, and of `state` (shapes and shardings) with its gradient."""
     found = {}
     if config.model.remat == "offload":
         found["layers' inputs"] = waiting(config, mesh)
     if config.optim.offload:
-        found["weights, gradients and moments"] = _bytes(state) + _bytes(state.params)
+        gradients = 1 if config.optim.accumulate == 1 else 2  # the sum, and a microbatch's
+        found["weights, gradients and moments"] = _bytes(state) + gradients * _bytes(state.params)
     return found
 
 
 def check_hosts(config: Config, mesh: Mesh, state: Any) -> None:
-    """Checks that this process's host can have what is to be in its memory.
+    """Checks that the hosts can have what is to be in their memory; every process must ask.
 
     Raises:
-      ConfigError: its devices reach no such memory, or there is not as much.
+      ConfigError: the devices reach no such memory, or there is not as much.
     """
-    wanted = in_host_memory(config, mesh, state)
+    wanted = host_bytes(config, mesh, state)
     if not wanted or not has_host_memory(mesh):
         return
-    here, keys = mesh.local_devices, [f"{key}={value!r}" for key, value in _keys(config).items()]
+    here, there = mesh.local_devices, memory_of_this_host()
+    keys = " and ".join(f"{key}={value!r}" for key, value in _keys(config).items())
     if HOST not in {memory.kind for memory in here[0].addressable_memories()}:
+        without = " and ".join(f"{key}={INSTEAD[key]!r}" for key in _keys(config))
+        raise ConfigError(f"{keys}: {here[0].device_kind} devices cannot reach the host's memory; use {without}")
+    needed = len(here) * sum(wanted.values())
+    if not all_agree(needed <= there):
+        parts = ", ".join(f"{shown_size(size)} of {what}" for what, size in wanted.items())
         raise ConfigError(
-            f"{', '.join(keys)}: {here[0].device_kind} devices cannot reach the host's memory; "
-            f'use optim.offload=False and model.remat="block"'
+            f"{keys} asks each of the {len(here)} devices of a process for {parts}, {shown_size(needed)} in all; this "
+            f"host has {shown_size(there)} of memory, or that of another process has less than it needs; use more "
+            f"hosts, or {' or '.join(_remedies(config))}"
         )
-    needed, there = len(here) * sum(wanted.values()), _physical_memory()
-    if needed > there:
-        raise ConfigError(
-            f"{', '.join(keys)}: {shown_size(needed)} for the {len(here)} devices of this host, which has "
-            f"{shown_size(there)} of memory; use more hosts, a larger model.remat_every, or a shorter data.seq_len"
-        )
+
+
+def memory_of_this_host() -> int:
+    """Bytes of memory that this machine has, or that its container may use."""
+    physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    with suppress(OSError, ValueError):
+        return min(physical, int(LIMIT.read_text()))
+    return physical
 
 
 def _keys(config: Config) -> dict[str, Any]:
@@ -52,10 +68,12 @@ def _keys(config: Config) -> dict[str, Any]:
     return {key: value for key, value in used.items() if value in ("offload", True)}
 
 
+def _remedies(config: Config) -> list[str]:
+    inputs = ["a larger model.remat_every", "a shorter data.seq_len"] if config.model.remat == "offload" else []
+    narrow = config.optim.offload and config.optim.moments_dtype != "bfloat16"
+    return [*inputs, *['optim.moments_dtype="bfloat16"'] * narrow, *["optim.offload=False"] * config.optim.offload]
+
+
 def _bytes(arrays: Any) -> int:
     leaves = [leaf for leaf in jax.tree.leaves(arrays) if leaf.sharding.memory_kind == HOST]
     return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves)
-
-
-def _physical_memory() -> int:
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -18,7 +18,7 @@ from lss_jax.parallel.host_memory import streamed, streamed_sum
 from lss_jax.parallel.mesh import sharded_axes, without_unsharded
 from lss_jax.training.state import TrainState, of_moments
 
-NOBODY = ""  # owns what an optimizer counts
+COUNTS = ""  # the name of what an optimizer counts, which belongs to no parameter
 
 
 def make_norm(model: Model, mesh: Mesh | AbstractMesh) -> Callable[[Params], jax.Array]:
@@ -53,7 +53,7 @@ def make_update(model: Model, optimizer: optax.GradientTransformationExtraArgs, 
     If they are not finite, parameters and moments stay as they are.
     """
     names, on_host = _names(model), _on_host(model, mesh)
-    owners = of_moments(optimizer, model, names, of_others=lambda _: NOBODY)
+    owners = of_moments(optimizer, model, names, of_others=lambda _: COUNTS)
 
     def updated(params: Params, opt_state: Any, gradient: Params, norm: jax.Array) -> tuple[Params, Any]:
         updates, opt_state = optimizer.update(gradient, opt_state, params, norm=norm)
@@ -62,7 +62,7 @@ def make_update(model: Model, optimizer: optax.GradientTransformationExtraArgs, 
     def unchanged(params: Params, opt_state: Any, _gradient: Params, _norm: jax.Array) -> tuple[Params, Any]:
         return params, opt_state
 
-    def in_host_memory(name: str, state: TrainState, gradient: Params, norm: jax.Array, finite: jax.Array) -> Any:
+    def update_on_host(name: str, state: TrainState, gradient: Params, norm: jax.Array, finite: jax.Array) -> Any:
         """One parameter and its moments after the update."""
 
         def of_shards(old: Any, gradient: Params, counts: Any, norm: jax.Array, finite: jax.Array) -> Any:
@@ -77,7 +77,7 @@ def make_update(model: Model, optimizer: optax.GradientTransformationExtraArgs, 
         spec = on_host[name]
         sharded = jax.shard_map(of_shards, mesh=mesh, in_specs=(spec, spec, P(), P(), P()), out_specs=spec)
         old = _only([name], state.params, names), _only([name], state.opt_state, owners)
-        counts = _only([NOBODY], state.opt_state, owners)
+        counts = _only([COUNTS], state.opt_state, owners)
         return sharded(old, _only([name], gradient, names), counts, norm, finite)
 
     def update(state: TrainState, gradient: Params, norm: jax.Array, finite: jax.Array) -> tuple[Params, Any]:
@@ -86,7 +86,7 @@ def make_update(model: Model, optimizer: optax.GradientTransformationExtraArgs, 
         # `cond` rather than `where`: the update is then in place, without a second copy of the state.
         new = jax.lax.cond(finite, updated, unchanged, params, opt_state, grads, norm)
         for name in on_host:
-            new = _together(new, in_host_memory(name, state, gradient, norm, finite))
+            new = _together(new, update_on_host(name, state, gradient, norm, finite))
         return new
 
     return update
