@@ -129,9 +129,7 @@ def test_host_memory_that_is_not_there_is_refused(config, tmp_path, monkeypatch)
     """As if these devices had memory of their own, and their host none or little."""
     monkeypatch.setattr(host, "has_host_memory", lambda _: True)
     config = change(config, model__remat="offload", mesh__shard="all", optim__offload=True)
-    little = (
-        r"optim.offload=True asks each of the 8 devices of .* has 0.25 MiB .*larger model.remat_every"
-    )
+    little = r"optim.offload=True asks each of the 8 devices of .* has 0.25 MiB .*larger model.remat_every"
     wrong = r"cpu devices cannot reach the host's memory; use model.remat='block' and optim.offload=False"
     for name, replacement, message in (("memory_of_this_host", lambda: 2**18, little), ("HOST", "another", wrong)):
         with monkeypatch.context() as patch:

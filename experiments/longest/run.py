@@ -12,6 +12,7 @@ beside this file after every rung.
 
 import argparse
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -134,17 +135,25 @@ def search(topology: str, devices: int, first: int, changes: dict[str, Any]) -> 
     return found
 
 
+def refusal(program: dict[str, Any]) -> str:
+    """Why a program does not fit, in a few words."""
+    wanted = re.search(r"temporaries \(([\d.]+)G\)|Used ([\d.]+)G of", program.get("too large", ""))
+    if not wanted:
+        return program.get("too large", "over the budget")
+    return f"{wanted[1]} GiB of temporaries" if wanted[1] else f"{wanted[2]} GiB of temporaries on the host"
+
+
 def table(results: dict[str, Any]) -> str:
     """The longest length of each rung, with its memory."""
     lines = [
-        "| rung | devices | longest | device, GiB | of it state | host, GiB per device | compiled in, s | next |",
+        "| rung | devices | longest | device, GiB | of it state | host, GiB | compiled in, s | does not fit |",
         "| --- " * 8 + "|",
     ]
     for name, rung in results.items():
         good = [one for one in rung["programs"] if fits(one)]
         bad = [one for one in rung["programs"] if not fits(one)]
         refused = min(bad, key=lambda one: one["length"]) if bad else None
-        why = f"{refused['length']:,}: {refused.get('too large') or 'over the budget'}" if refused else "not tried"
+        why = f"{refused['length']:,}: {refusal(refused)}" if refused else "not tried"
         start = f"| {name}: {rung['what']} | {rung['devices']} "
         if not good:
             lines.append(f"{start}| does not fit | - | - | - | - | {why} |")

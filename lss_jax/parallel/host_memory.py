@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 HOST = "pinned_host"  # the memory's kind, in shardings
 SLICE = 2**26  # bytes of an array that are moved at a time: enough for a link's full speed, and little for a device
+ALIGNED = 16  # rows of a slice, or a multiple of them, if there are more: registers of TPUs hold so many of bfloat16
 LOOP = 4  # slices at least, where there are as many rows: compilers unroll shorter loops, and hold all slices at once
 
 
@@ -82,8 +83,12 @@ def _over_slices(shape: tuple[int, ...], body: Callable[[Start, tuple[int, ...],
     Slices are of whole rows (along axis 0), or of one row along axis 1 where a row alone is too large.
     """
     (rows, columns, *others), row = shape, 4 * math.prod(shape[1:])
-    parts = next((parts for parts in range(1, columns) if columns % parts == 0 and row <= parts * SLICE), columns)
-    size = 1 if parts > 1 else max(1, min(SLICE // row, rows // LOOP))
+    aligned = (
+        parts for parts in range(1, columns) if columns % parts == 0 and (parts == 1 or columns // parts % ALIGNED == 0)
+    )
+    parts = next((parts for parts in aligned if row <= parts * SLICE), 1)
+    size = max(1, min(SLICE // row, rows // LOOP))
+    size = size // ALIGNED * ALIGNED or size
     width, rest = columns // parts, rows % size
 
     def slice_of(number: jax.Array, carry: Any) -> Any:
