@@ -52,18 +52,20 @@ TPU = """
   ROOT %t = (s32[], bf16[4,6]{1,0}) tuple(%i, %x)
 }
 
-%all-reduce-scatter.1 (input: f32[4,6]) -> f32[1,6] {
+%all-reduce-scatter.1 (input: f32[4,6]) -> f32[2,6] {
   %input = f32[4,6]{1,0} parameter(0)
   %sum = f32[4,6]{1,0:T(4,128)} all-reduce(%input), replica_groups=mesh['a'=4,'b'=2], device_ids=([2,4]T(1,0)) {'b'}
-  ROOT %own = f32[1,6]{1,0} dynamic-slice(%sum, %c, %c), dynamic_slice_sizes={1,6}
+  %first = f32[1,6]{1,0} dynamic-slice(%sum, %c, %c), dynamic_slice_sizes={1,6}
+  %second = f32[1,6]{1,0} dynamic-slice(%sum, %d, %c), dynamic_slice_sizes={1,6}
+  ROOT %own = f32[2,6]{1,0} concatenate(%first, %second), dimensions={0}
 }
 
-ENTRY %main (p: f32[4,6]) -> f32[1,6] {
+ENTRY %main (p: f32[4,6]) -> f32[2,6] {
   %p = f32[4,6]{1,0} parameter(0)
   %loop = (s32[], bf16[4,6]{1,0}) while(%init), condition=%cond, body=%body
   %cp = (f32[6]{0}, f32[6]{0}, u32[]) collective-permute-start(%p), source_target_pairs={{0,0},{1,3},{3,1}}
   %cpd = f32[6]{0} collective-permute-done(%cp)
-  ROOT %rs = f32[1,6]{1,0} fusion(%p), kind=kCustom, calls=%all-reduce-scatter.1, metadata={op_name="jit(f)/regions/y"}
+  ROOT %rs = f32[2,6]{1,0} fusion(%p), kind=kCustom, calls=%all-reduce-scatter.1, metadata={op_name="jit(f)/regions/y"}
 }
 """
 
@@ -77,11 +79,14 @@ def test_the_forms_of_gpus_are_read():
 
 
 def test_the_forms_of_tpus_are_read():
-    """A reduce-scatter as an all-reduce and a slice, in a loop of whose length only the condition knows, and fused."""
+    """A reduce-scatter as an all-reduce and a slice, in a loop of whose length only the condition knows, and fused.
+
+    The fused one takes its share in two slices.
+    """
     in_loop, permute, fused = hlo.collectives(TPU)
     assert in_loop[:3] == ("reduce-scatter", 6, 12) and in_loop.times == 5 and in_loop.place == "attention backward"
     assert permute[:3] == ("collective-permute", 6, 24) and permute.asynchronous and permute.group == (1, 3)
-    assert fused[:3] == ("reduce-scatter", 6, 24) and fused.group == (0, 4) and fused.place == "regions forward"
+    assert fused[:3] == ("reduce-scatter", 12, 48) and fused.group == (0, 4) and fused.place == "regions forward"
 
 
 def test_a_sum_that_somebody_needs_whole_stays_a_sum():

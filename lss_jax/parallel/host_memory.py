@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 HOST = "pinned_host"  # the memory's kind, in shardings
-SLICE = 2**26  # bytes of an array that are moved at a time: enough for a link's full speed, and little for a device
+SLICE = 2**26  # bytes of an array that are moved at a time, or one row: enough for a link's full speed
 ALIGNED = 16  # rows of a slice, or a multiple of them, if there are more: registers of TPUs hold so many of bfloat16
 LOOP = 4  # slices at least, where there are as many rows: compilers unroll shorter loops, and hold all slices at once
 
@@ -52,12 +52,12 @@ def streamed(function: Callable[..., Any], replaced: Any, *read: Any) -> Any:
       read: more such trees.
     """
 
-    def replace(start: Start, size: tuple[int, ...], replaced: Any) -> Any:
+    def replace(start: Any, size: int, replaced: Any) -> Any:
         slices, others = _sliced((replaced, read), start, size)
-        put = partial(jax.lax.dynamic_update_slice, start_indices=start)
+        put = partial(jax.lax.dynamic_update_slice_in_dim, start_index=start, axis=0)
         return jax.tree.map(lambda whole, part: put(whole, to_host(part)), replaced, function(slices, *others))
 
-    return _over_slices(jax.tree.leaves(replaced)[0].shape, replace, replaced)
+    return _over_slices(*_rows(jax.tree.leaves(replaced)[0]), replace, replaced)
 
 
 def elementwise(function: Callable[..., jax.Array], array: jax.Array, *others: jax.Array) -> jax.Array:
@@ -68,37 +68,25 @@ def elementwise(function: Callable[..., jax.Array], array: jax.Array, *others: j
 def streamed_sum(function: Callable[[jax.Array], jax.Array], array: jax.Array, start: jax.Array) -> jax.Array:
     """`start` and `function`, a scalar, of every slice of a local array on the host."""
 
-    def add(start: Start, size: tuple[int, ...], total: jax.Array) -> jax.Array:
+    def add(start: Any, size: int, total: jax.Array) -> jax.Array:
         return total + function(_sliced(array, start, size))
 
-    return _over_slices(array.shape, add, start)
+    return _over_slices(*_rows(array), add, start)
 
 
-Start = tuple[Any, ...]  # an index per axis
-
-
-def _over_slices(shape: tuple[int, ...], body: Callable[[Start, tuple[int, ...], Any], Any], carry: Any) -> Any:
-    """`carry = body(start, size, carry)` for slices that cover arrays of this shape, which has at least two axes.
-
-    Slices are of whole rows (along axis 0), or of one row along axis 1 where a row alone is too large.
-    """
-    (rows, columns, *others), row = shape, 4 * math.prod(shape[1:])
-    aligned = (
-        parts for parts in range(1, columns) if columns % parts == 0 and (parts == 1 or columns // parts % ALIGNED == 0)
-    )
-    parts = next((parts for parts in aligned if row <= parts * SLICE), 1)
+def _over_slices(rows: int, row: int, body: Callable[[Any, int, Any], Any], carry: Any) -> Any:
+    """`carry = body(start, size, carry)` for slices along axis 0 that cover arrays of so many rows of `row` bytes."""
     size = max(1, min(SLICE // row, rows // LOOP))
     size = size // ALIGNED * ALIGNED or size
-    width, rest = columns // parts, rows % size
-
-    def slice_of(number: jax.Array, carry: Any) -> Any:
-        start = number // parts * size, number % parts * width, *[0] * len(others)
-        return body(start, (size, width, *others), carry)
-
-    carry = jax.lax.fori_loop(0, rows // size * parts, slice_of, carry)
-    return body((rows - rest, *[0] * (1 + len(others))), (rest, columns, *others), carry) if rest else carry
+    carry = jax.lax.fori_loop(0, rows // size, lambda number, carry: body(number * size, size, carry), carry)
+    return body(rows - rows % size, rows % size, carry) if rows % size else carry
 
 
-def _sliced(tree: Any, start: Start, size: tuple[int, ...]) -> Any:
+def _rows(array: jax.Array) -> tuple[int, int]:
+    """The number of rows of an array, and the bytes of one in float32."""
+    return len(array), 4 * math.prod(array.shape[1:])
+
+
+def _sliced(tree: Any, start: Any, size: int) -> Any:
     """A slice of each array, on the device."""
-    return jax.tree.map(lambda array: to_device(jax.lax.dynamic_slice(array, start, size)), tree)
+    return jax.tree.map(lambda array: to_device(jax.lax.dynamic_slice_in_dim(array, start, size)), tree)
