@@ -259,9 +259,9 @@ def test_state_in_host_memory_on_a_tpu_topology(changes):
     result, before = audited(offloaded, mesh), audited(plain, mesh)
     assert problems(result, None) == []
     for name in ("parameters", "optimizer state"):
-        assert result.memory[name] == result.predicted_memory[name] < 0.1 * before.memory[name]
-    state = sum(before.memory[name] for name in ("parameters", "optimizer state"))
-    assert result.predicted_memory[HOST] > waiting(offloaded.config, mesh) + 0.99 * state
+        assert result.memory[name] == result.predicted_memory[name] < 0.2 * before.memory[name]
+    moved = sum(before.memory[name] - result.memory[name] for name in ("parameters", "optimizer state"))
+    assert result.predicted_memory[HOST] > waiting(offloaded.config, mesh) + moved
     assert 0.95 < result.memory[HOST] / result.predicted_memory[HOST] < 1.5
 
 
