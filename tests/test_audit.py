@@ -252,7 +252,7 @@ def test_large_models_on_a_tpu_topology(changes):
 @pytest.mark.grid
 @pytest.mark.parametrize("changes", [{"model__remat": "block"}, {"model__remat_every": 2, "model__layers": 4}])
 def test_state_in_host_memory_on_a_tpu_topology(changes):
-    """Of weights, gradients and moments only a layer's are on the device; libtpu copies some of them on the host."""
+    """Only a layer's weights, gradients and moments are on the device; libtpu copies some of them on the host."""
     sizes = {"model__layers": LAYERS, "data__seq_len": 8192, "data__batch_size": 2, **LARGE, **changes}
     plain, offloaded = (model_on(1, 8, **sizes, optim__offload=offload)[0] for offload in (False, True))
     mesh = make_mesh((1, 8, 1), devices_of("tpu:v5p:2x2x2"))

@@ -24,6 +24,7 @@ import jax
 import numpy as np
 
 from configs import base
+from experiments.attention.programs import ratio, take_turns
 from lss_jax.config.schema import Config, from_dict
 from lss_jax.data.loader import read_batch
 from lss_jax.models import build_model, parameter_count
@@ -86,7 +87,7 @@ class Training:
         self.state = init_state(self.model, optimizer, mesh, seed=0)
         self._step = make_train_step(self.model, optimizer, mesh).lower(self.state, self.batch).compile()
 
-    def step(self) -> float:
+    def seconds(self) -> float:
         """Trains one step; returns its seconds."""
         started = time.perf_counter()
         self.state, _ = self._step(self.state, self.batch)
@@ -94,30 +95,13 @@ class Training:
         return time.perf_counter() - started
 
 
-def times(rounds: int) -> dict[str, list[float]]:
-    """Seconds of a step of every variant, in turns; the first round warms up."""
-    trainings = {name: Training(config_of(name, TIMED)) for name in VARIANTS}
-    seconds: dict[str, list[float]] = {name: [] for name in VARIANTS}
-    for turn in range(rounds + 1):
-        for name, training in trainings.items():
-            taken = training.step()
-            if turn:
-                seconds[name].append(taken)
-    return seconds
-
-
 def resident(variant: str) -> int:
     """The resident memory of this process at its largest, in bytes, in a step on a long sequence."""
-    Training(config_of(variant, LONG, WINDOW)).step()
+    Training(config_of(variant, LONG, WINDOW)).seconds()
     status = Path("/proc/self/status").read_text()  # unlike `getrusage` without the process that started this one
     found = re.search(r"VmHWM:\s*(\d+)", status)
     assert found
     return 1024 * int(found[1])
-
-
-def ratio(seconds: dict[str, list[float]], of: str, over: str) -> float:
-    """The median over the rounds of one variant's time over another's in the same round."""
-    return statistics.median(a / b for a, b in zip(seconds[of], seconds[over], strict=True))
 
 
 def table(results: dict[str, Any]) -> str:
@@ -130,7 +114,7 @@ def table(results: dict[str, Any]) -> str:
         "| --- " * 5 + "|",
     ]
     for name in VARIANTS:
-        ratios = " | ".join(f"{ratio(seconds, name, over):.2f}" for over in ("plain", "blocks recomputed"))
+        ratios = " | ".join(f"{ratio(seconds[name], seconds[over]):.2f}" for over in ("plain", "blocks recomputed"))
         median = statistics.median(seconds[name])
         lines.append(f"| {name} | {median:.2f} | {ratios} | {memory[name] / 2**30:.2f} |")
     return "\n".join(lines) + "\n"
@@ -145,7 +129,8 @@ def main() -> None:
     if arguments.resident:
         print(json.dumps(resident(arguments.resident)))
         return
-    seconds, memory = times(arguments.rounds), {}
+    seconds = take_turns({name: Training(config_of(name, TIMED)) for name in VARIANTS}, arguments.rounds)
+    memory = {}
     for name in VARIANTS:
         command = [sys.executable, "-m", "experiments.longest.simulated", "--resident", name]
         memory[name] = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)

@@ -1,6 +1,5 @@
 """Compares a compiled training step with its predictions: collectives, memory and operations."""
 
-import math
 import time
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -16,6 +15,7 @@ from lss_jax.inspection.contract import Contract
 from lss_jax.inspection.memory import memory_of, rests_on_host, shortfall
 from lss_jax.inspection.topology import capacity_of, devices_of
 from lss_jax.models import Model, build_model, parameter_count
+from lss_jax.parallel.mesh import shard_bytes
 from lss_jax.training.setup import mesh_of
 from lss_jax.training.step import trace_train_step
 
@@ -92,9 +92,7 @@ def _memory(compiled: jax.stages.Compiled, mesh: Mesh) -> dict[str, int]:
         """Bytes per device, on it, of the arguments that the program uses: the others have no sharding."""
 
         def of_one(info: Any, sharding: Any) -> int:
-            if not sharding or rests_on_host(sharding, mesh):
-                return 0
-            return math.prod(sharding.shard_shape(info.shape)) * info.dtype.itemsize
+            return shard_bytes(info, sharding) if sharding and not rests_on_host(sharding, mesh) else 0
 
         return sum(jax.tree.leaves(jax.tree.map(of_one, infos, shardings)))
 

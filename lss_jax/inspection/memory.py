@@ -17,7 +17,7 @@ from lss_jax.config.schema import Config
 from lss_jax.inspection.liveness import Liveness, liveness
 from lss_jax.models import Model
 from lss_jax.parallel.host_memory import HOST
-from lss_jax.parallel.mesh import has_host_memory
+from lss_jax.parallel.mesh import has_host_memory, shard_bytes
 from lss_jax.tasks import make_task
 from lss_jax.training.optimizer import make_optimizer
 from lss_jax.training.state import state_like
@@ -75,8 +75,7 @@ def _bytes(arrays: Any, mesh: Mesh | AbstractMesh) -> tuple[int, int]:
     """Bytes per device of arrays with shapes, dtypes and shardings: on the device, and in the host's memory."""
     sizes = [0, 0]
     for leaf in jax.tree.leaves(arrays):
-        shard = math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
-        sizes[rests_on_host(leaf.sharding, mesh)] += shard
+        sizes[rests_on_host(leaf.sharding, mesh)] += shard_bytes(leaf, leaf.sharding)
     return sizes[0], sizes[1]
 
 

@@ -116,7 +116,7 @@ def roomiest(config: Config, sizes: MeshSizes, strategy: str, room: Room) -> Can
 
 
 def with_inputs(config: Config, sizes: MeshSizes, strategy: str, room: Room, changes: Changes) -> Candidate:
-    """Costs with these changes, and as few layers' inputs in host memory as make the sequence longest.
+    """Costs with these changes, and with fewer layers' inputs in host memory where that makes the sequence longer.
 
     Raises:
       ConfigError: as `evaluate`.

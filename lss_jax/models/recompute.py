@@ -65,7 +65,7 @@ def _backward(layer, model, saved, cotangents):
 
     def some_layers(carry: Any, start: jax.Array, pieces: list[jax.Array]) -> tuple[Any, None]:
         dx_BpE, d_params = carry
-        x_BpE = jnp.concatenate([to_device(piece) if is_on_host(piece) else piece for piece in pieces], axis=1)
+        x_BpE = jnp.concatenate([to_device(piece) for piece in pieces], axis=1)
         of_params, of_others = _layers_of((params, others), start, model)
 
         def from_input(x_BpE: jax.Array, of_params: Any) -> jax.Array:
@@ -109,12 +109,8 @@ def _some_layers(layer: Layer, model: ModelConfig, x_BpE: jax.Array, layers: Any
 
 def _layers_of(stacks: Any, start: jax.Array, model: ModelConfig) -> Any:
     """`remat_every` layers of stacked arrays, on the device."""
-
-    def on_device(stack: jax.Array) -> jax.Array:
-        layers = jax.lax.dynamic_slice_in_dim(stack, start, model.remat_every)
-        return to_device(layers) if is_on_host(stack) else layers
-
-    return jax.tree.map(on_device, stacks)
+    every = model.remat_every
+    return jax.tree.map(lambda stack: to_device(jax.lax.dynamic_slice_in_dim(stack, start, every)), stacks)
 
 
 def _put(stack: jax.Array, layers: jax.Array, start: jax.Array) -> jax.Array:

@@ -18,8 +18,8 @@ LOOP = 4  # slices at least, where there are as many rows: compilers unroll shor
 
 
 def to_device(array: jax.Array) -> jax.Array:
-    """A copy in the device's memory."""
-    return jax.device_put(array, jax.memory.Space.Device)
+    """The array in the device's memory: a copy, unless it is there already."""
+    return jax.device_put(array, jax.memory.Space.Device) if is_on_host(array) else array
 
 
 def to_host(array: jax.Array) -> jax.Array:

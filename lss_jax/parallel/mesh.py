@@ -1,11 +1,12 @@
 """One mesh, three axes: `data` x `seq` x `model`; every sharding of the project is said in these names."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import jax
 from jax.experimental import mesh_utils
-from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec, Sharding
 
 DATA, SEQ, MODEL = "data", "seq", "model"
 AXES = (DATA, SEQ, MODEL)
@@ -73,6 +74,11 @@ def without_unsharded(spec: PartitionSpec, mesh: Mesh | AbstractMesh) -> Partiti
 def shardings(specs, mesh: Mesh | AbstractMesh):
     """A tree of specs as a tree of shardings on `mesh`."""
     return jax.tree.map(lambda spec: NamedSharding(mesh, without_unsharded(spec, mesh)), specs)
+
+
+def shard_bytes(array: Any, sharding: Sharding) -> int:
+    """Bytes per device of an array with this shape and dtype."""
+    return math.prod(sharding.shard_shape(array.shape)) * array.dtype.itemsize
 
 
 def like(shapes: Any, shardings: Any) -> Any:

@@ -39,8 +39,8 @@ def _whole_weight(share: jax.Array, how: Share, dtype: str, on_host: bool) -> ja
 
 
 @jax.named_scope(WEIGHTS)
-def _gathered(share: jax.Array, how: Share, dtype: str, on_host: bool) -> tuple[jax.Array, None]:
-    weight = (to_device(share) if on_host else share).astype(dtype)
+def _gathered(share: jax.Array, how: Share, dtype: str, _on_host: bool) -> tuple[jax.Array, None]:
+    weight = to_device(share).astype(dtype)
     for axis in reversed(how.axes):
         weight = jax.lax.all_gather(weight, axis, axis=how.dimension, tiled=True)
     return jax.lax.slice_in_dim(weight, 0, how.size, axis=how.dimension), None

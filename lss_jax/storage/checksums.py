@@ -42,8 +42,7 @@ def _summing(mesh: Mesh) -> jax.stages.Wrapped:
 
 
 def _checksum(array: jax.Array) -> jax.Array:
-    array = to_device(array) if is_on_host(array) else array
-    bits = jax.lax.bitcast_convert_type(array, UNSIGNED[array.dtype.itemsize]).astype(jnp.uint32)
+    bits = jax.lax.bitcast_convert_type(to_device(array), UNSIGNED[array.dtype.itemsize]).astype(jnp.uint32)
     index = jnp.uint32(0)
     for axis, size in enumerate(array.shape):
         index = index * jnp.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, array.shape, axis)

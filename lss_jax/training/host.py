@@ -1,6 +1,5 @@
 """What a run keeps in the memory of its hosts, and whether they have as much."""
 
-import math
 import os
 from contextlib import suppress
 from pathlib import Path
@@ -13,7 +12,7 @@ from lss_jax.config.schema import Config, ConfigError
 from lss_jax.config.units import shown_size
 from lss_jax.models.recompute import waiting
 from lss_jax.parallel.host_memory import HOST
-from lss_jax.parallel.mesh import has_host_memory
+from lss_jax.parallel.mesh import has_host_memory, shard_bytes
 from lss_jax.runtime.distributed import all_agree
 
 INSTEAD = {"model.remat": "block", "optim.offload": False}
@@ -75,5 +74,6 @@ def _remedies(config: Config) -> list[str]:
 
 
 def _bytes(arrays: Any) -> int:
-    leaves = [leaf for leaf in jax.tree.leaves(arrays) if leaf.sharding.memory_kind == HOST]
-    return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves)
+    """Bytes per device of those arrays that rest in the host's memory."""
+    leaves = jax.tree.leaves(arrays)
+    return sum(shard_bytes(leaf, leaf.sharding) for leaf in leaves if leaf.sharding.memory_kind == HOST)
