@@ -48,14 +48,24 @@ def get_config() -> ConfigDict:
     model.width = 128
     model.heads = 4
     model.kv_heads = model.get_oneway_ref("heads")  # fewer than heads: GQA; 1: MQA
+    model.head_width = 0  # of a query, key or value; 0: width / heads
     model.mlp_width = model.get_oneway_ref("width") * 4
     model.norm = "layer"  # LayerNorm; or "rms", RMSNorm
+    model.norm_epsilon = 1e-6  # added to the variance
+    model.qk_norm = False  # RMSNorm of each query and key head (Qwen 3)
     model.mlp = "gelu"  # or "swiglu", which has a gate: three matrices
-    model.bias = True  # biases in projections, MLP and LayerNorm
+    model.bias = True  # biases in projections (but the keys'), MLP and LayerNorm
+    model.qkv_bias = False  # biases of queries, keys and values, whatever model.bias says (Qwen 2; GPT-2 has both)
     model.positions = "learned"  # "learned" (sharded like the sequence), "sinusoidal", "rope" or "none"
     model.rope_base = 10_000.0
-    model.rope_scaling = "none"  # or, for longer contexts, "linear" (positions / factor) or "ntk" (a larger base)
+    # For contexts longer than the trained one: "none", "linear" (positions / factor), "ntk" (a larger base), "yarn" or
+    # "llama3", which slow down low frequencies alone.
+    model.rope_scaling = "none"
     model.rope_factor = 1.0  # the factor by which the context is extended
+    model.rope_original = 0  # "yarn", "llama3": tokens of the context before that
+    model.rope_low = 1.0  # "yarn", "llama3": slowed down is what rotates less often than this over that context
+    model.rope_high = 32.0  # left alone is what rotates more often; of Llama 3: 4
+    model.rope_attention_factor = 0.0  # of rotated queries and keys; 0: 1, for "yarn" 0.1 ln(rope_factor) + 1
     model.tied_head = True  # the head is the transpose of the token embedding
     model.vocab_parallel = False  # shard the token embedding and the head over mesh.model, for large vocabularies
     model.dropout = 0.0  # on embeddings, attention weights and both residual branches; the same on every mesh

@@ -210,7 +210,7 @@ _nats = jax.jit(nats, static_argnums=4)
 def _norm(p, x, model):
     if model.norm == "layer":
         x = x - x.mean(-1, keepdims=True)
-    return _biased(x / jnp.sqrt((x**2).mean(-1, keepdims=True) + 1e-6) * p["scale"], p)
+    return _biased(x / jnp.sqrt((x**2).mean(-1, keepdims=True) + model.norm_epsilon) * p["scale"], p)
 
 
 def _biased(x, p):
@@ -224,6 +224,11 @@ def _linear(p, x, axes=1):
 def _block(p, x_BLE, seen_BLL, model):
     n = _norm(p["attention_norm"], x_BLE, model)
     q, k, v = (_linear(p["attention"][name], n) for name in ("query", "key", "value"))
+    if model.qk_norm:
+        q, k = (
+            x / jnp.sqrt((x**2).mean(-1, keepdims=True) + model.norm_epsilon) * p["attention"][f"{name}_norm"]["scale"]
+            for x, name in ((q, "query"), (k, "key"))
+        )
     if model.positions == "rope":
         q, k = _rope(q, model), _rope(k, model)
     o = jax.nn.dot_product_attention(q, k, v, mask=seen_BLL[:, None])
@@ -237,11 +242,44 @@ def _block(p, x_BLE, seen_BLL, model):
 def _rope(x_BLHK, model):
     """As a product of complex numbers."""
     L, K = x_BLHK.shape[1], x_BLHK.shape[3]
-    position_L, base = jnp.arange(L), model.rope_base
-    if model.rope_scaling == "linear":
-        position_L = position_L / model.rope_factor
-    if model.rope_scaling == "ntk":
-        base = base * model.rope_factor ** (K / (K - 2))
-    turn_Lk = jnp.exp(1j * jnp.outer(position_L, base ** (-2 * jnp.arange(K // 2) / K)))
+    turn_Lk = jnp.exp(1j * jnp.outer(jnp.arange(L), rope_frequencies(model, K))) * rope_length(model)
     z = (x_BLHK[..., : K // 2] + 1j * x_BLHK[..., K // 2 :]) * turn_Lk[:, None, :]
     return jnp.concatenate((z.real, z.imag), -1)
+
+
+def rope_frequencies(model, K):
+    """Radians per token, pair by pair."""
+    return np.array([_rope_frequency(model, K, pair) for pair in range(K // 2)])
+
+
+def _rope_frequency(model, K, pair):
+    base, factor, original = model.rope_base, model.rope_factor, model.rope_original
+    frequency = base ** (-2 * pair / K)
+    if model.rope_scaling == "linear":
+        return frequency / factor
+    if model.rope_scaling == "ntk":
+        return (base * factor ** (K / (K - 2))) ** (-2 * pair / K)
+    if model.rope_scaling == "yarn":  # pairs from the one that rotates `high` times to that which rotates `low` times
+
+        def pair_with(rotations):
+            return K / 2 * np.log(original / (2 * np.pi * rotations)) / np.log(base)
+
+        first = max(np.floor(pair_with(model.rope_high)), 0)
+        last = min(np.ceil(pair_with(model.rope_low)), K - 1)
+        kept = 1 - min(max((pair - first) / max(last - first, 1e-3), 0), 1)
+        return frequency * kept + frequency / factor * (1 - kept)
+    if model.rope_scaling == "llama3":
+        rotations = original * frequency / (2 * np.pi)
+        if rotations < model.rope_low:
+            return frequency / factor
+        if rotations > model.rope_high:
+            return frequency
+        kept = (rotations - model.rope_low) / (model.rope_high - model.rope_low)
+        return frequency * kept + frequency / factor * (1 - kept)
+    return frequency
+
+
+def rope_length(model):
+    if model.rope_attention_factor:
+        return model.rope_attention_factor
+    return 0.1 * np.log(model.rope_factor) + 1 if model.rope_scaling == "yarn" else 1.0

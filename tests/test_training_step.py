@@ -45,6 +45,26 @@ VARIANTS = {
     "groups": {"attention__head_groups": 2},
     "linear rope": {"model__positions": "rope", "model__rope_scaling": "linear", "model__rope_factor": 4.0},
     "ntk rope": {"model__positions": "rope", "model__rope_scaling": "ntk", "model__rope_factor": 4.0},
+    "yarn": {
+        **{"model__positions": "rope", "model__rope_scaling": "yarn", "model__rope_factor": 8.0},
+        **{"model__rope_original": 40, "model__rope_high": 4.0},
+    },
+    "llama 3": {
+        **{"model__positions": "rope", "model__rope_scaling": "llama3", "model__rope_factor": 8.0},
+        **{"model__rope_original": 40, "model__rope_high": 4.0, "model__norm": "rms", "model__mlp": "swiglu"},
+        **{"model__kv_heads": 2, "model__bias": False, "model__tied_head": False},
+    },
+    "qwen 2": {
+        **{"model__positions": "rope", "model__norm": "rms", "model__mlp": "swiglu", "model__kv_heads": 2},
+        **{"model__bias": False, "model__qkv_bias": True},
+    },
+    "qwen 3": {
+        **{"model__positions": "rope", "model__norm": "rms", "model__mlp": "swiglu", "model__kv_heads": 2},
+        **{"model__bias": False, "model__qk_norm": True, "model__head_width": 12, "model__norm_epsilon": 1e-5},
+    },
+    "qwen 3 in head groups and tiles": {
+        **{"model__positions": "rope", "model__qk_norm": True, "model__tile": 4, "attention__head_groups": 2},
+    },
     "sinusoidal": {"model__positions": "sinusoidal"},
     "window": {"attention__window": 7},
     "prefix": {"attention__prefix": 11},
@@ -70,7 +90,12 @@ HYBRID_VARIANTS = {
     },
     "rope, prefix and window": {**VARIANTS["rope"], **VARIANTS["prefix and window"]},
 }
-HYBRID_SAMPLE = {"remat and regather", "vocabulary, untied, sinusoidal", "vocabulary, documents in microbatches"}
+HYBRID_SAMPLE = {
+    "qwen 3",
+    "remat and regather",
+    "vocabulary, untied, sinusoidal",
+    "vocabulary, documents in microbatches",
+}
 
 
 @pytest.mark.parametrize("mesh", sampled(MESHES, [(1, 1), (8, 1), (1, 8), (2, 3)], quick=[(1, 8)]), ids=str)
@@ -101,7 +126,17 @@ def test_gradient_equals_the_oracle_for_every_strategy_and_layout_on_hybrids(mes
     check_against_oracle(*mesh, **heads, **changes, model__vocab_parallel=mesh[2] == 2)
 
 
-SAMPLE = {"rope", "gqa", "remat and regather", "groups", "prefix and window", "documents in microbatches"}
+SAMPLE = {
+    "yarn",
+    "qwen 2",
+    "qwen 3 in head groups and tiles",
+    "rope",
+    "gqa",
+    "remat and regather",
+    "groups",
+    "prefix and window",
+    "documents in microbatches",
+}
 
 
 @pytest.mark.parametrize("variant", sampled(VARIANTS, SAMPLE))

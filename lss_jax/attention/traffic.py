@@ -49,6 +49,6 @@ def sizes_of(config: Config, mesh: Mesh | AbstractMesh) -> Sizes:
         l=layout.padded(config.data.seq_len) // layout.devices,
         H=config.model.heads // layout.parts,
         G=config.model.kv_heads // layout.parts,
-        K=config.model.width // config.model.heads,
+        K=config.model.head_width,
         itemsize=2 if config.model.dtype == "bfloat16" else 4,
     )

@@ -62,7 +62,10 @@ def _out_of_range(config: Config) -> Iterator[str]:
         "seed": config.seed,
         "eval_every": config.eval_every,
         "profile.steps": config.profile.steps,
+        "model.head_width": model.head_width,
         "model.tile": model.tile,
+        "model.rope_original": model.rope_original,
+        "model.rope_attention_factor": model.rope_attention_factor,
         "attention.window": attention.window,
         "attention.prefix": attention.prefix,
         "optim.warmup_steps": optim.warmup_steps,
@@ -74,7 +77,7 @@ def _out_of_range(config: Config) -> Iterator[str]:
         if not 0 <= number < float("inf"):
             yield f"{key}={number} must be at least 0 and finite"
     above_0 = {f"optim.{k}": getattr(optim, k) for k in ("learning_rate", "clip_norm")}
-    above_0 |= {f"model.{k}": getattr(model, k) for k in ("rope_base", "rope_factor")}
+    above_0 |= {f"model.{k}": getattr(model, k) for k in ("norm_epsilon", "rope_base", "rope_factor", "rope_low")}
     for key, number in above_0.items():
         if not 0 < number < float("inf"):
             yield f"{key}={number} must be greater than 0 and finite"
@@ -91,26 +94,17 @@ def less_than_1(values: Mapping[str, int]) -> Iterator[str]:
 
 def _cross_field(config: Config) -> Iterator[str]:
     model, data, optim = config.model, config.data, config.optim
-    if model.heads > 0 and model.width % model.heads:
+    if model.heads > 0 and model.width % model.heads and model.head_width == model.width // model.heads:
         yield (
-            f"model.width={model.width} is not divisible by model.heads={model.heads}; "
-            f"use model.width={next_multiple(model.width, model.heads)} or another number of heads"
+            f"model.width={model.width} is not divisible by model.heads={model.heads}; use model.width="
+            f"{next_multiple(model.width, model.heads)}, another number of heads, or a model.head_width of its own"
         )
-    elif model.heads > 0 and model.positions == "rope" and model.width // model.heads % 2:
+    elif model.head_width % 2 and model.positions == "rope":
         yield (
-            f"the head width model.width/model.heads={model.width // model.heads} is odd, but rope rotates pairs; "
+            f"the head width model.head_width={model.head_width} is odd, but rope rotates pairs; "
             f'use an even head width or model.positions="learned"'
         )
-    if model.rope_scaling == "none" and model.rope_factor != 1.0:
-        yield (
-            f'model.rope_factor={model.rope_factor} has no use with model.rope_scaling="none"; '
-            f'use "linear" or "ntk", or model.rope_factor=1.0'
-        )
-    if model.rope_scaling != "none" and model.positions != "rope":
-        yield (
-            f"model.rope_scaling={model.rope_scaling!r} has no use with model.positions={model.positions!r}; "
-            f'use model.positions="rope" or model.rope_scaling="none"'
-        )
+    yield from _rope_problems(model)
     if 0.99 < model.dropout < 1:
         yield f"model.dropout={model.dropout} leaves next to nothing; use at most 0.99"
     yield from _remat_problems(model)
@@ -135,6 +129,30 @@ def _cross_field(config: Config) -> Iterator[str]:
         yield 'data.source="text" needs a file; give data.path, or use data.source="stdlib", which needs none'
     if data.source == "stdlib" and data.path:
         yield f'data.path={data.path!r} has no use with data.source="stdlib"; use data.source="text"'
+
+
+def _rope_problems(model: ModelConfig) -> Iterator[str]:
+    scaling = model.rope_scaling
+    if scaling == "none" and model.rope_factor != 1.0:
+        yield (
+            f'model.rope_factor={model.rope_factor} has no use with model.rope_scaling="none"; '
+            f'use "linear", "ntk", "yarn" or "llama3", or model.rope_factor=1.0'
+        )
+    if scaling != "none" and model.positions != "rope":
+        yield (
+            f"model.rope_scaling={scaling!r} has no use with model.positions={model.positions!r}; "
+            f'use model.positions="rope" or model.rope_scaling="none"'
+        )
+    if scaling in ("yarn", "llama3") and model.rope_original == 0:
+        yield (
+            f"model.rope_scaling={scaling!r} needs model.rope_original, the tokens of the context that is extended "
+            f"model.rope_factor={model.rope_factor} times; set that"
+        )
+    if scaling in ("yarn", "llama3") and not model.rope_low < model.rope_high < float("inf"):
+        yield (
+            f"model.rope_high={model.rope_high} must be finite and greater than model.rope_low={model.rope_low}; "
+            f"usual are 1 and 32 for yarn, 1 and 4 for llama3"
+        )
 
 
 def _remat_problems(model: ModelConfig) -> Iterator[str]:

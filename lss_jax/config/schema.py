@@ -44,14 +44,22 @@ class ModelConfig:
     width: int
     heads: int
     kv_heads: int
+    head_width: int  # never 0 here, unless heads are
     mlp_width: int
     norm: Literal["layer", "rms"]
+    norm_epsilon: float
+    qk_norm: bool
     mlp: Literal["gelu", "swiglu"]
     bias: bool
+    qkv_bias: bool
     positions: Literal["learned", "sinusoidal", "rope", "none"]
     rope_base: float
-    rope_scaling: Literal["none", "linear", "ntk"]
+    rope_scaling: Literal["none", "linear", "ntk", "yarn", "llama3"]
     rope_factor: float
+    rope_original: int
+    rope_low: float
+    rope_high: float
+    rope_attention_factor: float
     tied_head: bool
     vocab_parallel: bool
     dropout: float
@@ -60,6 +68,10 @@ class ModelConfig:
     remat_every: int
     tile: int
     scan_layers: bool
+
+    def __post_init__(self):
+        if self.head_width == 0 and self.heads > 0:
+            object.__setattr__(self, "head_width", self.width // self.heads)
 
 
 @dataclasses.dataclass(frozen=True)

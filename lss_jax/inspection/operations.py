@@ -52,7 +52,7 @@ def _orthogonalizing(model: Model) -> int:
     config = model.config.model
     if model.config.optim.name != "muon":
         return 0
-    E, F, K = config.width, config.mlp_width, config.width // config.heads
+    E, F, K = config.width, config.mlp_width, config.head_width
     counts = {(E, K): 2 * (config.heads + config.kv_heads), (E, F): 3 if config.mlp == "swiglu" else 2}
     iteration = sum(n * 2 * min(shape) ** 2 * (2 * max(shape) + min(shape)) for shape, n in counts.items())
     return config.layers * 5 * iteration

@@ -10,8 +10,9 @@ from jax.sharding import PartitionSpec as P
 
 from lss_jax.attention.head_groups import over_head_groups
 from lss_jax.config.schema import ModelConfig
-from lss_jax.models.embeddings import INIT_STDDEV, Rope
-from lss_jax.models.layers import Linear, Segment, drop, norm
+from lss_jax.models.embeddings import INIT_STDDEV
+from lss_jax.models.layers import Linear, Segment, drop, norm, rms_norm
+from lss_jax.models.rope import rope_of
 from lss_jax.models.tiles import in_tiles
 from lss_jax.parallel.dropout import AFTER_ATTENTION, AFTER_MLP, ATTENTION_WEIGHTS, Dropout
 from lss_jax.parallel.mesh import MODEL
@@ -35,14 +36,16 @@ class SelfAttention(nnx.Module):
     """
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
-        E, H, G, K = config.width, config.heads, config.kv_heads, config.width // config.heads
-        self.rope = Rope(config.rope_base, config.rope_scaling, config.rope_factor)
-        self.rotary, self.tile, self.heads = config.positions == "rope", config.tile, H
-        bias = P(MODEL) if config.bias else None
+        E, H, G, K = config.width, config.heads, config.kv_heads, config.head_width
+        self.rope, self.tile, self.heads = rope_of(config) if config.positions == "rope" else None, config.tile, H
+        bias = P(MODEL) if config.bias or config.qkv_bias else None
+        key_bias = P(MODEL) if config.qkv_bias else None  # unless keys are rotated it cancels in the softmax
         by_heads: dict[str, Any] = {"kernel_spec": BY_OUTPUT, "heads": 1}
         self.query = Linear(config, (E,), (H, K), rngs, bias_spec=bias, **by_heads)
-        self.key = Linear(config, (E,), (G, K), rngs, **by_heads)  # a bias would cancel in the softmax
+        self.key = Linear(config, (E,), (G, K), rngs, bias_spec=key_bias, **by_heads)
         self.value = Linear(config, (E,), (G, K), rngs, bias_spec=bias, **by_heads)
+        if config.qk_norm:
+            self.query_norm, self.key_norm = rms_norm(config, K, rngs), rms_norm(config, K, rngs)
         self.out = Linear(
             config,
             (H, K),
@@ -84,12 +87,14 @@ class SelfAttention(nnx.Module):
 
 
 def _projected(modules: tuple, x_BtE: jax.Array, positions_t: jax.Array, _: None) -> tuple[jax.Array, ...]:
-    """Queries, keys and values of some tokens, the first two rotated to their positions."""
+    """Queries, keys and values of some tokens, the first two normalized and rotated to their positions if need be."""
     attention, *norms = modules
     for before in norms:
         x_BtE = before(x_BtE)
     q_BtHK, k_BtGK = attention.query(x_BtE), attention.key(x_BtE)
-    if attention.rotary:
+    if hasattr(attention, "query_norm"):
+        q_BtHK, k_BtGK = attention.query_norm(q_BtHK), attention.key_norm(k_BtGK)
+    if attention.rope:
         q_BtHK, k_BtGK = (attention.rope(x, positions_t) for x in (q_BtHK, k_BtGK))
     return q_BtHK, k_BtGK, attention.value(x_BtE)
 

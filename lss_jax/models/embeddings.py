@@ -1,7 +1,5 @@
 """Token embeddings, position embeddings and the output head; positions are natural (global) in every layout."""
 
-from typing import NamedTuple
-
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -94,30 +92,6 @@ def sinusoidal(x_BpE: jax.Array, positions_p: jax.Array) -> jax.Array:
     angle_pe = _angles(positions_p, x_BpE.shape[2] - x_BpE.shape[2] // 2, SINUSOID_BASE)
     waves_pE = jnp.concatenate((jnp.sin(angle_pe), jnp.cos(angle_pe)), axis=-1)[:, : x_BpE.shape[2]]
     return x_BpE + (INIT_STDDEV * waves_pE).astype(x_BpE.dtype)
-
-
-class Rope(NamedTuple):
-    """Rotary positions (Su et al. 2021, arXiv 2104.09864), scaled for contexts `factor` times longer than trained.
-
-    `linear` divides positions by the factor (Chen et al. 2023, arXiv 2306.15595). `ntk` raises the base so that the
-    lowest frequency is divided by the factor and the highest is unchanged (Peng et al. 2023, arXiv 2309.00071,
-    Sec. 3.1).
-    """
-
-    base: float
-    scaling: str
-    factor: float
-
-    def __call__(self, x_BlHK: jax.Array, positions_l: jax.Array) -> jax.Array:
-        """Rotates the pairs `(x[i], x[i + K/2])` by the angles `position * base^(-2i/K)`, in float32."""
-        K = x_BlHK.shape[-1]
-        base = self.base * (self.factor ** (K / max(K - 2, 1)) if self.scaling == "ntk" else 1.0)
-        slowed = self.factor if self.scaling == "linear" else 1.0
-        angle_lk = _angles(positions_l, K // 2, base) / slowed
-        cos, sin = jnp.cos(angle_lk)[:, None, :], jnp.sin(angle_lk)[:, None, :]
-        first, second = jnp.split(x_BlHK.astype(jnp.float32), 2, axis=-1)
-        rotated_BlHK = jnp.concatenate((first * cos - second * sin, second * cos + first * sin), axis=-1)
-        return rotated_BlHK.astype(x_BlHK.dtype)
 
 
 def _angles(positions_l: jax.Array, count: int, base: float) -> jax.Array:

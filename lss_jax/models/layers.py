@@ -52,15 +52,21 @@ def without_past(attend: Attend) -> AttendWithPast:
 def norm(config: ModelConfig, rngs: nnx.Rngs) -> nnx.LayerNorm | nnx.RMSNorm:
     """LayerNorm, or RMSNorm (Zhang & Sennrich 2019, arXiv 1910.07467), over `E`; statistics in float32."""
     if config.norm == "rms":
-        return nnx.RMSNorm(config.width, dtype=config.dtype, scale_metadata=REPLICATED, rngs=rngs)
+        return rms_norm(config, config.width, rngs)
     return nnx.LayerNorm(
         config.width,
+        epsilon=config.norm_epsilon,
         dtype=config.dtype,
         use_bias=config.bias,
         scale_metadata=REPLICATED,
         bias_metadata=REPLICATED,
         rngs=rngs,
     )
+
+
+def rms_norm(config: ModelConfig, width: int, rngs: nnx.Rngs) -> nnx.RMSNorm:
+    """RMSNorm over the last axis, of this width."""
+    return nnx.RMSNorm(width, epsilon=config.norm_epsilon, dtype=config.dtype, scale_metadata=REPLICATED, rngs=rngs)
 
 
 class Linear(nnx.Module):
