@@ -87,7 +87,6 @@ BAD = {
     r"use model.heads=8 or a mesh.model",
     "mesh.model=4 model.kv_heads=2": r"model.kv_heads=2 is not divisible by mesh.model=4, .*; use model.kv_heads=4",
     "mesh.model=4 model.mlp_width=30": r"model.mlp_width=30 is not divisible by mesh.model=4, .*model.mlp_width=32",
-    "mesh.model=4 model.vocab=258 model.vocab_parallel=True": r"model.vocab=258 is not divisible by mesh.model=4",
     "mesh.model=2 mesh.seq=4 attention.strategy='ulysses'": r"=4 .* mesh.seq=4 times mesh.model=2, .*use model.heads=8",
     "mesh.model=4 attention.head_groups=2": r"kv_heads=4 .* times mesh.model=4; use attention.head_groups=1",
     "data.batch_size=12": r"data.batch_size=12 is not divisible by mesh.data=8 times optim.accumulate=1; .*=16",

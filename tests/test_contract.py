@@ -94,7 +94,7 @@ def test_muon_takes_no_collectives_of_its_own():
 HYBRID_VARIANTS = {
     **VARIANTS,
     "vocabulary": {"model__vocab_parallel": True},
-    "vocabulary, untied": {"model__vocab_parallel": True, "model__tied_head": False},
+    "vocabulary, untied": {"model__vocab_parallel": True, "model__tied_head": False, "model__vocab": 259},
     "vocabulary, microbatches": {"model__vocab_parallel": True, "optim__accumulate": 4, "data__seq_len": 96},
     "ring": {"attention__strategy": "ring"},
     "ulysses": {"attention__strategy": "ulysses", "attention__layout": "contiguous"},

@@ -47,7 +47,7 @@ VARIANTS = {
         **{"model__positions": "rope", "model__rope_scaling": "ntk", "model__rope_factor": 2.0},
         **{"model__kv_heads": 1, "attention__kernel": "dense"},
     },
-    "vocabulary in shares": {"model__vocab_parallel": True, "model__vocab": 264},
+    "vocabulary in shares": {"model__vocab_parallel": True, "model__vocab": 263},
     "documents": {"data__separator": "\x00"},
     "weights in shares": {
         **{"mesh__shard": "all", "attention__head_groups": 2, "model__remat": "offload", "model__tile": 4},

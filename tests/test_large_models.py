@@ -71,6 +71,7 @@ ALL = {
 }
 OPTIONS["all"] = ALL
 STATE_ON_HOST = {"mesh__shard": "all", "optim__offload": True}
+OPTIONS["all, vocabulary with padding"] = {**ALL, "model__vocab": 257}
 OPTIONS["state on the host, in microbatches"] = {**STATE_ON_HOST, "optim__accumulate": 2}
 OPTIONS["state on the host, recomputed"] = {**STATE_ON_HOST, "model__remat": "block"}
 OPTIONS["all and state on the host"] = {**ALL, **STATE_ON_HOST}

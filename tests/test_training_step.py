@@ -83,8 +83,10 @@ HYBRID_VARIANTS = {
     **VARIANTS,
     "vocabulary": {"model__vocab_parallel": True},
     "vocabulary, documents in microbatches": {"model__vocab_parallel": True, **VARIANTS["documents in microbatches"]},
-    "vocabulary, untied, sinusoidal": {
+    "vocabulary with padding": {"model__vocab_parallel": True, "model__vocab": 257},
+    "vocabulary with padding, untied, sinusoidal": {
         "model__vocab_parallel": True,
+        "model__vocab": 261,
         "model__tied_head": False,
         "model__positions": "sinusoidal",
     },
@@ -93,7 +95,7 @@ HYBRID_VARIANTS = {
 HYBRID_SAMPLE = {
     "qwen 3",
     "remat and regather",
-    "vocabulary, untied, sinusoidal",
+    "vocabulary with padding, untied, sinusoidal",
     "vocabulary, documents in microbatches",
 }
 

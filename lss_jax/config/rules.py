@@ -225,7 +225,6 @@ def _mesh_problems(config: Config, sizes: MeshSizes) -> Iterator[str]:
     data, _, model = sizes
     batch, accumulate = config.data.batch_size, config.optim.accumulate
     sharded = {key: getattr(config.model, key) for key in ("heads", "kv_heads", "mlp_width")}
-    sharded |= {"vocab": config.model.vocab} if config.model.vocab_parallel else {}
     for key, value in sharded.items():
         if value % model:
             yield (

@@ -125,7 +125,8 @@ def make_step(model: Model, mesh: Mesh, length: int) -> Step:
         looked_up = model.with_tables(lambda table_LE: table_LE[position_B], params)
         cache, logits_BV = on_devices(looked_up, cache, token_B, position_B, number)
         logits_BV = logits_BV[0] if copies else logits_BV
-        return cache, jax.lax.with_sharding_constraint(logits_BV, NamedSharding(mesh, P()))
+        logits_BV = jax.lax.with_sharding_constraint(logits_BV, NamedSharding(mesh, P()))
+        return cache, logits_BV[:, : config.model.vocab]  # without padding
 
     return step
 

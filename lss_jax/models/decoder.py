@@ -6,7 +6,7 @@ import jax
 from flax import nnx
 
 from lss_jax.config.schema import Config
-from lss_jax.models.embeddings import Head, LearnedPositions, TokenEmbedding, sinusoidal
+from lss_jax.models.embeddings import Head, LearnedPositions, TokenEmbedding, sinusoidal, without_padding
 from lss_jax.models.layers import Segment, drop, norm, whole
 from lss_jax.models.outputs import PerToken
 from lss_jax.models.stack import Stack
@@ -50,11 +50,12 @@ class Decoder(nnx.Module):
 
         def logits(modules: Any, x_BtE: jax.Array) -> jax.Array:
             final_norm, head = modules
-            x = final_norm(x_BtE)
-            if self.model.vocab_parallel:
-                with jax.named_scope(REGIONS):
-                    x = gather_sequence(x, axis)  # a vocabulary shard needs every token
-            return head.logits(x)
+            x_BtE = final_norm(x_BtE)
+            if axis is None or not self.model.vocab_parallel:
+                return head.logits(x_BtE)
+            with jax.named_scope(REGIONS):
+                x_BlE = gather_sequence(x_BtE, axis)  # a vocabulary shard needs every token
+            return without_padding(head.logits(x_BlE), self.model.vocab, axis)
 
         head = whole(self.head, dtype) if hasattr(self, "head") else embedding
         return PerToken(logits, (self.final_norm, head), x_BpE, self.model.tile), own

@@ -48,7 +48,7 @@ def products(config: Config, mesh: Mesh | AbstractMesh) -> int:
     pass starts from.
     """
     model, sizes, parts = config.model, sizes_of(config, mesh), mesh.shape[MODEL]
-    E, F, V = model.width, model.mlp_width // parts, model.vocab // parts
+    E, F, V = model.width, model.mlp_width // parts, -(-model.vocab // parts)
     heads, out, mlp = E * sizes.K * (sizes.H + 2 * sizes.G), E * sizes.K * sizes.H, E * F
     ins = 2 if model.mlp == "swiglu" else 1  # products before the activation
     tiled, blocks = sizes.l // parts not in tiles_on(config, mesh), repeats(model)

@@ -68,6 +68,15 @@ def _logits_backward(factors, d_BlV):
 logits.defvjp(_logits_forward, _logits_backward)
 
 
+def without_padding(logits_BlV: jax.Array, vocab: int, axis: str) -> jax.Array:
+    """This device's logits with those of the padding, by which `axis` divides the vocabulary, masked out."""
+    V = logits_BlV.shape[2]
+    if V * jax.lax.axis_size(axis) == vocab:
+        return logits_BlV
+    number_V = jax.lax.axis_index(axis) * V + jnp.arange(V)
+    return jnp.where(number_V < vocab, logits_BlV, -jnp.inf)
+
+
 class LearnedPositions(nnx.Module):
     """A learned embedding per position, sharded like the sequence: a device holds and trains only its own rows.
 

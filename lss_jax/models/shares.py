@@ -13,7 +13,7 @@ from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 
 from lss_jax.config.rules import next_multiple
 from lss_jax.config.schema import Config
-from lss_jax.parallel.mesh import DATA, SEQ, named_axes, sharded_axes
+from lss_jax.parallel.mesh import DATA, SEQ, axes_of, named_axes, sharded_axes
 from lss_jax.parallel.weights import Share
 
 
@@ -35,12 +35,23 @@ def place_weights(module: nnx.Module, config: Config, mesh: Mesh | AbstractMesh)
     With `mesh.shard="all"` it is sharded over `seq` and `data`, in the dimension that takes the least padding of those
     that no other axis shards. With `optim.offload` it is in the host's memory, if its gradient is finished there: if it
     is sharded over all axes of the mesh. Norms and biases stay replicated and on the device: of Llama 3 8B they are
-    0.003%.
+    0.003%. A vocabulary that is sharded over `model` is padded, too.
     """
     for path, parameter in nnx.iter_graph(module):
+        if isinstance(parameter, nnx.Param):
+            _pad(parameter, mesh)
         is_matrix = isinstance(parameter, nnx.Param) and path[-1] not in VECTORS
         if is_matrix and "row_per_position" not in parameter.get_metadata():
             _place(parameter, config, mesh)
+
+
+def _pad(parameter: nnx.Param, mesh: Mesh | AbstractMesh) -> None:
+    """Pads the shape so that the mesh divides it."""
+    if "row_per_position" in parameter.get_metadata():
+        return  # such tables are sharded like the sequence, and padded with it
+    parts = [math.prod(mesh.shape[axis] for axis in axes_of(part)) for part in parameter.spec]
+    sizes = (*map(next_multiple, parameter.shape, parts), *parameter.shape[len(parts) :])
+    parameter.set_value(jax.ShapeDtypeStruct(sizes, parameter.dtype))
 
 
 def _place(parameter: nnx.Param, config: Config, mesh: Mesh | AbstractMesh) -> None:
