@@ -6,8 +6,10 @@ import sys
 from contextlib import suppress
 from pathlib import Path
 
+from ml_collections import ConfigDict
+
 from lss_jax import cli
-from lss_jax.config.schema import RunError
+from lss_jax.config.schema import ConfigError, RunError
 from lss_jax.reports import summary
 from lss_jax.runtime import distributed
 from lss_jax.runtime.peers import Alone, Peers
@@ -24,10 +26,10 @@ def main() -> int:
         epilog=f"{cli.OVERRIDES} configs/base.py lists all keys. Ctrl-C saves and stops; the same command goes on.",
         allow_abbrev=False,
     )
-    parser.add_argument("--config", required=True, metavar="FILE", help="for example configs/default.py")
+    parser.add_argument("--config", metavar="FILE", help="for example configs/default.py (default: that of the run)")
     parser.add_argument("--workdir", metavar="DIR", help="the folder of the run (default: runs/NAME of the config)")
     cli.add_launch(parser)
-    arguments, config = cli.parse(parser, cli.config_of_file)
+    arguments, config = cli.parse(parser, _config)
     with cli.start(arguments, config) as peers:
         trainer = Trainer(config, Path(arguments.workdir or Path("runs") / Path(arguments.config).stem))
         with stopping_on_signals(peers):
@@ -39,6 +41,14 @@ def main() -> int:
             return 128 + peers.signal
         print(text)
         return 0
+
+
+def _config(arguments: argparse.Namespace) -> ConfigDict:
+    if arguments.config:
+        return cli.config_of_file(arguments)
+    if arguments.workdir:
+        return cli.config_of_run(arguments)
+    raise ConfigError("give --config=FILE, for example configs/default.py, or the --workdir=DIR of a run to go on with")
 
 
 def train(trainer: Trainer, peers: Alone | Peers) -> str:

@@ -20,6 +20,7 @@ FLOORS = [  # from the top
     "inspection",
     "generation",
     "training",
+    "huggingface",
     "tasks",
     "models",
     "attention",

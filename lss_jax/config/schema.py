@@ -171,6 +171,11 @@ def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return leaves
 
 
+def flat_keys(config: Config) -> dict[str, Any]:
+    """All keys of a config, dotted, with their values."""
+    return flat(dataclasses.asdict(config))
+
+
 def _build(cls: type, values: Mapping[str, Any], prefix: str, problems: list[str]) -> Any:
     kinds = typing.get_type_hints(cls)
     problems += [unknown_key(prefix + k, [prefix + n for n in kinds]) for k in values if k not in kinds]
@@ -220,7 +225,7 @@ def gather_problems(*checks: Callable[[], object]) -> None:
 
 def changes(saved: Config, config: Config) -> dict[str, tuple[Any, Any]]:
     """The keys that differ between the saved config of a run and its new one, each to (then, now)."""
-    before, after = flat(dataclasses.asdict(saved)), flat(dataclasses.asdict(config))
+    before, after = flat_keys(saved), flat_keys(config)
     return {key: (before[key], after[key]) for key in after if before[key] != after[key]}
 
 

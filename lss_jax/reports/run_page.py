@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 
-from lss_jax.config.schema import Config, ConfigError, flat
+from lss_jax.config.schema import Config, ConfigError, flat_keys
 from lss_jax.config.units import shown_size
 from lss_jax.inspection.audit import audited, json_of
 from lss_jax.inspection.topology import capacity_of
@@ -183,7 +183,7 @@ def collectives(found: dict[str, Any]) -> str:
 
 def config_table(runs: Sequence[Run]) -> str:
     """The table of all config keys of one run, or of those in which several differ."""
-    flats = [flat(dataclasses.asdict(run.config)) for run in runs]
+    flats = [flat_keys(run.config) for run in runs]
     keys = [key for key in flats[0] if not runs[1:] or any(values[key] != flats[0][key] for values in flats)]
     caption = "Config keys that differ" if runs[1:] else "All config keys"
     if not keys:

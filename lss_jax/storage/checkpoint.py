@@ -104,6 +104,20 @@ def newest_notes(folder: Path) -> dict[str, Any] | None:
     return None
 
 
+def manifest_of(folder: Path) -> dict[str, Any]:
+    """The manifest of the checkpoint in `folder`, whose name is its step.
+
+    Raises:
+      ConfigError: it is damaged.
+    """
+    try:
+        return _manifest(folder, int(folder.name))
+    except (OSError, ValueError, KeyError, TypeError, Damage) as error:
+        raise ConfigError(
+            f"{folder} is damaged ({error}); put it back from a copy, or remove it if there is an older one"
+        ) from error
+
+
 def _manifest(folder: Path, step: int) -> dict[str, Any]:
     manifest = json.loads((folder / "manifest" / "metadata").read_text())
     if manifest["seal"] != _seal(manifest) or manifest["step"] != step:

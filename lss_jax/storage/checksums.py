@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -27,7 +28,22 @@ def checksums(tree: Any) -> dict[str, str]:
     for names in _computed_together(arrays):
         found = _summing(leaves[0][1].sharding.mesh)([arrays[name] for name in names])
         sums |= zip(names, jax.device_get(found), strict=True)
-    return {name: "".join(f"{word:08x}" for word in sums[name]) for name in arrays}
+    return {name: _hexadecimal(sums[name]) for name in arrays}
+
+
+class Checksum:
+    """The checksum of one array that comes in pieces, in its row-major order."""
+
+    def __init__(self) -> None:
+        self._total, self._start = jnp.zeros(len(SALTS), jnp.uint32), 0
+
+    def add(self, piece: np.ndarray) -> None:
+        """Adds the next piece."""
+        self._total += _flat_checksum(piece.reshape(-1), np.uint32(self._start % 2**32))
+        self._start += piece.size
+
+    def __str__(self) -> str:
+        return _hexadecimal(jax.device_get(self._total))
 
 
 def _computed_together(arrays: dict[str, jax.Array]) -> list[list[str]]:
@@ -42,11 +58,24 @@ def _summing(mesh: Mesh) -> jax.stages.Wrapped:
 
 
 def _checksum(array: jax.Array) -> jax.Array:
-    bits = jax.lax.bitcast_convert_type(to_device(array), UNSIGNED[array.dtype.itemsize]).astype(jnp.uint32)
     index = jnp.uint32(0)
     for axis, size in enumerate(array.shape):
         index = index * jnp.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, array.shape, axis)
+    return _sums(to_device(array), index)
+
+
+@jax.jit
+def _flat_checksum(array: jax.Array, start: jax.Array) -> jax.Array:
+    return _sums(array, start + jax.lax.iota(jnp.uint32, array.size))
+
+
+def _sums(array: jax.Array, index: jax.Array) -> jax.Array:
+    bits = jax.lax.bitcast_convert_type(array, UNSIGNED[array.dtype.itemsize]).astype(jnp.uint32)
     return jnp.stack([jnp.sum(mixed(bits ^ mixed(index + jnp.uint32(salt))), dtype=jnp.uint32) for salt in SALTS])
+
+
+def _hexadecimal(sums: Any) -> str:
+    return "".join(f"{word:08x}" for word in sums)
 
 
 def _name(path: Any) -> str:

@@ -21,6 +21,7 @@ from lss_jax.tasks import Task, make_task
 from lss_jax.tasks.task import means_of, values_of
 from lss_jax.training.checkpointing import converted, natural_like, params_like
 from lss_jax.training.compatibility import check_workdir
+from lss_jax.training.initial import imported_params
 from lss_jax.training.setup import mesh_of
 from lss_jax.training.step import make_eval_step
 
@@ -56,15 +57,18 @@ def evaluate_split(
 
 
 def restore_params(model: Model, mesh: Mesh, workdir: Path) -> tuple[int, Params]:
-    """The step and the parameters of a run's newest sound checkpoint, sharded over this mesh.
+    """The step and the parameters of a run's newest sound checkpoint, sharded over this mesh; or what it starts from.
 
     Raises:
-      ConfigError: the run has no checkpoint yet, or none of them is sound.
+      ConfigError: the run has no checkpoint yet and was not imported, or none of them is sound.
     """
     stored = params_like(model, mesh)
     found = restore_newest_sound(workdir / "checkpoints", params=natural_like(stored, model.natural_shapes))
     if found is None:
-        raise ConfigError(f"{workdir} has no checkpoint yet; train there first")
+        params = imported_params(model, mesh, workdir, model.config.seed)
+        if params is None:
+            raise ConfigError(f"{workdir} has no checkpoint yet; train there first")
+        return 0, params
     return found.step, converted(found.items["params"], stored)
 
 

@@ -14,6 +14,7 @@ from lss_jax.attention.placement import kernel_on
 from lss_jax.config.schema import Config, ConfigError, RunError, gather_problems
 from lss_jax.data.loader import prefetched
 from lss_jax.data.sources import check_file, fingerprint
+from lss_jax.huggingface.run import IMPORTED
 from lss_jax.models import build_model
 from lss_jax.runtime.distributed import after_first, is_first
 from lss_jax.runtime.interrupt import held_back
@@ -26,11 +27,12 @@ from lss_jax.training.checkpointing import converted, natural_like
 from lss_jax.training.compatibility import check_workdir
 from lss_jax.training.evaluation import evaluate_split
 from lss_jax.training.host import check_hosts
+from lss_jax.training.initial import initial_state
 from lss_jax.training.optimizer import make_optimizer, make_schedule
 from lss_jax.training.profile import STEP, Profile
 from lss_jax.training.setup import mesh_of, validate
 from lss_jax.training.skips import Skips
-from lss_jax.training.state import TrainState, init_state, state_like
+from lss_jax.training.state import TrainState, state_like
 from lss_jax.training.step import make_eval_step, trace_train_step
 
 log = logging.getLogger(__name__)
@@ -77,7 +79,9 @@ class Trainer:
         self._train_step: Callable | None = None
         self._eval_step = make_eval_step(self.model, self.mesh)
         folder = workdir / "checkpoints"
-        self.changes = {} if newest_step(folder) is None else check_workdir(config, workdir)
+        saved = newest_step(folder) is not None
+        starts = saved or (workdir / IMPORTED).is_dir()
+        self.changes = check_workdir(config, workdir, trains=saved) if starts else {}
         self.splits = self.task.splits(self.mesh)
         self._source = self.splits["train"].data.source
         self._data = fingerprint(self._source)
@@ -182,7 +186,7 @@ class Trainer:
             self._metrics.close()
 
     def _fresh(self) -> TrainState:
-        return init_state(self.model, self._optimizer, self.mesh, self.config.seed)
+        return initial_state(self.model, self._optimizer, self.mesh, self.workdir, self.config.seed)
 
     def _restored(self, folder: Path) -> Restored | None:
         found = restore_newest_sound(folder, **self._natural)
