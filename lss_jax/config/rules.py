@@ -148,6 +148,8 @@ def _rope_problems(model: ModelConfig) -> Iterator[str]:
             f"model.rope_scaling={scaling!r} needs model.rope_original, the tokens of the context that is extended "
             f"model.rope_factor={model.rope_factor} times; set that"
         )
+    if scaling == "yarn" and 0 < model.rope_base <= 1:
+        yield f'model.rope_base={model.rope_base} must be greater than 1 for model.rope_scaling="yarn"'
     if scaling in ("yarn", "llama3") and not model.rope_low < model.rope_high < float("inf"):
         yield (
             f"model.rope_high={model.rope_high} must be finite and greater than model.rope_low={model.rope_low}; "

@@ -84,7 +84,7 @@ def write_file(path: Path, groups: list[Group], source: Source, dtype: str) -> N
         for group in groups:
             for array in _tensors(group, source):
                 assert array.shape == group.shape
-                file.write(np.ascontiguousarray(array.astype(numpy_dtype)).data.cast("B"))
+                file.write(np.ascontiguousarray(array.astype(numpy_dtype)).reshape(-1).view(np.uint8).data)
 
 
 def write_index(path: Path, files: Mapping[str, list[Group]], itemsize: int) -> None:

@@ -1,6 +1,7 @@
 """A run's first parameters from a Hugging Face folder: each process reads what its own devices hold."""
 
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +10,10 @@ import numpy as np
 from flax import traverse_util
 
 from lss_jax.config.schema import Config, ConfigError
-from lss_jax.huggingface.families import FAMILIES, Family
+from lss_jax.huggingface.families import FAMILIES, Family, Theirs
 from lss_jax.huggingface.folder import CONFIG, FLOATS, Folder
 from lss_jax.huggingface.keys import family_of
-from lss_jax.huggingface.tensors import LAYERS, ours, their_shape, whole_slices
+from lss_jax.huggingface.tensors import LAYERS, Shape, ours, their_shape, whole_slices
 from lss_jax.models import Model
 
 
@@ -52,22 +53,23 @@ class Import:
 
     def array(self, name: str, like: jax.ShapeDtypeStruct) -> jax.Array:
         """One of our parameters, global, sharded like `like` and of its dtype."""
-        return jax.make_array_from_callback(
-            like.shape, like.sharding, lambda index: self.read(name, index).astype(like.dtype, copy=False)
-        )
+
+        def part(index: Any) -> np.ndarray:
+            return self.read(name, index).astype(like.dtype, copy=False)
+
+        return jax.make_array_from_callback(like.shape, like.sharding, part)
 
     def read(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
         """A part of one of our parameters, in the dtype of the file."""
         shape, theirs = self._shapes[name], self.family.tensors[name]
         part = tuple(slice(*cut.indices(size)[:2]) for cut, size in zip(index, shape, strict=True))
         if LAYERS not in theirs.name:
-            return ours(lambda cut: self._folder.read(_located(self._folder, theirs.name), cut), theirs, shape, part)
-        layers, *part_of_layer = part
-        found = []
-        for layer in range(layers.start, layers.stop):
-            tensor = _located(self._folder, theirs.name.format(layer))
-            found.append(ours(lambda cut, t=tensor: self._folder.read(t, cut), theirs, shape[1:], tuple(part_of_layer)))
-        return np.stack(found)
+            return self._part(theirs.name, theirs, shape, part)
+        layers = range(part[0].start, part[0].stop)
+        return np.stack([self._part(theirs.name.format(layer), theirs, shape[1:], part[1:]) for layer in layers])
+
+    def _part(self, tensor: str, theirs: Theirs, shape: Shape, part: tuple[slice, ...]) -> np.ndarray:
+        return ours(partial(self._folder.read, _located(self._folder, tensor)), theirs, shape, part)
 
 
 def shapes_by_name(model: Model) -> dict[str, tuple[int, ...]]:

@@ -64,7 +64,7 @@ def our_keys(theirs: Mapping[str, Any], file: Path) -> dict[str, Any]:
     family, problems = FAMILIES[name], []
     for key, built in family.theirs.items():
         if key in theirs and theirs[key] != built:
-            problems.append(f"{file}: {key}={theirs[key]!r} is not built here for {name}; only {built!r} is")
+            problems.append(f"{file}: {key}={theirs[key]!r} is not built here for {name}, only {built!r}")
     ours = dict(family.ours)
     for key, their_key in family.keys.items():
         if their_key in theirs or their_key in family.defaults:
@@ -89,8 +89,8 @@ def _window(theirs: Mapping[str, Any], family: Family, file: Path) -> int:
     kinds = theirs.get("layer_types") or ["full_attention"] * first + ["sliding_attention"] * (layers - first)
     if width and len(set(kinds[:layers])) > 1:
         raise ConfigError(
-            f"{file}: {kinds.count('sliding_attention')} of {layers} layers have sliding_window={width}, and the others "
-            f"do not; here attention.window is one for all layers"
+            f"{file}: {kinds.count('sliding_attention')} of {layers} layers have sliding_window={width}, and the "
+            f"others do not; here attention.window is one for all layers"
         )
     return width if kinds[0] == "sliding_attention" else 0
 
@@ -105,9 +105,7 @@ def _our_rope(theirs: Mapping[str, Any], file: Path) -> dict[str, Any]:
     ours = {"model.rope_base": float(base), "model.rope_scaling": scaling}
     for key, built in ROPE_BUILT.items():
         if found.get(key, built) != built:
-            raise ConfigError(
-                f"{file}: {key}={found[key]!r} of rope_type={kind!r} is not built here; only {built!r} is"
-            )
+            raise ConfigError(f"{file}: {key}={found[key]!r} of rope_type={kind!r} is not built here, only {built!r}")
     for key, (our_key, default) in keys.items():
         value = found.get(key)
         value = value if value is not None else theirs.get(LONGEST) if default is None else default
@@ -117,13 +115,14 @@ def _our_rope(theirs: Mapping[str, Any], file: Path) -> dict[str, Any]:
     return ours
 
 
-def expressing(config: Config, wanted: str | None) -> str:
-    """The family that has models like the config's: `wanted`, or else the first.
+def expressing(config: Config, wanted: str | None, preferred: str | None = None) -> str:
+    """The family that has models like the config's: `wanted`; or else the preferred, or the first of those that have.
 
     Raises:
       ConfigError: there is none, with the reasons of the wanted family, or of the one with the fewest.
     """
-    reasons = {name: [*_reasons(config, name)] for name in ([wanted] if wanted else FAMILIES)}
+    names = [wanted] if wanted else sorted(FAMILIES, key=lambda name: name != preferred)
+    reasons = {name: [*_reasons(config, name)] for name in names}
     nearest = min(reasons, key=lambda name: len(reasons[name]))
     if reasons[nearest]:
         families = wanted or f"any of {', '.join(FAMILIES)}; {nearest} comes nearest"
@@ -143,8 +142,6 @@ def _reasons(config: Config, name: str) -> Iterator[str]:
     for key, value in fixed.items():
         if values[key] != value:
             yield f"{key}={values[key]!r}, and {name} has {value!r}"
-    if model.family != "decoder":
-        yield f"model.family={model.family!r}, and {name} is a decoder"
     if attention.window and not family.window:
         yield f"attention.window={attention.window}, and {name} has none"
     if attention.prefix:

@@ -67,15 +67,17 @@ def export_run(config: Config, workdir: Path, out: Path, family: str | None, dty
       ConfigError: no family has such models, the run has no parameters or damaged ones, or the folder cannot be
         written, or is there already.
     """
-    name, model = expressing(config, family), build_model(config)
+    model = build_model(config)
+    start = imported(workdir, model)
+    came_as = family_of(start.config, workdir / IMPORTED / CONFIG) if start else None
+    name = expressing(config, family, preferred=came_as)
     if out.exists():
         raise ConfigError(f"--to-hf={out} is there already; give the name of a folder that is not")
-    start = imported(workdir, model)
     source = _source(workdir, start)
     groups = groups_of(FAMILIES[name].tensors, shapes_by_name(model))
     _, numpy_dtype = DTYPES[dtype]
     files = files_of(groups, numpy_dtype.itemsize)
-    kept = start.config if start and family_of(start.config, workdir / IMPORTED / CONFIG) == name else None
+    kept = start.config if start and name == came_as else None
     unfinished = out.with_name(f"{out.name}{UNFINISHED}")
     after_first(lambda: _writing(out, lambda: _made_anew(unfinished)))
 
