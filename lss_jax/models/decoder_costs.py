@@ -88,18 +88,21 @@ class _Linear(NamedTuple):
     region: str
     name: str
     kernel: int
-    lora_a: int  # as often as it is used: by every group of heads, if it is not sharded by heads
+    lora_a: int  # as often as it is used: by every group of heads, where it is not theirs alone
     lora_b: int
     recomputed: int  # how often the whole product is
     inner: bool  # whether the adapter's inner product is, for the gradient of `lora_b`
+    hoisted: int  # of `lora_a`, where JAX takes its product in one pass out of the loop over groups
 
 
 def _elements(one: _Linear, reached: bool, trained: dict[str, bool]) -> int:
     """The elements of matrices that a token is multiplied with, in both passes."""
     own = {name: getattr(one, name) for name in ("kernel", *ADAPTER) if name in trained}
     gradients = sum(elements for name, elements in own.items() if trained[name])
-    inner = own["lora_a"] if one.inner and "lora_b" in own and trained["lora_b"] else 0
-    return sum(own.values()) * (1 + reached * (1 + one.recomputed)) + gradients + inner
+    products = sum(own.values()) * (1 + reached * (1 + one.recomputed)) + gradients
+    if "lora_a" in own and reached:
+        products += one.lora_a * (one.inner and trained["lora_b"]) - one.hoisted
+    return products
 
 
 def _linears(config: Config, mesh: Mesh | AbstractMesh) -> Iterator[_Linear]:
@@ -117,11 +120,12 @@ def _linears(config: Config, mesh: Mesh | AbstractMesh) -> Iterator[_Linear]:
     for name, heads, projected in (("query", sizes.H, queries), ("key", sizes.G, keys), ("value", sizes.G, keys)):
         width, again = heads * sizes.K, blocks + (in_groups and projected)
         inner = tiled or (in_groups and not projected)
-        yield _Linear("attention", name, E * width, E * rank * groups, rank * width, again, inner)
+        hoisted = 0 if tiled or remat == "block" else E * rank * (groups - 1)
+        yield _Linear("attention", name, E * width, E * rank * groups, rank * width, again, inner, hoisted)
     width, sum_again = sizes.H * sizes.K, remat == "block" and parts == 1
     inner = groups > 1 or (remat == "block" and not sum_again)
-    yield _Linear("attention", "out", width * E, width * rank, rank * E * groups, blocks + sum_again, inner)
+    yield _Linear("attention", "out", width * E, width * rank, rank * E * groups, blocks + sum_again, inner, 0)
     again = max(blocks - 1, 0)
     for name in ("gate", "up") if model.mlp == "swiglu" else ("up",):
-        yield _Linear("mlp", name, E * F, E * rank, rank * F, again + (remat != "none" or tiled), False)
-    yield _Linear("mlp", "down", F * E, F * rank, rank * E, again, remat != "none" or tiled)
+        yield _Linear("mlp", name, E * F, E * rank, rank * F, again + (remat != "none" or tiled), False, 0)
+    yield _Linear("mlp", "down", F * E, F * rank, rank * E, again, remat != "none" or tiled, 0)
