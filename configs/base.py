@@ -99,6 +99,14 @@ def get_config() -> ConfigDict:
     optim.beta2 = 0.95
     optim.accumulate = 1  # microbatches per step
     optim.max_skipped = 10  # this many consecutive steps with a non-finite loss or gradient end the run
+    # Parameters that are not trained: patterns of their names, as in "tokens/*,*/mlp/*/kernel". Empty: none; or, where
+    # there are adapters, all but these.
+    optim.frozen = ""
+
+    config.lora = lora = ConfigDict()  # low-rank adapters (LoRA) beside kernels of layers, which are then frozen
+    lora.rank = 0  # the inner width of an adapter; 0: no adapters
+    lora.alpha = 16.0  # an adapter's product is scaled by alpha / rank
+    lora.targets = "query,value"  # patterns of the linear maps that have one: of query, key, value, out, gate, up, down
 
     config.profile = profile = ConfigDict()  # a trace of training steps, in WORKDIR/profile
     profile.start = 10  # first step of the trace; by then the caches are warm

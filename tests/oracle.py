@@ -33,6 +33,31 @@ def logits(params, tokens_BL, seen_BLL, model):
     return x_BLE @ (params["tokens"]["table_VE"].T if model.tied_head else params["head"]["kernel_EV"])
 
 
+def plain(params, lora):
+    """Parameters without adapters: a kernel is the sum of what it was and its adapter's matrices, multiplied."""
+    if not isinstance(params, dict):
+        return params
+    if "lora_a" not in params:
+        return {name: plain(part, lora) for name, part in params.items()}
+    kernel, a, b = params["kernel"], params["lora_a"], params["lora_b"]
+    layers, rank = a.shape[0], a.shape[-1]
+    product = a.reshape(layers, -1, rank) @ b.reshape(layers, rank, -1)
+    bias = {"bias": params["bias"]} if "bias" in params else {}
+    return {"kernel": kernel + lora.alpha / lora.rank * product.reshape(kernel.shape), **bias}
+
+
+def those(tree, wanted, name=""):
+    """The leaves of a nested dict whose names, such as `stack/blocks/mlp/up/kernel`, are `wanted`."""
+    found = {}
+    for key, part in tree.items():
+        path = f"{name}/{key}" if name else key
+        if not isinstance(part, dict):
+            found |= {key: part} if wanted(path) else {}
+        elif inner := those(part, wanted, path):
+            found[key] = inner
+    return found
+
+
 def loss(params, tokens_BL, targets_BL, seen_BLL, model):
     """Mean nats over the targets that are not -1."""
     return nats(params, tokens_BL, targets_BL, seen_BLL, model).sum() / (targets_BL >= 0).sum()
@@ -50,14 +75,14 @@ def loss_and_gradient(params, windows, config):
     """On host copies of global arrays, on one device."""
     params, inputs = jax.tree.map(np.asarray, params), plain_inputs(windows, config)
     with jax.default_device(jax.devices()[0]):
-        return _loss_and_gradient(params, *inputs, config.model)
+        return _loss_and_gradient(params, *inputs, config.model, config.lora)
 
 
 def by_position(params, windows, config):
     """Sums over the batch of nats and of targets that are not -1, `[2, L]`."""
     params, (tokens_BL, targets_BL, seen_BLL) = jax.tree.map(np.asarray, params), plain_inputs(windows, config)
     with jax.default_device(jax.devices()[0]):
-        nats_BL = _nats(params, tokens_BL, targets_BL, seen_BLL, config.model)
+        nats_BL = _nats(plain(params, config.lora), tokens_BL, targets_BL, seen_BLL, config.model)
     return np.stack((np.asarray(nats_BL, np.float64).sum(0), (targets_BL >= 0).sum(0)))
 
 
@@ -104,8 +129,8 @@ def learning_rate(step: int, optim) -> float:
 def adamw(params, gradient, moments, step: int, optim) -> tuple[Any, Any]:
     """Parameters and moments after step `step`, the first being 0, in float64.
 
-    Loshchilov & Hutter 2019 (arXiv 1711.05101), algorithm 2, on a gradient no longer than `clip_norm`. Matrices and
-    tables decay, biases and norms do not.
+    Loshchilov & Hutter 2019 (arXiv 1711.05101), algorithm 2, on a gradient no longer than `clip_norm`. Matrices, those
+    of adapters too, and tables decay, biases and norms do not.
     """
     first, second = moments
     gradient = _clipped(gradient, optim)
@@ -113,7 +138,7 @@ def adamw(params, gradient, moments, step: int, optim) -> tuple[Any, Any]:
     second = jax.tree.map(lambda v, g: optim.beta2 * v + (1 - optim.beta2) * g**2, second, gradient)
 
     def moved(path, p, m, v):
-        decay = optim.weight_decay if path[-1].key.startswith(("kernel", "table")) else 0.0
+        decay = optim.weight_decay if path[-1].key.startswith(("kernel", "table", "lora")) else 0.0
         m, v = m / (1 - optim.beta1 ** (step + 1)), v / (1 - optim.beta2 ** (step + 1))
         return p - learning_rate(step, optim) * (m / (np.sqrt(v) + 1e-8) + decay * p)
 
@@ -203,7 +228,11 @@ def hashed(key: int, *coordinates) -> np.ndarray:
     return found
 
 
-_loss_and_gradient = jax.jit(jax.value_and_grad(loss), static_argnums=4)
+def _loss_of_all(params, tokens_BL, targets_BL, seen_BLL, model, lora):
+    return loss(plain(params, lora), tokens_BL, targets_BL, seen_BLL, model)
+
+
+_loss_and_gradient = jax.jit(jax.value_and_grad(_loss_of_all), static_argnums=(4, 5))
 _nats = jax.jit(nats, static_argnums=4)
 
 

@@ -70,6 +70,7 @@ def _out_of_range(config: Config) -> Iterator[str]:
         "attention.prefix": attention.prefix,
         "optim.warmup_steps": optim.warmup_steps,
         "optim.weight_decay": optim.weight_decay,
+        "lora.rank": config.lora.rank,
     }
     if config.seed >= 2**32:
         yield f"seed={config.seed} must be less than 2**32"
@@ -78,6 +79,7 @@ def _out_of_range(config: Config) -> Iterator[str]:
             yield f"{key}={number} must be at least 0 and finite"
     above_0 = {f"optim.{k}": getattr(optim, k) for k in ("learning_rate", "clip_norm")}
     above_0 |= {f"model.{k}": getattr(model, k) for k in ("norm_epsilon", "rope_base", "rope_factor", "rope_low")}
+    above_0 |= {"lora.alpha": config.lora.alpha}
     for key, number in above_0.items():
         if not 0 < number < float("inf"):
             yield f"{key}={number} must be greater than 0 and finite"
@@ -206,6 +208,11 @@ def optimizer_problems(config: Config, sizes: MeshSizes | None) -> Iterator[str]
         )
     if config.optim.name != "muon":
         return
+    if config.lora.rank:
+        yield (
+            f'lora.rank={config.lora.rank} trains adapters, and optim.name="muon" orthogonalizes updates of kernels '
+            f'alone; use optim.name="adamw" or "lion"'
+        )
     if config.optim.offload:
         yield (
             'optim.offload=True updates a part of a matrix at a time, and optim.name="muon" needs all of it; '

@@ -97,6 +97,14 @@ class OptimConfig:
     beta2: float
     accumulate: int
     max_skipped: int
+    frozen: str  # patterns of parameters' names; see `models.freezing`
+
+
+@dataclasses.dataclass(frozen=True)
+class LoraConfig:
+    rank: int
+    alpha: float
+    targets: str  # patterns of linear maps' names; see `models.adapters`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,6 +122,7 @@ class Config:
     model: ModelConfig
     data: DataConfig
     optim: OptimConfig
+    lora: LoraConfig
     profile: ProfileConfig
     eval_every: int
     eval_batches: int

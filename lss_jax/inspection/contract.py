@@ -149,8 +149,8 @@ def _attention(model: Model, mesh: Mesh | AbstractMesh) -> Part:
     groups, sizes, setting = config.attention.head_groups, sizes_of(config, mesh), setting_on(config, mesh)
     sizes = dataclasses.replace(sizes, H=sizes.H // groups, G=sizes.G // groups)
     traffic = STRATEGIES[config.attention.strategy].traffic(sizes, setting)
-    again = traffic["forward"] * repeats(config.model)
-    for direction, collectives in (("forward", traffic["forward"]), ("backward", [*again, *traffic["backward"]])):
+    backward = [*traffic["forward"] * repeats(config.model), *traffic["backward"]] if _reaches_layers(model) else []
+    for direction, collectives in (("forward", traffic["forward"]), ("backward", backward)):
         for one in collectives:
             times = one.times * groups * config.model.layers * config.optim.accumulate
             yield Line(f"{ATTENTION} {direction}", one.kind, axes), times, one.elements, one.itemsize
@@ -159,15 +159,17 @@ def _attention(model: Model, mesh: Mesh | AbstractMesh) -> Part:
 def _weights(model: Model, mesh: Mesh | AbstractMesh) -> Part:
     """Weights that are sharded at rest: a gather over each axis wherever one is used, and a scatter of its gradient.
 
+    A frozen weight has no gradient.
+
     Per microbatch, those of a layer are gathered in the forward pass and once or more in the backward pass, those of
     the embedding and the head once; compilers for CPUs take these out of the loop over microbatches.
     """
-    config, trees = model.config, (model.shapes, model.specs, model.gathers)
-    for leaf, spec, gathers in zip(*map(jax.tree.leaves, trees), strict=True):
+    config, trees = model.config, (model.shapes, model.specs, model.gathers, model.trained)
+    for leaf, spec, gathers, trained in zip(*map(jax.tree.leaves, trees), strict=True):
         axes = [axis for axis in (SEQ, DATA) if gathers.times and axis in _sharding_axes(mesh, *named_axes(spec))]
         times = gathers.times * config.optim.accumulate
         once = times if gathers.of_layers or has_host_memory(mesh) else gathers.times
-        again = times * max(1, repeats(config.model)) if gathers.of_layers else 0
+        again = times * max(1, repeats(config.model)) if gathers.of_layers and _reaches_layers(model) else 0
         whole = leaf.size // (gathers.times if gathers.of_layers else 1)
         whole //= mesh.shape[MODEL] if MODEL in named_axes(spec) else 1
         itemsize = sizes_of(config, mesh).itemsize
@@ -175,14 +177,15 @@ def _weights(model: Model, mesh: Mesh | AbstractMesh) -> Part:
             result = whole if axis == SEQ or SEQ not in axes else whole // mesh.shape[SEQ]
             yield Line(f"{WEIGHTS} forward", "all-gather", (axis,)), once, result, itemsize
             yield Line(f"{WEIGHTS} backward", "all-gather", (axis,)), again, result, itemsize
-            yield Line(f"{WEIGHTS} backward", "reduce-scatter", (axis,)), times, result // mesh.shape[axis], 4
+            scatters = times if trained else 0
+            yield Line(f"{WEIGHTS} backward", "reduce-scatter", (axis,)), scatters, result // mesh.shape[axis], 4
 
 
 def _regions(model: Model, mesh: Mesh | AbstractMesh) -> Part:
     """What the family and the task say of the collectives over `model`."""
     axes, costs = _sharding_axes(mesh, MODEL), costs_of(model)
     if axes:
-        for place, one in (*costs.traffic(model.config, mesh), *make_task(model.config).traffic(mesh)):
+        for place, one in (*costs.traffic(model.config, mesh, model.trained), *make_task(model.config).traffic(mesh)):
             yield Line(place, one.kind, axes), one.times, one.elements, one.itemsize
 
 
@@ -192,11 +195,14 @@ def _positions(model: Model, mesh: Mesh | AbstractMesh) -> Part:
     A table whose length the mesh does not divide is replicated in the state, so its gradient is gathered.
     """
     config, axes, sizes = model.config, _sharding_axes(mesh, SEQ, MODEL), sizes_of(model.config, mesh)
-    tables = zip(jax.tree.leaves(model.shapes), jax.tree.leaves(model.row_per_position), strict=True)
-    for elements in (sizes.l * math.prod(leaf.shape[1:]) for leaf, is_table in tables if is_table and axes):
-        sends = 2 * layout_on(config, mesh).sends  # there and back
+    trees = (model.shapes, model.row_per_position, model.trained)
+    for leaf, is_table, trained in zip(*map(jax.tree.leaves, trees), strict=True):
+        if not is_table or not axes:
+            continue
+        elements = sizes.l * math.prod(leaf.shape[1:])
+        sends = (1 + trained) * layout_on(config, mesh).sends  # there and, if there is a gradient, back
         yield Line(POSITIONS, "collective-permute", axes), sends, elements // mesh.shape[MODEL] // 2, 4
-        if _padded(config, mesh):
+        if _padded(config, mesh) and trained:
             yield Line(POSITIONS, "all-gather", axes), 1, elements * mesh.shape[SEQ], 4
 
 
@@ -212,14 +218,15 @@ def _masks(model: Model, mesh: Mesh | AbstractMesh) -> Part:
 
 
 def _gradients(model: Model, mesh: Mesh | AbstractMesh) -> Part:
-    """The gradient law: one sum over each axis, of all that is not sharded over it, with the loss in the same sum."""
+    """The gradient law: one sum over each axis, of all that is trained and not sharded over it, and of the loss."""
     padded = layout_on(model.config, mesh).padded
     padded_shapes = model.with_tables(
         lambda leaf: jax.ShapeDtypeStruct((padded(leaf.shape[0]), *leaf.shape[1:]), leaf.dtype), model.shapes
     )
     for axis in sharded_axes(mesh):
         elements = len(make_task(model.config).sums._fields)  # they ride along
-        for leaf, spec in zip(jax.tree.leaves(padded_shapes), jax.tree.leaves(model.specs), strict=True):
+        trees = map(model.only_trained, (padded_shapes, model.specs))
+        for leaf, spec in zip(*map(jax.tree.leaves, trees), strict=True):
             if axis not in named_axes(spec):
                 elements += leaf.size // _shards(spec, mesh)
         yield Line(GRADIENTS, "all-reduce", (axis,)), 1, elements, 4
@@ -227,17 +234,23 @@ def _gradients(model: Model, mesh: Mesh | AbstractMesh) -> Part:
 
 def _norms(model: Model, mesh: Mesh | AbstractMesh) -> Part:
     """The gradient's global norm: sums of squares of sharded gradients, over the axes of their sharding."""
-    for axes in {_sharding_axes(mesh, *named_axes(spec)) for spec in jax.tree.leaves(param_specs(model, mesh))} - {()}:
+    specs = jax.tree.leaves(model.only_trained(param_specs(model, mesh)))
+    for axes in {_sharding_axes(mesh, *named_axes(spec)) for spec in specs} - {()}:
         yield Line(OPTIMIZER, "scalars", axes), 1, 1, 4
 
 
 def _sharded_state(model: Model, mesh: Mesh | AbstractMesh) -> Part:
     """ZeRO-1: a gather of each parameter whose moments are sharded further than the parameter."""
-    params, moments = (jax.tree.leaves(specs(model, mesh)) for specs in (param_specs, moment_specs))
-    for leaf, before, after in zip(jax.tree.leaves(model.shapes), params, moments, strict=True):
+    trees = map(model.only_trained, (model.shapes, param_specs(model, mesh), moment_specs(model, mesh)))
+    for leaf, before, after in zip(*map(jax.tree.leaves, trees), strict=True):
         axes = _sharding_axes(mesh, *(named_axes(after) - named_axes(before)))
         if axes:
             yield Line(OPTIMIZER, "all-gather", axes), 1, leaf.size // _shards(before, mesh), 4
+
+
+def _reaches_layers(model: Model) -> bool:
+    """Whether the backward pass goes through the layers."""
+    return costs_of(model).reaches_layers(model.trained)
 
 
 def _shards(spec: PartitionSpec, mesh: Mesh | AbstractMesh) -> int:

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax.extend.core import ClosedJaxpr, Jaxpr
 from jax.interpreters.partial_eval import dce_jaxpr
 from jax.sharding import AbstractMesh, Mesh
+from optax.contrib import MuonDimensionNumbers
 
 from lss_jax.attention.kernels.blocks import query_blocking, visits
 from lss_jax.attention.kernels.interface import Queries
@@ -28,6 +29,7 @@ from lss_jax.models import Model, costs_of
 from lss_jax.models.stack import repeats
 from lss_jax.parallel.scopes import ATTENTION
 from lss_jax.tasks import make_task
+from lss_jax.training.optimizer import matrices
 
 FORWARD = 2  # products per score in a forward pass
 PRODUCTS = {"dense": 2 + 5, "blockwise": 2 + 5, "triton": 2 + 3 + 4, "mosaic": 2 + 3 + 4}  # per score, in both passes
@@ -44,18 +46,25 @@ def traced(jaxpr: ClosedJaxpr) -> int:
 
 def outside_attention(model: Model, mesh: Mesh | AbstractMesh) -> int:
     """Predicts the operations of the family's products and of the optimizer, per device."""
-    return costs_of(model).products(model.config, mesh) + _orthogonalizing(model)
+    return costs_of(model).products(model.config, mesh, model.trained) + _orthogonalizing(model)
 
 
 def _orthogonalizing(model: Model) -> int:
     """Operations of Muon's update: five iterations of three products per matrix, on every device."""
-    config = model.config.model
     if model.config.optim.name != "muon":
         return 0
-    E, F, K = config.width, config.mlp_width, config.head_width
-    counts = {(E, K): 2 * (config.heads + config.kv_heads), (E, F): 3 if config.mlp == "swiglu" else 2}
-    iteration = sum(n * 2 * min(shape) ** 2 * (2 * max(shape) + min(shape)) for shape, n in counts.items())
-    return config.layers * 5 * iteration
+    trained, total = model.only_trained(model.natural_shapes), 0
+    for leaf, axes in zip(jax.tree.leaves(trained), _axes_of_matrices(trained), strict=True):
+        if axes:
+            short, long = sorted((leaf.shape[axes.reduction_axis], leaf.shape[axes.output_axis]))
+            total += leaf.size // (short * long) * 2 * short**2 * (2 * long + short)
+    return 5 * total
+
+
+def _axes_of_matrices(params: Any) -> list[Any]:
+    return jax.tree.leaves(
+        matrices(params), is_leaf=lambda axes: axes is None or isinstance(axes, MuonDimensionNumbers)
+    )
 
 
 def attention(model: Model, mesh: Mesh) -> int:
@@ -65,6 +74,8 @@ def attention(model: Model, mesh: Mesh) -> int:
     positions_Nl = setting.layout.positions(sizes.l * setting.layout.devices).reshape(-1, sizes.l)
     scores = max(_scores(task.mask(jnp.asarray(positions_l)), sizes, setting, strategy) for positions_l in positions_Nl)
     products = PRODUCTS[setting.kernel] + FORWARD * repeats(config.model)
+    if not costs_of(model).reaches_layers(model.trained):
+        products = FORWARD
     return config.model.layers * config.optim.accumulate * scores * 2 * sizes.K * products
 
 

@@ -2,7 +2,8 @@
 
 A new family is one file, and one line in `FAMILIES`: an NNX module made of `(config, rngs)` that maps a local batch's
 inputs and a `Segment` to its outputs. Each of its parameters says in its metadata how it is sharded (`spec`), and
-whether it has a row for each position of the sequence (`row_per_position`). A family that `generates` text has a module
+whether it has a row for each position of the sequence (`row_per_position`). Linear maps of the class `Linear` can have
+adapters. A family that `generates` text has a module
 with a method `recall`, as the decoder's.
 """
 
@@ -12,16 +13,19 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
+from flax import nnx, traverse_util
 from jax.sharding import AbstractMesh, Mesh
 
 from lss_jax.config.schema import Config, ConfigError, unknown_choice
 from lss_jax.models import decoder_costs
+from lss_jax.models.adapters import add_adapters
 from lss_jax.models.decoder import Decoder
 from lss_jax.models.family import Costs, Family
+from lss_jax.models.freezing import freeze, name_of
+from lss_jax.models.layers import is_trained
 from lss_jax.models.shares import NOT_GATHERED, place_weights
 
-DECODER = Costs(decoder_costs.traffic, decoder_costs.products)
+DECODER = Costs(decoder_costs.traffic, decoder_costs.products, decoder_costs.reaches_layers)
 FAMILIES = {"decoder": Family(Decoder, DECODER, generates=True, gathers_weights=True)}
 
 Params = dict[str, Any]  # nested, leaves are arrays; names as in the modules
@@ -31,10 +35,11 @@ Params = dict[str, Any]  # nested, leaves are arrays; names as in the modules
 class Model:
     """A family's module, taken apart: structure here, parameters in the training state.
 
-    `shapes`, `specs` and `row_per_position` are nested dicts like the parameters: global `ShapeDtypeStruct`s,
-    `PartitionSpec`s and booleans. Weights that are sharded at rest may be padded, so that the mesh divides them:
-    `natural_shapes` are those without padding, as checkpoints have them, and `gathers` says how often each is gathered.
-    Those of `on_host`, and all that the optimizer knows of them, rest in the host's memory.
+    `shapes`, `specs`, `row_per_position`, `trained` and `names` are nested dicts like the parameters: global
+    `ShapeDtypeStruct`s, `PartitionSpec`s, booleans, and names such as `stack/blocks/mlp/up/kernel`. Weights that are
+    sharded at rest may be padded, so that the mesh divides them: `natural_shapes` are those without padding, as
+    checkpoints have them, and `gathers` says how often each is gathered. Those of `on_host`, and all that the optimizer
+    knows of them, rest in the host's memory.
     """
 
     config: Config
@@ -43,6 +48,8 @@ class Model:
     natural_shapes: Params
     specs: Params
     row_per_position: Params
+    trained: Params
+    names: Params
     gathers: Params
     on_host: Params
 
@@ -60,8 +67,24 @@ class Model:
         return nnx.merge(self.graphdef, params).recall(*args)
 
     def with_tables(self, change: Callable[[Any], Any], params: Params) -> Params:
-        """Applies `change` to each parameter that has a row per position; returns the whole tree."""
-        return jax.tree.map(lambda p, is_table: change(p) if is_table else p, params, self.row_per_position)
+        """Applies `change` to each parameter that has a row per position; returns the whole tree.
+
+        `params` are all parameters, or the trained ones alone.
+        """
+        is_table = traverse_util.flatten_dict(self.row_per_position)
+        flat = traverse_util.flatten_dict(params)
+        return traverse_util.unflatten_dict({at: change(p) if is_table[at] else p for at, p in flat.items()})
+
+    def only_trained(self, tree: Params) -> Params:
+        """The part of a tree like the parameters that belongs to the trained ones."""
+        is_trained = traverse_util.flatten_dict(self.trained)
+        flat = traverse_util.flatten_dict(tree)
+        return traverse_util.unflatten_dict({at: leaf for at, leaf in flat.items() if is_trained[at]})
+
+    def with_trained(self, trained: Params, params: Params) -> Params:
+        """All parameters, with those that are trained replaced."""
+        flat = traverse_util.flatten_dict(params) | traverse_util.flatten_dict(trained)
+        return traverse_util.unflatten_dict(flat)
 
 
 def resized(array: jax.Array, shape: tuple[int, ...]) -> jax.Array:
@@ -97,14 +120,17 @@ def costs_of(model: "Model") -> Costs:
 
 
 def module_of(config: Config, rngs: nnx.Rngs) -> nnx.Module:
-    """A fresh module of the config's family.
+    """A fresh module of the config's family, with adapters if the config has some.
 
     Raises:
-      ConfigError: there is none of that name.
+      ConfigError: there is none of that name, or no linear map that an adapter is for.
     """
     for problem in family_problems(config):
         raise ConfigError(problem)
-    return FAMILIES[config.model.family].module(config, rngs)
+    module = FAMILIES[config.model.family].module(config, rngs)
+    if config.lora.rank:
+        add_adapters(module, config.lora, rngs)  # last: the values of other parameters do not depend on them
+    return module
 
 
 def build_model(config: Config, mesh: Mesh | AbstractMesh | None = None) -> Model:
@@ -113,9 +139,11 @@ def build_model(config: Config, mesh: Mesh | AbstractMesh | None = None) -> Mode
     Without a mesh no weight is sharded at rest, or on the host.
 
     Raises:
-      ConfigError: no family has the name `model.family`.
+      ConfigError: no family has the name `model.family`, or a pattern of `optim.frozen` or `lora.targets` matches
+        nothing.
     """
     module = nnx.eval_shape(lambda: module_of(config, nnx.Rngs(0)))
+    freeze(module, config)
     natural_shapes = nnx.to_pure_dict(nnx.state(module))
     if mesh is not None:
         place_weights(module, config, mesh)
@@ -124,13 +152,20 @@ def build_model(config: Config, mesh: Mesh | AbstractMesh | None = None) -> Mode
     def metadata(read: Callable[[nnx.Variable], Any]) -> Params:
         return nnx.to_pure_dict(jax.tree.map(read, state, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable)))
 
-    specs = metadata(lambda variable: variable.spec)
+    shapes, specs = nnx.to_pure_dict(state), metadata(lambda variable: variable.spec)
     tables = metadata(lambda variable: "row_per_position" in variable.get_metadata() and variable.row_per_position)
     gathers = metadata(lambda variable: variable.get_metadata().get("gathers", NOT_GATHERED))
     on_host = metadata(lambda variable: variable.get_metadata().get("on_host", False))
-    return Model(config, graphdef, nnx.to_pure_dict(state), natural_shapes, specs, tables, gathers, on_host)
+    trained = metadata(lambda variable: is_trained((), variable))
+    names = jax.tree_util.tree_map_with_path(lambda path, _: name_of(key.key for key in path), shapes)
+    return Model(config, graphdef, shapes, natural_shapes, specs, tables, trained, names, gathers, on_host)
 
 
 def parameter_count(model: Model) -> int:
     """The number of scalars in all (global) parameters."""
     return sum(leaf.size for leaf in jax.tree.leaves(model.natural_shapes))
+
+
+def trained_count(model: Model) -> int:
+    """The number of scalars in the trained parameters."""
+    return sum(leaf.size for leaf in jax.tree.leaves(model.only_trained(model.natural_shapes)))

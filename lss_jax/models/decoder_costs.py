@@ -1,65 +1,131 @@
 """What a training step of the decoder sends and computes outside attention."""
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
+import jax
 from jax.sharding import AbstractMesh, Mesh
 
 from lss_jax.attention.placement import setting_on
 from lss_jax.attention.strategies import STRATEGIES
 from lss_jax.attention.traffic import Traffic, sizes_of
 from lss_jax.config.schema import Config
+from lss_jax.models.family import Trained
+from lss_jax.models.layers import ADAPTER
 from lss_jax.models.stack import repeats
 from lss_jax.models.tiles import tiles_on
 from lss_jax.parallel.mesh import MODEL
 from lss_jax.parallel.scopes import REGIONS
 
 
-def traffic(config: Config, mesh: Mesh | AbstractMesh) -> Iterator[tuple[str, Traffic]]:
+def reaches_layers(trained: Trained) -> bool:
+    """Whether the backward pass goes through the layers: where something in them, or before them, is trained."""
+    return any(jax.tree.leaves([trained[part] for part in ("tokens", "positions", "stack") if part in trained]))
+
+
+def _reaches_features(config: Config, mesh: Mesh | AbstractMesh, trained: Trained) -> bool:
+    """Whether the backward pass goes through the head; in tiles the gradient of its input takes the input's place."""
+    return reaches_layers(trained) or any(trained["final_norm"].values()) or _is_tiled(config, mesh)
+
+
+def traffic(config: Config, mesh: Mesh | AbstractMesh, trained: Trained) -> Iterator[tuple[str, Traffic]]:
     """Tensor parallelism: per layer and microbatch a gather and a scatter for each of attention and MLP, in each pass.
 
     What is recomputed re-gathers its input, and attention, where a whole block is, scatters its output once more. With
     a sharded vocabulary the embeddings are scattered, and the head's input is gathered, once per microbatch. The
-    collectives of MLP and head are split into those of the tiles.
+    collectives of MLP and head are split into those of the tiles. The backward pass goes as far as there is something
+    to train.
     """
     model, sizes = config.model, sizes_of(config, mesh)
     part, tiles = sizes.l // mesh.shape[MODEL], tiles_on(config, mesh)
     token = sizes.B * model.width
     remat, blocks = int(model.remat != "none"), repeats(model)
-    tiled, head = int(part not in tiles), int(model.vocab_parallel)
+    tiled, head = int(_is_tiled(config, mesh)), int(model.vocab_parallel)
+    layers = model.layers if reaches_layers(trained) else 0  # of the backward pass
+    features, embedding = int(_reaches_features(config, mesh, trained)), int(trained["tokens"]["table_VE"])
+    again = max(remat, blocks) if _attention_needs_input(config, mesh, trained) else blocks
     mlp_again = max(remat, tiled) + max(blocks - 1, 0)  # the last block that is recomputed needs no output of its MLP
     for direction, kind, of_layers, of_tiles, of_head, of_embedding in (
-        ("forward", "all-gather", 1, 1, 1, 0),
-        ("forward", "reduce-scatter", 1, 1, 0, 1),
-        ("backward", "all-gather", 1 + max(remat, blocks), 1 + mlp_again, tiled, 1),
-        ("backward", "reduce-scatter", 1 + blocks, 1 + max(blocks - 1, 0), 1, 0),
+        ("forward", "all-gather", model.layers, model.layers, 1, 0),
+        ("forward", "reduce-scatter", model.layers, model.layers, 0, 1),
+        ("backward", "all-gather", layers * (1 + again), layers * (1 + mlp_again), tiled, embedding),
+        ("backward", "reduce-scatter", layers * (1 + blocks), layers * (1 + max(blocks - 1, 0)), features, 0),
     ):
-        whole = of_layers * model.layers + of_embedding * head
-        in_tiles = of_tiles * model.layers + of_head * head
+        whole, in_tiles = of_layers + of_embedding * head, of_tiles + of_head * head
         for tokens, times in ((part, whole), *((size, in_tiles * count) for size, count in tiles.items())):
             elements = token * tokens * (mesh.shape[MODEL] if kind == "all-gather" else 1)
             yield f"{REGIONS} {direction}", Traffic(kind, times * config.optim.accumulate, elements, sizes.itemsize)
 
 
-def products(config: Config, mesh: Mesh | AbstractMesh) -> int:
-    """Operations of projections, MLPs and head, per device: one product forward, two backward.
+def _attention_needs_input(config: Config, mesh: Mesh | AbstractMesh, trained: Trained) -> bool:
+    """Whether the backward pass of attention's projections needs their input: for a gradient, or to recompute them."""
+    attention = trained["stack"]["blocks"]["attention"]
+    gradients = any(jax.tree.leaves([attention[name] for name in ("query", "key", "value")]))
+    return gradients or any(STRATEGIES[config.attention.strategy].recomputed(setting_on(config, mesh)))
+
+
+def _is_tiled(config: Config, mesh: Mesh | AbstractMesh) -> bool:
+    return sizes_of(config, mesh).l // mesh.shape[MODEL] not in tiles_on(config, mesh)
+
+
+def products(config: Config, mesh: Mesh | AbstractMesh, trained: Trained) -> int:
+    """Operations of projections, MLPs and head, per device.
+
+    A kernel has one product forward, one backward for its input, and one for its own gradient, if it is trained.
+    """
+    sizes, model = sizes_of(config, mesh), config.model
+    layers = trained["stack"]["blocks"]
+    layer = sum(_elements(one, reaches_layers(trained), layers[one.region][one.name]) for one in _linears(config, mesh))
+    head = trained["tokens"]["table_VE"] if model.tied_head else trained["head"]["kernel_EV"]
+    of_head = 1 + _is_tiled(config, mesh) + _reaches_features(config, mesh, trained) + head
+    tokens = config.optim.accumulate * sizes.B * sizes.l
+    return 2 * tokens * (model.layers * layer + of_head * model.width * -(-model.vocab // mesh.shape[MODEL]))
+
+
+class _Linear(NamedTuple):
+    """A linear map of a layer: the elements per device of its matrices, and what the backward pass computes again."""
+
+    region: str
+    name: str
+    kernel: int
+    lora_a: int  # as often as it is used: by every group of heads, where it is not theirs alone
+    lora_b: int
+    recomputed: int  # how often the whole product is
+    inner: bool  # whether the adapter's inner product is, for the gradient of `lora_b`
+    hoisted: int  # of `lora_a`, where JAX takes its product in one pass out of the loop over groups
+
+
+def _elements(one: _Linear, reached: bool, trained: dict[str, bool]) -> int:
+    """The elements of matrices that a token is multiplied with, in both passes."""
+    own = {name: getattr(one, name) for name in ("kernel", *ADAPTER) if name in trained}
+    gradients = sum(elements for name, elements in own.items() if trained[name])
+    products = sum(own.values()) * (1 + reached * (1 + one.recomputed)) + gradients
+    if "lora_a" in own and reached:
+        products += one.lora_a * (one.inner and trained["lora_b"]) - one.hoisted
+    return products
+
+
+def _linears(config: Config, mesh: Mesh | AbstractMesh) -> Iterator[_Linear]:
+    """Yields the linear maps of a layer.
 
     Recomputed are: in blocks, all products but the last one of attention, where a model group saves its sum, and of the
     MLP, whose results the backward pass does not need; in groups of heads and in tiles, those that their own backward
     pass starts from.
     """
     model, sizes, parts = config.model, sizes_of(config, mesh), mesh.shape[MODEL]
-    E, F, V = model.width, model.mlp_width // parts, -(-model.vocab // parts)
-    heads, out, mlp = E * sizes.K * (sizes.H + 2 * sizes.G), E * sizes.K * sizes.H, E * F
-    ins = 2 if model.mlp == "swiglu" else 1  # products before the activation
-    tiled, blocks = sizes.l // parts not in tiles_on(config, mesh), repeats(model)
-    layer = 3 * (heads + out + (ins + 1) * mlp)
-    if model.remat == "block" and parts == 1:
-        layer += out
-    layer += blocks * (heads + out) + max(blocks - 1, 0) * (ins + 1) * mlp
-    layer += ins * mlp if model.remat != "none" or tiled else 0
-    if model.remat == "block" or config.attention.head_groups > 1:
-        setting = setting_on(config, mesh)
-        queries, keys = STRATEGIES[config.attention.strategy].recomputed(setting)
-        layer += E * sizes.K * (queries * sizes.H + keys * 2 * sizes.G)
-    tokens = config.optim.accumulate * sizes.B * sizes.l
-    return 2 * tokens * (model.layers * layer + (4 if tiled else 3) * E * V)
+    E, F, rank, groups = model.width, model.mlp_width // parts, config.lora.rank, config.attention.head_groups
+    remat, tiled, blocks = model.remat, _is_tiled(config, mesh), repeats(model)
+    in_groups = remat == "block" or groups > 1
+    queries, keys = STRATEGIES[config.attention.strategy].recomputed(setting_on(config, mesh))
+    for name, heads, projected in (("query", sizes.H, queries), ("key", sizes.G, keys), ("value", sizes.G, keys)):
+        width, again = heads * sizes.K, blocks + (in_groups and projected)
+        inner = tiled or (in_groups and not projected)
+        hoisted = 0 if tiled or remat == "block" else E * rank * (groups - 1)
+        yield _Linear("attention", name, E * width, E * rank * groups, rank * width, again, inner, hoisted)
+    width, sum_again = sizes.H * sizes.K, remat == "block" and parts == 1
+    inner = groups > 1 or (remat == "block" and not sum_again)
+    yield _Linear("attention", "out", width * E, width * rank, rank * E * groups, blocks + sum_again, inner, 0)
+    again = max(blocks - 1, 0)
+    for name in ("gate", "up") if model.mlp == "swiglu" else ("up",):
+        yield _Linear("mlp", name, E * F, E * rank, rank * F, again + (remat != "none" or tiled), False, 0)
+    yield _Linear("mlp", "down", F * E, F * rank, rank * E, again, remat != "none" or tiled, 0)

@@ -1,7 +1,7 @@
 """What a family of models is: its module, and what `inspection` asks about it."""
 
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from flax import nnx
 from jax.sharding import AbstractMesh, Mesh
@@ -9,12 +9,18 @@ from jax.sharding import AbstractMesh, Mesh
 from lss_jax.attention.traffic import Traffic
 from lss_jax.config.schema import Config
 
+Trained = dict[str, Any]
+
 
 class Costs(NamedTuple):
-    """What a training step sends and computes, by formulas that are compared with the compiled program."""
+    """What a training step sends and computes, by formulas that are compared with the compiled program.
 
-    traffic: Callable[[Config, Mesh | AbstractMesh], Iterator[tuple[str, Traffic]]]  # over `model`, with its scope
-    products: Callable[[Config, Mesh | AbstractMesh], int]  # operations of matrix products, per device
+    `Trained` is a tree of booleans like the parameters: a backward pass computes what the trained ones need.
+    """
+
+    traffic: Callable[[Config, Mesh | AbstractMesh, Trained], Iterator[tuple[str, Traffic]]]  # over `model`, with scope
+    products: Callable[[Config, Mesh | AbstractMesh, Trained], int]  # operations of matrix products, per device
+    reaches_layers: Callable[[Trained], bool]  # whether the backward pass goes through the layers
 
 
 class Family(NamedTuple):

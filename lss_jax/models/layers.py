@@ -5,11 +5,13 @@ heads and columns, so that inside `shard_map` `H`, `G` and `F` count those of th
 `heads` is the dimension of a parameter that counts heads, by which attention splits it into groups.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
@@ -19,9 +21,10 @@ from lss_jax.config.schema import ModelConfig
 from lss_jax.models.embeddings import INIT_STDDEV
 from lss_jax.parallel.dropout import Dropout
 from lss_jax.parallel.residuals import GATHERED
-from lss_jax.parallel.weights import whole_weight
+from lss_jax.parallel.weights import fetched, whole_weight
 
 REPLICATED = {"spec": P()}
+ADAPTER = ("lora_a", "lora_b")  # the parameters of an adapter
 
 # (q_BlHK, k_BlGK, v_BlGK, dropout, past) -> (o_BlHK, own): `past` is the layer's part of the cache, None in training;
 # `own` is what the layer adds to the cache, None if nothing.
@@ -74,6 +77,8 @@ class Linear(nnx.Module):
 
     A kernel sharded over its outputs gives this device's outputs. One sharded over its inputs gives a partial sum: call
     `product`, sum over the devices, then add the bias (`biased`).
+
+    It may have an adapter (`adapt`): two factors of a low rank whose product is added to the kernel.
     """
 
     def __init__(
@@ -99,13 +104,54 @@ class Linear(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         return self.biased(self.product(x))
 
+    def adapt(self, rank: int, scale: float, rngs: nnx.Rngs) -> None:
+        """Adds an adapter (Hu et al. 2021, arXiv 2106.09685, Sec. 4.1); a fresh one changes nothing.
+
+        Its factors are sharded as the kernel is, each in the dimensions that it shares with it. So the product with a
+        kernel sharded over its inputs stays a partial sum, and takes no collective of its own.
+        """
+        known = self.kernel.get_metadata()
+        first = int("stacked" in known)  # layers
+        last, shape, heads = first + self.contracted, self.kernel.shape, known["heads"]
+        parts = [*known["spec"], *[None] * (len(shape) - len(known["spec"]))]
+        of_input = heads is not None and heads < self.contracted
+        of_output = heads is not None and not of_input
+        stacked = {"stacked": True} if first else {}
+
+        limit = math.prod(shape[first:last]) ** -0.5  # as the paper's code: He et al.'s, with a slope of sqrt(5)
+        a = jax.random.uniform(rngs.params(), (*shape[:last], rank), jnp.float32, -limit, limit)
+        b = jnp.zeros((*shape[:first], rank, *shape[last:]), jnp.float32)
+        self.lora_a = nnx.Param(a, spec=P(*parts[:last]), heads=heads if of_input else None, **stacked)
+        self.lora_b = nnx.Param(
+            b,
+            spec=P(*parts[:first], None, *parts[last:]),
+            heads=heads - self.contracted + 1 if of_output else None,
+            **stacked,
+        )
+        self.lora_scale = scale
+
     def product(self, x: jax.Array) -> jax.Array:
-        """The product with the kernel, without the bias."""
-        return jnp.tensordot(x.astype(self.dtype), self.kernel[...].astype(self.dtype), self.contracted)
+        """The product with the kernel, and with its adapter, without the bias."""
+        x = x.astype(self.dtype)
+        product = jnp.tensordot(x, self.kernel[...].astype(self.dtype), self.contracted)
+        if not hasattr(self, "lora_a"):
+            return product
+        a, b = (factor[...].astype(self.dtype) for factor in (self.lora_a, self.lora_b))
+        return product + self.lora_scale * jnp.tensordot(jnp.tensordot(x, a, self.contracted), b, 1)
 
     def biased(self, x: jax.Array) -> jax.Array:
         """Adds the bias, if there is one, to a finished product."""
         return x + self.bias[...].astype(self.dtype) if hasattr(self, "bias") else x
+
+
+def merged(kernel: np.ndarray, lora_a: np.ndarray, lora_b: np.ndarray, scale: float) -> np.ndarray:
+    """The kernel of one layer with its adapter in it, in its own shape; `scale` is `lora.alpha / lora.rank`."""
+    return kernel + np.float32(scale) * np.tensordot(lora_a, lora_b, 1)
+
+
+def is_trained(_path: Any, parameter: nnx.Variable) -> bool:
+    """Whether a parameter is trained, which `freezing` decides: a filter for `nnx.split`."""
+    return "frozen" not in parameter.get_metadata()
 
 
 Module = TypeVar("Module")
@@ -118,7 +164,8 @@ def whole(module: Module, dtype: str) -> Module:
         share = variable.get_metadata().get("share")
         if share is None:
             return variable
-        return variable.replace(checkpoint_name(whole_weight(variable[...], share, dtype), GATHERED), share=None)
+        fetch = whole_weight if is_trained((), variable) else fetched
+        return variable.replace(checkpoint_name(fetch(variable[...], share, dtype), GATHERED), share=None)
 
     graphdef, state = nnx.split(module)
     return nnx.merge(graphdef, jax.tree.map(gathered, state, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable)))

@@ -10,7 +10,7 @@ from jax.sharding import PartitionSpec as P
 
 from lss_jax.config.schema import ModelConfig
 from lss_jax.models.blocks import Block
-from lss_jax.models.layers import Segment, whole
+from lss_jax.models.layers import Segment, is_trained, whole
 from lss_jax.models.recompute import recomputed
 from lss_jax.parallel.dropout import LAYER
 from lss_jax.parallel.mesh import MODEL
@@ -33,7 +33,8 @@ class Stack(nnx.Module):
     large as `M` parts, and Megatron re-gathers too. `remat="input"` saves a block's input alone, and `remat="offload"`
     saves it in host memory; with `remat_every=k` that of every k-th block, from which k blocks are recomputed in turn.
 
-    Weights that are sharded, or on the host, are fetched for one block, and again in its backward pass.
+    Weights that are sharded, or on the host, are fetched for one block, and again in its backward pass. Frozen ones
+    have no gradient.
     """
 
     def __init__(self, model: ModelConfig, rngs: nnx.Rngs):
@@ -55,15 +56,15 @@ class Stack(nnx.Module):
         The latter, and the cache so far (`past`), are arrays with layers first, or None.
         """
         model = self.model
-        graphdef, params = nnx.split(self.blocks)
+        graphdef, trained, frozen = nnx.split(self.blocks, is_trained, ...)
 
         def apply(x_BpE: jax.Array, layer: Any) -> tuple[jax.Array, Any]:
-            params, (number, past) = layer
-            block = whole(nnx.merge(graphdef, params), model.dtype)
+            trained, (frozen, number, past) = layer
+            block = whole(nnx.merge(graphdef, trained, frozen), model.dtype)
             of_layer = segment._replace(dropout=segment.dropout and segment.dropout.at(LAYER, number))
             return block(x_BpE, of_layer, past)
 
-        layers = params, (jnp.arange(model.layers), past)
+        layers = trained, (frozen, jnp.arange(model.layers), past)
         if model.remat in ("input", "offload"):
             return recomputed(apply, model, x_BpE, *layers)
         if model.remat == "block":

@@ -16,10 +16,11 @@ from jax.sharding import AbstractMesh, Mesh
 
 from lss_jax.attention.traffic import sizes_of
 from lss_jax.config.schema import Config
+from lss_jax.models.layers import is_trained
 from lss_jax.parallel.mesh import MODEL
 from lss_jax.parallel.varying import varying_like
 
-Function = Callable[[Any, jax.Array, Any, Any], Any]
+Function = Callable[..., Any]
 
 
 def in_tiles(
@@ -27,7 +28,7 @@ def in_tiles(
 ) -> Any:
     """`function(modules, x_BpE, tokens, context)`, for up to `size` tokens at a time; 0: all at once.
 
-    Gradients of the modules' parameters are summed over tiles in float32, and rounded once.
+    Gradients of the modules' trained parameters are summed over tiles in float32, and rounded once.
 
     Args:
       function: treats every token by itself; its results have tokens on their second axis. It closes over no tracers.
@@ -41,12 +42,12 @@ def in_tiles(
     p = x_BpE.shape[1]
     if size == 0 or size >= p:
         return function(modules, x_BpE, tokens, context)
-    graphdef, state = nnx.split(modules)
+    graphdef, trained, frozen = nnx.split(modules, is_trained, ...)
 
-    def of_tile(state: Any, x_BtE: jax.Array, tokens: Any, context: Any) -> Any:
-        return function(nnx.merge(graphdef, state), x_BtE, tokens, context)
+    def of_tile(trained: Any, frozen: Any, x_BtE: jax.Array, tokens: Any, context: Any) -> Any:
+        return function(nnx.merge(graphdef, trained, frozen), x_BtE, tokens, context)
 
-    return _tiled(of_tile, tile_size(p, size), state, x_BpE, tokens, context)
+    return _tiled(of_tile, tile_size(p, size), trained, frozen, x_BpE, tokens, context)
 
 
 def tile_size(tokens: int, size: int) -> int:
@@ -64,17 +65,19 @@ def tiles_on(config: Config, mesh: Mesh | AbstractMesh) -> dict[int, int]:
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _tiled(function: Function, size: int, state: Any, x_BpE: jax.Array, tokens: Any, context: Any) -> Any:
-    B, p, _ = x_BpE.shape
+def _tiled(
+    function: Function, size: int, trained: Any, frozen: Any, x_BpE: jax.Array, tokens: Any, context: Any
+) -> Any:
+    (B, p, _), state = x_BpE.shape, (trained, frozen)
 
     def of_tile(start: Any, t: int) -> Any:
-        return function(state, _cut(x_BpE, p, start, t, 1), _tokens(tokens, p, start, t), context)
+        return function(*state, _cut(x_BpE, p, start, t, 1), _tokens(tokens, p, start, t), context)
 
     shapes = jax.eval_shape(lambda: of_tile(0, size))
     if _replaces(shapes, x_BpE):
 
         def in_place(start: Any, t: int, y_BpE: jax.Array) -> jax.Array:
-            y_BtE = function(state, _cut(y_BpE, p, start, t, 1), _tokens(tokens, p, start, t), context)
+            y_BtE = function(*state, _cut(y_BpE, p, start, t, 1), _tokens(tokens, p, start, t), context)
             return _put(y_BpE, y_BtE, p, start, 1)
 
         return _over_tiles(in_place, p, size, varying_like(x_BpE, (state, x_BpE, tokens)))
@@ -88,27 +91,30 @@ def _tiled(function: Function, size: int, state: Any, x_BpE: jax.Array, tokens: 
     return _over_tiles(into, p, size, varying_like(jax.tree.map(whole, shapes), (state, x_BpE, tokens)))
 
 
-def _forward(function, size, state, x_BpE, tokens, context):
-    return _tiled(function, size, state, x_BpE, tokens, context), (state, x_BpE, tokens, context)
+def _forward(function, size, *arguments):
+    return _tiled(function, size, *arguments), arguments
 
 
 def _backward(function, size, saved, dy):
-    state, x_BpE, tokens, context = saved
+    trained, frozen, x_BpE, tokens, context = saved
     p = x_BpE.shape[1]
 
     def differentiate(start: Any, t: int, carry: Any) -> Any:
-        d_state, x_BpE = carry
+        d_trained, x_BpE = carry
         tokens_t = _tokens(tokens, p, start, t)
         x_BtE = _cut(x_BpE, p, start, t, 1)
-        _, pullback = jax.vjp(lambda state, x_BtE: function(state, x_BtE, tokens_t, context), state, x_BtE)
+        _, pullback = jax.vjp(
+            lambda trained, x_BtE: function(trained, frozen, x_BtE, tokens_t, context), trained, x_BtE
+        )
         d_tile, dx_BtE = pullback(jax.tree.map(lambda leaf: _cut(leaf, p, start, t, 1), dy))
-        d_state = jax.tree.map(lambda total, leaf: total + leaf.astype(jnp.float32), d_state, d_tile)
-        return d_state, _put(x_BpE, dx_BtE, p, start, 1)
+        d_trained = jax.tree.map(lambda total, leaf: total + leaf.astype(jnp.float32), d_trained, d_tile)
+        return d_trained, _put(x_BpE, dx_BtE, p, start, 1)
 
-    nothing = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), state)
-    start = varying_like((nothing, x_BpE), (state, x_BpE, tokens, dy))
-    d_state, dx_BpE = _over_tiles(differentiate, p, size, start)
-    return jax.tree.map(lambda total, leaf: total.astype(leaf.dtype), d_state, state), dx_BpE, None, None
+    nothing = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), trained)
+    start = varying_like((nothing, x_BpE), (trained, frozen, x_BpE, tokens, dy))
+    d_trained, dx_BpE = _over_tiles(differentiate, p, size, start)
+    d_trained = jax.tree.map(lambda total, leaf: total.astype(leaf.dtype), d_trained, trained)
+    return d_trained, None, dx_BpE, None, None
 
 
 _tiled.defvjp(_forward, _backward)

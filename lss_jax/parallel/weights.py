@@ -33,6 +33,11 @@ def whole_weight(share: jax.Array, how: Share, dtype: str) -> jax.Array:
     return _whole_weight(share, how, dtype, is_on_host(share))
 
 
+def fetched(share: jax.Array, how: Share, dtype: str) -> jax.Array:
+    """The same of a weight that has no gradient: nothing is scattered."""
+    return _gathered(share, how, dtype, False)[0]
+
+
 @partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
 def _whole_weight(share: jax.Array, how: Share, dtype: str, on_host: bool) -> jax.Array:
     return _gathered(share, how, dtype, on_host)[0]

@@ -61,6 +61,7 @@ def shapes_of(config: Config) -> Params | None:
 def moments_of(config: Config) -> Any:
     """The optimizer state's global shapes and dtypes, None if no optimizer can be made of this config."""
     try:
-        return jax.eval_shape(make_optimizer(config.optim).init, build_model(config).natural_shapes)
+        model = build_model(config)
+        return jax.eval_shape(make_optimizer(config.optim).init, model.only_trained(model.natural_shapes))
     except (ValueError, TypeError, ArithmeticError):  # as above
         return None

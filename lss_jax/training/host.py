@@ -10,6 +10,7 @@ from jax.sharding import Mesh
 
 from lss_jax.config.schema import Config, ConfigError
 from lss_jax.config.units import shown_size
+from lss_jax.models import Model
 from lss_jax.models.recompute import waiting
 from lss_jax.parallel.host_memory import HOST
 from lss_jax.parallel.mesh import has_host_memory, shard_bytes
@@ -19,24 +20,24 @@ INSTEAD = {"model.remat": "block", "optim.offload": False}
 LIMIT = Path("/sys/fs/cgroup/memory.max")  # of a container, in bytes; or "max"
 
 
-def host_bytes(config: Config, mesh: Mesh, state: Any) -> dict[str, int]:
+def host_bytes(model: Model, mesh: Mesh, state: Any) -> dict[str, int]:
     """Bytes per device by what they are: layers' inputs, and of `state` (shapes and shardings) with its gradient."""
-    found = {}
+    config, found = model.config, {}
     if config.model.remat == "offload":
         found["layers' inputs"] = waiting(config, mesh)
     if config.optim.offload:
         gradients = 1 if config.optim.accumulate == 1 else 2  # the sum, and a microbatch's
-        found["weights, gradients and moments"] = _bytes(state) + gradients * _bytes(state.params)
+        found["weights, gradients and moments"] = _bytes(state) + gradients * _bytes(model.only_trained(state.params))
     return found
 
 
-def check_hosts(config: Config, mesh: Mesh, state: Any) -> None:
+def check_hosts(model: Model, mesh: Mesh, state: Any) -> None:
     """Checks that the hosts can have what is to be in their memory; every process must ask.
 
     Raises:
       ConfigError: the devices reach no such memory, or there is not as much.
     """
-    wanted = host_bytes(config, mesh, state)
+    config, wanted = model.config, host_bytes(model, mesh, state)
     if not wanted or not has_host_memory(mesh):
         return
     here, there = mesh.local_devices, memory_of_this_host()

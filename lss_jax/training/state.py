@@ -36,12 +36,15 @@ def state_shardings(model: Model, optimizer: optax.GradientTransformation, mesh:
 def of_moments(
     optimizer: optax.GradientTransformation, model: Model, of_params: Any, of_others: Callable[[Any], Any]
 ) -> Any:
-    """A tree like the optimizer's state, in which each moment has what its parameter has in the tree `of_params`."""
+    """A tree like the optimizer's state, in which each moment has what its parameter has in the tree `of_params`.
+
+    Parameters that are not trained have no moments.
+    """
     return optax.tree_map_params(
         optimizer,
         lambda moment, of_param: moment if _is_masked(moment) else of_param,
-        jax.eval_shape(optimizer.init, model.shapes),
-        of_params,
+        jax.eval_shape(optimizer.init, model.only_trained(model.shapes)),
+        model.only_trained(of_params),
         transform_non_params=of_others,
         is_leaf=_is_masked,
     )
@@ -99,7 +102,8 @@ def param_specs(model: Model, mesh: Mesh | AbstractMesh) -> Any:
 
 def state_like(model: Model, optimizer: optax.GradientTransformation, mesh: Mesh | AbstractMesh) -> TrainState:
     """Shapes and shardings of the state."""
-    shapes = TrainState(jax.ShapeDtypeStruct((), jnp.int32), model.shapes, jax.eval_shape(optimizer.init, model.shapes))
+    moments = jax.eval_shape(optimizer.init, model.only_trained(model.shapes))
+    shapes = TrainState(jax.ShapeDtypeStruct((), jnp.int32), model.shapes, moments)
     return like(shapes, state_shardings(model, optimizer, mesh))
 
 
@@ -108,6 +112,6 @@ def init_state(model: Model, optimizer: optax.GradientTransformation, mesh: Mesh
 
     def create() -> TrainState:
         params = model.init(jax.random.key(seed))
-        return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
+        return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(model.only_trained(params)))
 
     return jax.jit(create, out_shardings=state_shardings(model, optimizer, mesh))()

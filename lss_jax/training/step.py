@@ -68,28 +68,30 @@ def make_means_and_gradient(model: Model, mesh: Mesh | AbstractMesh) -> MeansAnd
     """The function that returns a batch's means (`loss`, per counted item, and the task's others) and its gradient.
 
     Its arguments are global parameters, a global batch, and the step's number, which with the seed decides what is
-    dropped. Sums over the mesh become means here: all are divided by the global count, once, after both sums.
+    dropped. The gradient is that of the trained parameters alone (`Model.only_trained`). Sums over the mesh become
+    means here: all are divided by the global count, once, after both sums.
     """
     task = make_task(model.config)
     specs, batch_specs = on_mesh(model.specs, mesh), task.batch_specs()
-    stored = on_mesh(param_specs(model, mesh), mesh)
+    trained_specs, stored = map(model.only_trained, (model.specs, on_mesh(param_specs(model, mesh), mesh)))
 
     @partial(jax.shard_map, mesh=mesh, in_specs=(specs, on_mesh(batch_specs, mesh), P()), out_specs=(P(), stored))
     def on_segments(params: Params, batch: Any, step: jax.Array) -> tuple[Means, Params]:
         params = in_layout_order(varying(params, model.specs, mesh), model, mesh)
 
         def partial_sums(batch: Any) -> tuple[Any, Params]:
-            def loss(params: Params) -> tuple[jax.Array, Any]:
-                losses = local_losses(model, mesh, params, batch, dropout_of(model.config, mesh, batch, step))
+            def loss(trained: Params) -> tuple[jax.Array, Any]:
+                dropout = dropout_of(model.config, mesh, batch, step)
+                losses = local_losses(model, mesh, model.with_trained(trained, params), batch, dropout)
                 sums = jax.tree.map(jnp.sum, losses)
                 return sums[0], sums
 
-            gradient, sums = jax.grad(loss, has_aux=True)(params)
+            gradient, sums = jax.grad(loss, has_aux=True)(model.only_trained(params))
             return sums, gradient
 
         sums, gradient = sum_over_microbatches(partial_sums, batch, batch_specs, model.config.optim.accumulate, mesh)
         gradient = in_natural_order(gradient, model, mesh)
-        sums, gradient = double_sum((sums, gradient), (jax.tree.map(lambda _: P(), sums), model.specs), mesh)
+        sums, gradient = double_sum((sums, gradient), (jax.tree.map(lambda _: P(), sums), trained_specs), mesh)
         count = jnp.maximum(sums[-1], 1.0)
         gradient = jax.tree.map(partial(elementwise, lambda leaf: leaf / count), gradient)
         return means_of(sums), cropped(gradient, model, mesh)

@@ -70,8 +70,8 @@ class Trainer:
         self._optimizer = make_optimizer(config.optim)
         self._schedule = make_schedule(config.optim)
         self.like = state_like(self.model, self._optimizer, self.mesh)
-        check_hosts(config, self.mesh, self.like)
-        moments = jax.eval_shape(self._optimizer.init, self.model.natural_shapes)
+        check_hosts(self.model, self.mesh, self.like)
+        moments = jax.eval_shape(self._optimizer.init, self.model.only_trained(self.model.natural_shapes))
         self._natural = {
             "params": natural_like(self.like.params, self.model.natural_shapes),
             "opt_state": natural_like(self.like.opt_state, moments),

@@ -50,7 +50,7 @@ Update = Callable[[TrainState, Params, jax.Array, jax.Array], tuple[Params, Any]
 def make_update(model: Model, optimizer: optax.GradientTransformationExtraArgs, mesh: Mesh | AbstractMesh) -> Update:
     """The function from state, gradient, its norm, and whether both are finite, to the next parameters and moments.
 
-    If they are not finite, parameters and moments stay as they are.
+    If they are not finite, parameters and moments stay as they are. What is not trained has no gradient, and stays.
     """
     names, on_host = _names(model), _on_host(model, mesh)
     owners = of_moments(optimizer, model, names, of_others=lambda _: COUNTS)
@@ -81,25 +81,29 @@ def make_update(model: Model, optimizer: optax.GradientTransformationExtraArgs, 
         return sharded(old, _only([name], gradient, names), counts, norm, finite)
 
     def update(state: TrainState, gradient: Params, norm: jax.Array, finite: jax.Array) -> tuple[Params, Any]:
+        all_params = state.params
+        state = state._replace(params=model.only_trained(all_params))
         params, grads = (_without(on_host, tree, names) for tree in (state.params, gradient))
         opt_state = _without(on_host, state.opt_state, owners)
         # `cond` rather than `where`: the update is then in place, without a second copy of the state.
         new = jax.lax.cond(finite, updated, unchanged, params, opt_state, grads, norm)
         for name in on_host:
             new = _together(new, update_on_host(name, state, gradient, norm, finite))
-        return new
+        trained, opt_state = new
+        return model.with_trained(trained, all_params), opt_state
 
     return update
 
 
 def _names(model: Model) -> Params:
-    """The parameters' names, such as `stack/blocks/mlp/up/kernel`, in a tree like them."""
-    return jax.tree_util.tree_map_with_path(lambda path, _: "/".join(key.key for key in path), model.shapes)
+    """The trained parameters' names, such as `stack/blocks/mlp/up/kernel`, in a tree like them."""
+    return model.only_trained(model.names)
 
 
 def _on_host(model: Model, mesh: Mesh | AbstractMesh) -> dict[str, P]:
-    """The specs, by name, of the parameters that rest in host memory."""
-    leaves = zip(*map(jax.tree.leaves, (_names(model), model.specs, model.on_host)), strict=True)
+    """The specs, by name, of the trained parameters that rest in host memory."""
+    trees = map(model.only_trained, (model.names, model.specs, model.on_host))
+    leaves = zip(*map(jax.tree.leaves, trees), strict=True)
     return {name: without_unsharded(spec, mesh) for name, spec, on_host in leaves if on_host}
 
 
