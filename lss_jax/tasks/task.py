@@ -37,11 +37,11 @@ class Task(abc.ABC):
     Each is summed over the mesh by the gradient law; only then is anything divided.
     """
 
-    sums: ClassVar[Any]  # that NamedTuple's class
-    items: ClassVar[str]  # what the loss counts, in the plural: `bytes`
-    metrics: ClassVar[tuple[Metric, ...]]  # the first is the loss
+    sums: Any  # that NamedTuple's class
+    items: str  # what the loss counts, in the plural: `bytes`
+    metrics: tuple[Metric, ...]  # the first is the loss
     text: ClassVar[type[ByteText] | None] = None  # what the tokens stand for; None: there is no text to generate
-    headline: ClassVar[Metric]  # the one of them that curves and tables show
+    headline: Metric  # the one of them that curves and tables show
 
     def __init__(self, config: Config):
         self.config = config
@@ -84,6 +84,10 @@ class Task(abc.ABC):
     @abc.abstractmethod
     def inputs(self, batch: Any) -> Any:
         """The model's inputs, from a local batch."""
+
+    def positions(self, batch: Any) -> jax.Array:
+        """The positions by which the model tells a local batch's tokens apart, `[l]`, or `[B, l]` if rows differ."""
+        return batch.positions
 
     @abc.abstractmethod
     def mask(self, positions_l: jax.Array, batch: Any = None) -> Intervals:
