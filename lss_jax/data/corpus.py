@@ -17,8 +17,8 @@ from lss_jax.data.documents import JSONL, Fields, files_of
 from lss_jax.data.encoding import encode
 from lss_jax.data.packing import Stream, documents_between, separated, split_ends, undivided
 from lss_jax.data.sources import SPLITS, FileSource, check_file, enwik8, open_splits, splits_of, stdlib_files, text
-from lss_jax.data.token_file import TokenFile, is_token_file
 from lss_jax.data.text import BYTES
+from lss_jax.data.token_file import TokenFile, is_token_file
 from lss_jax.data.tokenizer import load_tokenizer
 from lss_jax.runtime.distributed import is_first
 

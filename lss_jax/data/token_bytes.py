@@ -54,8 +54,8 @@ def _kind(path: str, spec: dict[str, Any]) -> Callable[[str], bytes]:
         return functools.partial(_sentencepiece, fallback="ByteFallback" in kinds)
     raise ConfigError(
         f"data.tokenizer={path!r} is of type {spec['model']['type']} with decoders {sorted(kinds) or 'none'}: the "
-        f"bytes of its tokens depend on the tokens beside them, or are not known, and then no text can be streamed and no "
-        f"bits per byte computed; use a byte-level BPE (GPT-2, Llama 3, Qwen), or a SentencePiece one (Llama 2, Mistral)"
+        f"bytes of its tokens depend on the tokens beside them, or are not known, and then no text can be streamed and "
+        f"no bits per byte computed; use a byte-level BPE (GPT-2, Llama 3, Qwen), or one of SentencePiece (Llama 2)"
     )
 
 

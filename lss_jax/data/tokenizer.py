@@ -71,6 +71,7 @@ class JsonTokenizer:
         behind = [self._begins_with_space and goes for goes in goes_on]
         found = self._plain([LINE_FEED * after + text for text, after in zip(decoded, behind, strict=True)])
         found = [self._behind_line_feed(ids) if after else ids for ids, after in zip(found, behind, strict=True)]
+        found = [ids if text else ids[:0] for ids, text in zip(found, decoded, strict=True)]
         for text, source, ids in zip(decoded, texts, found, strict=True):
             if not self._knows_unknown and self._written_bytes[ids].sum() < len(source):
                 self._check_characters(text)
