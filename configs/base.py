@@ -69,8 +69,8 @@ def get_config() -> ConfigDict:
 
     config.data = data = ConfigDict()
     data.source = "stdlib"  # Python's own source files; "enwik8"; or "text", the files at data.path
-    # "text": files, folders, globs, .jsonl, .gz or token files, comma-separated, each a source of its own; "enwik8": the
-    # raw file or a prefix of it, empty to download it.
+    # "text": files, folders, globs, .jsonl, .gz or token files, comma-separated, each a source of its own; "enwik8":
+    # the raw file or a prefix of it, empty to download it.
     data.path = ""
     data.weights = ()  # how often windows come from each source at data.path; empty: by size
     data.tokenizer = "bytes"  # each byte is a token; or the path of a tokenizer.json

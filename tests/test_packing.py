@@ -4,7 +4,16 @@ import jax
 import numpy as np
 import oracle
 import pytest
-from helpers import assert_close, make_loss_and_gradient, mesh_of, model_on, perturbed_params, sampled, small_config
+from helpers import (
+    assert_close,
+    make_loss_and_gradient,
+    mesh_of,
+    model_on,
+    perturbed_params,
+    sampled,
+    small_config,
+    with_shapes,
+)
 from token_files import GIVEN, LENGTHS, VOCAB, documents_of, whole, write_tokenizer, write_tokens
 
 from lss_jax.config.schema import ConfigError, RunError
@@ -53,7 +62,7 @@ def check_documents_against_oracle(corpus, data, seq, model=1, **changes):
     assert_close({"loss": loss, "gradient": gradient}, {"loss": expected_loss, "gradient": expected}, 1e-5)
     _, targets_BL, *_ = oracle.plain_inputs(windows, config)
     assert not np.all(np.any(targets_BL >= 0, axis=1)), "a window without any target"
-    sums = make_eval_step(family, mesh)(params, batch)
+    sums = make_eval_step(family, mesh)(with_shapes(params, family.shapes), batch)
     text = load_tokenizer(config.data.tokenizer)
     counted = targets_BL[targets_BL >= 0]
     assert (sums.bytes, sums.tokens) == (sum(len(text.bytes_of(int(t))) for t in counted), len(counted))

@@ -4,9 +4,11 @@ One plain text whose bytes are the tokens, and a token file, are read where they
 globs, JSONL, gzip, any other tokenizer) is encoded into a token file in the user's cache folder first.
 """
 
+import fcntl
 import glob
 import hashlib
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -61,12 +63,12 @@ def open_corpus(config: DataConfig) -> Corpus:
 
 def _named(config: DataConfig) -> list[str]:
     """The paths that the config names, each a source."""
-    return config.parts if config.source == "text" else [config.path] if config.path else []
+    return [part for part in (config.parts if config.source == "text" else [config.path]) if part]
 
 
 def _is_one_text(config: DataConfig) -> bool:
     parts = _named(config)
-    return config.tokenizer == BYTES and len(parts) < 2 and (config.source != "text" or _is_plain(parts[0]))
+    return config.tokenizer == BYTES and len(parts) < 2 and (config.source != "text" or all(map(_is_plain, parts)))
 
 
 def _is_plain(part: str) -> bool:
@@ -131,19 +133,28 @@ def _encoded(files: Sequence[Path], config: DataConfig) -> TokenFile:
     tokenizer = load_tokenizer(config.tokenizer)
     digest = hashlib.sha256("\n".join(_recipe(files, config, tokenizer.fingerprint)).encode()).hexdigest()
     out = Path(pooch.os_cache("lss_jax")) / "tokens" / digest[:32]
-    if out.is_file():
-        return TokenFile(out)
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(
-            f"{out.parent} cannot be made ({error.strerror}), where encoded text is kept; set XDG_CACHE_HOME to a "
-            f"folder that can be written to, or encode it elsewhere with python -m lss_jax.tokenize"
-        ) from error
     fields = Fields(config.field, config.prompt_field, config.answer_field)
     if not all(_is_jsonl(file) for file in files):
         fields = Fields(config.field, "", "")  # plain text has no prompts
-    return encode(files, out, tokenizer, fields=fields, separator=config.separator, progress=is_first())
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with _turn(out):
+            if out.is_file():
+                return TokenFile(out)
+            return encode(files, out, tokenizer, fields=fields, separator=config.separator, progress=is_first())
+    except OSError as error:
+        raise ConfigError(
+            f"{out.parent}, where encoded text is kept, cannot be written to ({error.strerror}); set XDG_CACHE_HOME to "
+            f"a folder that can, or encode the text elsewhere with python -m lss_jax.tokenize"
+        ) from error
+
+
+@contextmanager
+def _turn(out: Path) -> Iterator[None]:
+    """Waits while another process of this host makes the file `out`."""
+    with out.with_name(f"{out.name}.turn").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def _is_jsonl(file: Path) -> bool:

@@ -54,7 +54,7 @@ class Documents:
 
 
 class Stream(NamedTuple):
-    """A split of a source: its tokens, and the documents that they are; None: they are all one, and no batch says so."""
+    """A split of a source: its tokens, and the documents that they are; None: all are one, and no batch says so."""
 
     tokens: Tokens
     documents: Documents | None
