@@ -113,7 +113,7 @@ def batch_on(
     starts_B: np.ndarray | None = None,
 ) -> Batch:
     """The same windows as the loader reads them."""
-    data, starts_B, _ = windows_of(config, seed, data, starts_B)
+    data, starts_B = windows_of(config, seed, data, starts_B)
     windows = windows_at(data, starts_B, separated(data, config.data.separator))
     return read_batch(windows, config.data.seq_len, mesh, layout_on(config, mesh))
 

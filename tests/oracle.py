@@ -11,15 +11,21 @@ import numpy as np
 
 
 class Windows(NamedTuple):
-    """A batch before any loader: the whole text, and where each row's window of it starts.
+    """A batch before any loader: the whole text, and where each row's window of it starts."""
 
-    The text may be tokens that are known as documents: lists of tokens, each with the number of those at its start that
-    are not learned, but given. Then `data` is all of them, one after the other.
+    data: np.ndarray
+    starts_B: np.ndarray
+
+
+class PackedWindows(NamedTuple):
+    """The same of documents: lists of tokens, each with the number of those at its start that are given, not learned.
+
+    `data` is all of them, one after the other.
     """
 
     data: np.ndarray
     starts_B: np.ndarray
-    documents: list[tuple[list[int], int]] | None = None
+    documents: list[tuple[list[int], int]]
 
 
 def logits(params, tokens_BL, seen_BLL, model, position_BL=None):
@@ -88,7 +94,7 @@ def plain_inputs(windows, config):
     if window:
         seen_BLL = seen_BLL & (j > i - window)
     position_BL = np.tile(np.arange(L), (len(tokens_BL), 1))
-    if config.data.separator or windows.documents:
+    if config.data.separator or isinstance(windows, PackedWindows):
         document, given = _document_of_tokens(windows, config.data.separator.encode())
         document_BM, given_BM = (each[np.minimum(place_BM, len(data))] for each in (document, given))
         seen_BLL = seen_BLL & (document_BM[:, :-1, None] == document_BM[:, None, :-1])
@@ -103,7 +109,7 @@ def plain_inputs(windows, config):
 
 def _document_of_tokens(windows, separator):
     """Of each token, and of the one after the last: the number of its document, and whether it is given."""
-    if windows.documents is None:
+    if isinstance(windows, Windows):
         number = document_of_bytes(windows.data.tobytes(), separator)
         return number, np.zeros(len(number), bool)
     number = [n for n, (tokens, _) in enumerate(windows.documents) for _ in tokens]

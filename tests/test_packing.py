@@ -47,7 +47,7 @@ def first_windows(corpus, config, stop):
     count = np.searchsorted(np.cumsum([len(tokens) for tokens, _ in corpus["documents"]]), stop) + 1
     documents = corpus["documents"][:count]
     assert len(whole(documents)) == stop, "the split ends between two documents"
-    return oracle.Windows(whole(documents), np.arange(8) * config.data.seq_len, documents)
+    return oracle.PackedWindows(whole(documents), np.arange(8) * config.data.seq_len, documents)
 
 
 def check_documents_against_oracle(corpus, data, seq, model=1, **changes):

@@ -22,7 +22,7 @@ from lss_jax.attention.mask import Intervals
 from lss_jax.attention.placement import setting_on
 from lss_jax.attention.strategies import make_attend
 from lss_jax.config.schema import Config, ConfigError
-from lss_jax.data.text import ByteText
+from lss_jax.data.text import Tokenizer
 from lss_jax.generation.cache import CACHE_SPECS, Cache, attend_to_cache, fill, write
 from lss_jax.generation.sampling import Sampling, sample
 from lss_jax.models import FAMILIES, Model, Params, build_model
@@ -210,7 +210,7 @@ class Generation:
                     return
 
 
-def task_and_text(config: Config) -> tuple[Task, type[ByteText]]:
+def task_and_text(config: Config) -> tuple[Task, Tokenizer]:
     """The config's task and what its tokens stand for, if it and the model's family can generate.
 
     Raises:

@@ -23,7 +23,7 @@ class Decoder(nnx.Module):
         self.model = model
         self.tokens = TokenEmbedding(model, rngs)
         if model.positions == "learned":
-            table = RestartedPositions if config.data.restart_positions else LearnedPositions
+            table: Any = RestartedPositions if config.data.restart_positions else LearnedPositions
             self.positions = table(model, config.data.seq_len, rngs)
         self.stack = Stack(model, rngs)
         self.final_norm = norm(model, rngs)

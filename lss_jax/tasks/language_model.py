@@ -1,5 +1,6 @@
 """Language modelling over bytes or tokens: each next one is predicted from those that the mask shows."""
 
+import functools
 import math
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -15,7 +16,8 @@ from lss_jax.data.batch import IGNORED, Batch, batch_like, batch_specs
 from lss_jax.data.corpus import Corpus, is_packed, open_corpus
 from lss_jax.data.loader import Window, read_batch
 from lss_jax.data.split import WindowSplit
-from lss_jax.data.text import BYTES, ByteText
+from lss_jax.data.text import BYTES, ByteText, Tokenizer
+from lss_jax.data.tokenizer import load_tokenizer
 from lss_jax.models.losses import EncodedLossSum, LossSum, cross_entropy, vocab_parallel_cross_entropy
 from lss_jax.models.tiles import tiles_on
 from lss_jax.parallel.layout import layout_on
@@ -47,15 +49,25 @@ class LanguageModel(Task):
     bytes of text that the targets stand for.
     """
 
-    text = ByteText
+    sums: Any = LossSum
+    items = "bytes"
+    metrics = OF_BYTES
+    headline = OF_BYTES[1]
 
     def __init__(self, config: Config):
         super().__init__(config)
         self.encoded = config.data.tokenizer != BYTES
-        self.items = "tokens" if self.encoded else "bytes"
-        self.sums = EncodedLossSum if self.encoded else LossSum
-        self.metrics = OF_TOKENS if self.encoded else OF_BYTES
-        self.headline = self.metrics[1]
+        if self.encoded:
+            self.sums, self.items, self.metrics, self.headline = EncodedLossSum, "tokens", OF_TOKENS, OF_TOKENS[1]
+
+    @functools.cached_property
+    def text(self) -> Tokenizer:
+        """What the tokens stand for.
+
+        Raises:
+          ConfigError: the file of the tokenizer cannot be used.
+        """
+        return load_tokenizer(self.config.data.tokenizer)
 
     @property
     def packed(self) -> bool:
