@@ -78,10 +78,18 @@ def get_config() -> ConfigDict:
     model.scan_layers = True  # scan over the layers, which compiles one block; False: unrolled
 
     config.data = data = ConfigDict()
-    data.source = "stdlib"  # Python's own source files; "enwik8"; or "text", any file at data.path
-    data.path = ""  # the file ("enwik8": the raw file or a prefix of it; empty: download)
-    data.separator = ""  # string that ends a document; tokens attend within their document; empty: one document
-    data.seq_len = 512  # tokens (bytes) per sequence
+    data.source = "stdlib"  # Python's own source files; "enwik8"; or "text", the files at data.path
+    # "text": files, folders, globs, .jsonl, .gz or token files, comma-separated, each a source of its own; "enwik8":
+    # the raw file or a prefix of it, empty to download it.
+    data.path = ""
+    data.weights = ()  # how often windows come from each source at data.path; empty: by size
+    data.tokenizer = "bytes"  # each byte is a token; or the path of a tokenizer.json
+    data.separator = ""  # string that ends a document of plain text; empty: a file is one
+    data.field = "text"  # of JSONL objects: the document
+    data.prompt_field = ""  # or, instead, a prompt, and in the next field the answer, which alone is learned
+    data.answer_field = ""
+    data.restart_positions = False  # positions count from the start of each document, not of the window
+    data.seq_len = 512  # tokens per sequence
     data.batch_size = 16  # sequences per step, over all devices
 
     config.optim = optim = ConfigDict()

@@ -17,18 +17,33 @@ class Windows(NamedTuple):
     starts_B: np.ndarray
 
 
-def logits(params, tokens_BL, seen_BLL, model):
-    """Logits `BLV`, float32; `model` is the model's section of the config, `seen_BLL` says which keys a token sees."""
+class PackedWindows(NamedTuple):
+    """The same of documents: lists of tokens, each with the number of those at its start that are given, not learned.
+
+    `data` is all of them, one after the other.
+    """
+
+    data: np.ndarray
+    starts_B: np.ndarray
+    documents: list[tuple[list[int], int]]
+
+
+def logits(params, tokens_BL, seen_BLL, model, position_BL=None):
+    """Logits `BLV`, float32; `model` is the model's section of the config, `seen_BLL` says which keys a token sees.
+
+    Positions count from the start of the window, unless they are given.
+    """
     L = tokens_BL.shape[1]
+    position_BL = jnp.arange(L)[None] if position_BL is None else position_BL
     x_BLE = params["tokens"]["table_VE"][tokens_BL]
     if model.positions == "learned":
-        x_BLE = x_BLE + params["positions"]["table_LE"]
+        x_BLE = x_BLE + params["positions"]["table_LE"][position_BL]
     if model.positions == "sinusoidal":
         waves = jnp.exp(1j * jnp.outer(jnp.arange(L), 10_000.0 ** (-2 * jnp.arange(model.width // 2) / model.width)))
-        x_BLE = x_BLE + 0.02 * jnp.concatenate((waves.imag, waves.real), -1)
+        x_BLE = x_BLE + 0.02 * jnp.concatenate((waves.imag, waves.real), -1)[position_BL]
     for layer in range(model.layers):
         params_of_layer = jax.tree.map(lambda leaf, i=layer: leaf[i], params["stack"]["blocks"])
-        x_BLE = _block(params_of_layer, x_BLE, seen_BLL, model)
+        x_BLE = _block(params_of_layer, x_BLE, seen_BLL, model, position_BL)
     x_BLE = _norm(params["final_norm"], x_BLE, model)
     return x_BLE @ (params["tokens"]["table_VE"].T if model.tied_head else params["head"]["kernel_EV"])
 
@@ -58,14 +73,14 @@ def those(tree, wanted, name=""):
     return found
 
 
-def loss(params, tokens_BL, targets_BL, seen_BLL, model):
+def loss(params, tokens_BL, targets_BL, seen_BLL, position_BL, model):
     """Mean nats over the targets that are not -1."""
-    return nats(params, tokens_BL, targets_BL, seen_BLL, model).sum() / (targets_BL >= 0).sum()
+    return nats(params, tokens_BL, targets_BL, seen_BLL, position_BL, model).sum() / (targets_BL >= 0).sum()
 
 
-def nats(params, tokens_BL, targets_BL, seen_BLL, model):
+def nats(params, tokens_BL, targets_BL, seen_BLL, position_BL, model):
     """`BL`; 0 for the targets that are -1."""
-    log_probs_BLV = jax.nn.log_softmax(logits(params, tokens_BL, seen_BLL, model))
+    log_probs_BLV = jax.nn.log_softmax(logits(params, tokens_BL, seen_BLL, model, position_BL))
     counted = targets_BL >= 0
     chosen = jnp.take_along_axis(log_probs_BLV, jnp.where(counted, targets_BL, 0)[..., None], -1)[..., 0]
     return -jnp.where(counted, chosen, 0.0)
@@ -80,16 +95,18 @@ def loss_and_gradient(params, windows, config):
 
 def by_position(params, windows, config):
     """Sums over the batch of nats and of targets that are not -1, `[2, L]`."""
-    params, (tokens_BL, targets_BL, seen_BLL) = jax.tree.map(np.asarray, params), plain_inputs(windows, config)
+    params, inputs = jax.tree.map(np.asarray, params), plain_inputs(windows, config)
+    _, targets_BL, *_ = inputs
     with jax.default_device(jax.devices()[0]):
-        nats_BL = _nats(plain(params, config.lora), tokens_BL, targets_BL, seen_BLL, config.model)
+        nats_BL = _nats(plain(params, config.lora), *inputs, config.model)
     return np.stack((np.asarray(nats_BL, np.float64).sum(0), (targets_BL >= 0).sum(0)))
 
 
 def plain_inputs(windows, config):
-    """Tokens, targets and what each token sees.
+    """Tokens, targets, what each token sees, and its position.
 
-    A target is the next byte; -1 where the text has ended, where the next byte begins a document, and in the prefix.
+    A target is the next token; -1 where the text has ended, where the next token begins a document or is given in it,
+    and in the prefix.
     """
     data, L = windows.data, config.data.seq_len
     place_BM = windows.starts_B[:, None] + np.arange(L + 1)
@@ -101,14 +118,28 @@ def plain_inputs(windows, config):
     seen_BLL = ((j <= i) | (j < prefix))[None]
     if window:
         seen_BLL = seen_BLL & (j > i - window)
-    if config.data.separator:
-        document = document_of_bytes(data.tobytes(), config.data.separator.encode())
-        document_BM = document[np.minimum(place_BM, len(data))]
+    position_BL = np.tile(np.arange(L), (len(tokens_BL), 1))
+    if config.data.separator or isinstance(windows, PackedWindows):
+        document, given = _document_of_tokens(windows, config.data.separator.encode())
+        document_BM, given_BM = (each[np.minimum(place_BM, len(data))] for each in (document, given))
         seen_BLL = seen_BLL & (document_BM[:, :-1, None] == document_BM[:, None, :-1])
-        targets_BL = np.where(document_BM[:, 1:] == document_BM[:, :-1], targets_BL, -1)
+        targets_BL = np.where((document_BM[:, 1:] == document_BM[:, :-1]) & ~given_BM[:, 1:], targets_BL, -1)
+        if config.data.restart_positions:
+            before_BLL = document_BM[:, :-1, None] == document_BM[:, None, :-1]
+            position_BL = (before_BLL & (j < i)).sum(-1)
     if prefix:
         targets_BL = np.where(np.arange(L) + 1 < prefix, -1, targets_BL)
-    return tokens_BL, targets_BL, seen_BLL
+    return tokens_BL, targets_BL, seen_BLL, position_BL
+
+
+def _document_of_tokens(windows, separator):
+    """Of each token, and of the one after the last: the number of its document, and whether it is given."""
+    if isinstance(windows, Windows):
+        number = document_of_bytes(windows.data.tobytes(), separator)
+        return number, np.zeros(len(number), bool)
+    number = [n for n, (tokens, _) in enumerate(windows.documents) for _ in tokens]
+    given = [place < count for tokens, count in windows.documents for place in range(len(tokens))]
+    return np.array([*number, number[-1]]), np.array([*given, False])
 
 
 def document_of_bytes(text: bytes, separator: bytes) -> np.ndarray:
@@ -228,12 +259,12 @@ def hashed(key: int, *coordinates) -> np.ndarray:
     return found
 
 
-def _loss_of_all(params, tokens_BL, targets_BL, seen_BLL, model, lora):
-    return loss(plain(params, lora), tokens_BL, targets_BL, seen_BLL, model)
+def _loss_of_all(params, tokens_BL, targets_BL, seen_BLL, position_BL, model, lora):
+    return loss(plain(params, lora), tokens_BL, targets_BL, seen_BLL, position_BL, model)
 
 
-_loss_and_gradient = jax.jit(jax.value_and_grad(_loss_of_all), static_argnums=(4, 5))
-_nats = jax.jit(nats, static_argnums=4)
+_loss_and_gradient = jax.jit(jax.value_and_grad(_loss_of_all), static_argnums=(5, 6))
+_nats = jax.jit(nats, static_argnums=5)
 
 
 def _norm(p, x, model):
@@ -250,7 +281,7 @@ def _linear(p, x, axes=1):
     return _biased(jnp.tensordot(x, p["kernel"], axes), p)
 
 
-def _block(p, x_BLE, seen_BLL, model):
+def _block(p, x_BLE, seen_BLL, model, position_BL):
     n = _norm(p["attention_norm"], x_BLE, model)
     q, k, v = (_linear(p["attention"][name], n) for name in ("query", "key", "value"))
     if model.qk_norm:
@@ -259,7 +290,7 @@ def _block(p, x_BLE, seen_BLL, model):
             for x, name in ((q, "query"), (k, "key"))
         )
     if model.positions == "rope":
-        q, k = _rope(q, model), _rope(k, model)
+        q, k = _rope(q, model, position_BL), _rope(k, model, position_BL)
     o = jax.nn.dot_product_attention(q, k, v, mask=seen_BLL[:, None])
     x_BLE = x_BLE + _linear(p["attention"]["out"], o, 2)
     n, mlp = _norm(p["mlp_norm"], x_BLE, model), p["mlp"]
@@ -268,11 +299,11 @@ def _block(p, x_BLE, seen_BLL, model):
     return x_BLE + _linear(mlp["down"], h)
 
 
-def _rope(x_BLHK, model):
+def _rope(x_BLHK, model, position_BL):
     """As a product of complex numbers."""
     L, K = x_BLHK.shape[1], x_BLHK.shape[3]
     turn_Lk = jnp.exp(1j * jnp.outer(jnp.arange(L), rope_frequencies(model, K))) * rope_length(model)
-    z = (x_BLHK[..., : K // 2] + 1j * x_BLHK[..., K // 2 :]) * turn_Lk[:, None, :]
+    z = (x_BLHK[..., : K // 2] + 1j * x_BLHK[..., K // 2 :]) * turn_Lk[position_BL][:, :, None, :]
     return jnp.concatenate((z.real, z.imag), -1)
 
 

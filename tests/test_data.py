@@ -3,6 +3,7 @@
 import functools
 import hashlib
 import http.server
+import re
 import threading
 import zipfile
 from pathlib import Path
@@ -15,7 +16,9 @@ from helpers import mesh_of, random_bytes, small_config
 from lss_jax.config.schema import ConfigError
 from lss_jax.data import loader, sources
 from lss_jax.data.batch import IGNORED
-from lss_jax.data.loader import consecutive_starts, document_edges, prefetched, shuffled_starts, training_windows
+from lss_jax.data.loader import prefetched, windows_at
+from lss_jax.data.mixture import drawn, in_order, training_windows
+from lss_jax.data.packing import separated
 from lss_jax.data.sources import open_splits
 from lss_jax.parallel.layout import Layout
 
@@ -23,7 +26,7 @@ ENWIK8_PREFIX = Path(__file__).parents[2] / "shared" / "data" / "enwik8-first-4M
 
 
 def read_batch(data, starts_B, seq_len, mesh, layout="contiguous", documents=None):
-    return loader.read_batch(data, starts_B, seq_len, mesh, Layout(layout, mesh.shape["seq"]), documents)
+    return loader.read_batch(windows_at(data, starts_B, documents), seq_len, mesh, Layout(layout, mesh.shape["seq"]))
 
 
 class Watched:
@@ -31,6 +34,9 @@ class Watched:
 
     def __init__(self, data):
         self.data, self.reads = data, []
+
+    def __len__(self):
+        return len(self.data)
 
     def __getitem__(self, part):
         self.reads.append((part.start, part.stop))
@@ -86,9 +92,9 @@ def test_zigzag_reads_its_two_chunks_and_one_byte_more_of_each():
 def test_documents_have_bounds_and_their_first_bytes_are_no_targets(layout):
     text = b"one. three. four. a much longer document, wider than a window of sixteen. last"
     data, L, starts_B = np.frombuffer(text, np.uint8), 17, np.array([0, 17, 34, 68])
-    documents = document_edges(data, ". ")
-    assert [text[i:].split()[0] for i in documents[:-1]] == [b"one.", b"three.", b"four.", b"a", b"last"]
-    batch = read_batch(data, starts_B, L, mesh_of(2, 3), layout, documents)
+    documents = [0, *(match.end() for match in re.finditer(rb"\. ", text))]
+    assert [text[i:].split()[0] for i in documents] == [b"one.", b"three.", b"four.", b"a", b"last"]
+    batch = read_batch(data, starts_B, L, mesh_of(2, 3), layout, separated(data, ". "))
     order = np.argsort(batch.positions)
     for row, start in enumerate(starts_B):
         begin, end = np.asarray(batch.documents)[:, row, order]
@@ -104,11 +110,11 @@ def test_documents_have_bounds_and_their_first_bytes_are_no_targets(layout):
 
 def test_a_separator_that_does_not_occur_is_refused():
     with pytest.raises(ConfigError, match=r"data.separator='#' does not occur in a split of 6 bytes; give a string"):
-        document_edges(np.frombuffer(b"a. b. ", np.uint8), "#")
+        separated(np.frombuffer(b"a. b. ", np.uint8), "#")
 
 
 def test_without_a_separator_all_is_one_document():
-    assert document_edges(random_bytes(), "") is None
+    assert separated(random_bytes(), "") is None
     assert read_batch(random_bytes(), np.array([0]), 48, mesh_of(1, 4)).documents is None
 
 
@@ -123,19 +129,23 @@ def test_what_lies_beyond_the_end_is_not_counted():
 
 def test_consecutive_windows_predict_every_byte_but_the_first_once():
     for length in (2, 48, 49, 50, 400, 1000):
-        starts = np.concatenate(consecutive_starts(length, batch_size=4, seq_len=48))
+        places = in_order([length], batch_size=4, seq_len=48).reshape(-1, 2)
+        assert not places[:, 0].any(), "one source"
+        starts = 48 * places[:, 1]
         targets = [t for s in starts for t in range(s + 1, s + 49) if t < length]
         assert targets == list(range(1, length))
 
 
 def test_windows_are_a_function_of_seed_and_step():
-    order = {"windows": 10, "batch_size": 4, "seq_len": 48}
-    epochs = np.concatenate([shuffled_starts(step, seed=1, **order) for step in range(5)]).reshape(2, 10)
-    for epoch in epochs:
-        assert sorted(epoch) == [48 * i for i in range(10)], "each window once an epoch"
-    assert list(epochs[0]) != list(epochs[1])
-    np.testing.assert_array_equal(shuffled_starts(3, seed=1, **order), epochs.ravel()[12:16])
-    assert list(shuffled_starts(0, seed=2, **order)) != list(shuffled_starts(0, seed=1, **order))
+    def order(step, seed):
+        return [window for _, window in drawn(step, [10], (), batch_size=4, seed=seed)]
+
+    epochs = np.concatenate([order(step, seed=1) for step in range(5)]).reshape(2, 10)
+    for number, epoch in enumerate(epochs):
+        assert sorted(epoch) == list(range(10)), "each window once an epoch"
+        np.testing.assert_array_equal(epoch, np.random.default_rng((1, number)).permutation(10))
+    np.testing.assert_array_equal(order(3, seed=1), epochs.ravel()[12:16])
+    assert order(0, seed=2) != order(0, seed=1)
 
 
 def test_the_last_training_window_has_its_last_target():

@@ -13,6 +13,7 @@ from jax.sharding import PartitionSpec as P
 from lss_jax.attention.mask import causal
 from lss_jax.config.schema import ConfigError
 from lss_jax.data.loader import read_batch
+from lss_jax.data.packing import Stream
 from lss_jax.data.sources import open_splits
 from lss_jax.data.split import WindowSplit
 from lss_jax.inspection.audit import audit_step
@@ -64,22 +65,21 @@ class CountAToken(Task):
         return CountBatch(P("data", "seq"), P("data", "seq"), P("seq"), P("data"))
 
     def batch_like(self, mesh):
-        tokens, _, positions, rows, _ = LanguageModel(self.config).batch_like(mesh)
+        tokens, _, positions, rows, *_ = LanguageModel(self.config).batch_like(mesh)
         shares = jax.ShapeDtypeStruct(tokens.shape, jnp.float32, sharding=tokens.sharding)
         return CountBatch(tokens, shares, positions, rows)
 
     def splits(self, mesh):
         def split(part):
-            def read(starts_B):
-                tokens, _, positions, rows, _ = read_batch(
-                    part, starts_B, self.config.data.seq_len, mesh, layout_on(self.config, mesh)
-                )
+            def read(windows):
+                layout = layout_on(self.config, mesh)
+                tokens, _, positions, rows, *_ = read_batch(windows, self.config.data.seq_len, mesh, layout)
                 natural_BL = np.asarray(tokens)[:, np.argsort(positions)] == COUNTED
                 share_BL = np.cumsum(natural_BL, axis=1) / np.arange(1, natural_BL.shape[1] + 1)
                 shares = share_BL[:, np.asarray(positions)].astype(np.float32)
                 return CountBatch(tokens, jax.device_put(shares, tokens.sharding), positions, rows)
 
-            return WindowSplit(part, self.config, read)
+            return WindowSplit([Stream(part, None)], self.config, read)
 
         return {name: split(part) for name, part in open_splits(self.config.data).items()}
 

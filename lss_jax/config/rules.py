@@ -2,7 +2,15 @@
 
 from collections.abc import Iterator, Mapping
 
-from lss_jax.config.schema import AttentionConfig, Config, ConfigError, MeshConfig, ModelConfig, OptimConfig
+from lss_jax.config.schema import (
+    AttentionConfig,
+    Config,
+    ConfigError,
+    DataConfig,
+    MeshConfig,
+    ModelConfig,
+    OptimConfig,
+)
 
 MeshSizes = tuple[int, int, int]
 LARGEST_BETA2 = 0.99  # of moments in bfloat16: what changes by less than 2**-8 stays as it is
@@ -127,10 +135,34 @@ def _cross_field(config: Config) -> Iterator[str]:
             f"profile.start={config.profile.start} is beyond the last step, optim.steps={optim.steps}; trace from an "
             f"earlier step on, or set profile.steps=0 to trace none"
         )
+    if data.restart_positions and model.positions == "none":
+        yield 'data.restart_positions=True has no use with model.positions="none"; use another, or False'
+    yield from _data_problems(data)
+
+
+def _data_problems(data: DataConfig) -> Iterator[str]:
     if data.source == "text" and not data.path:
         yield 'data.source="text" needs a file; give data.path, or use data.source="stdlib", which needs none'
+    elif data.source == "text" and "" in data.parts:
+        yield f"data.path={data.path!r} has an empty part between commas; give a file, folder or glob in each"
     if data.source == "stdlib" and data.path:
         yield f'data.path={data.path!r} has no use with data.source="stdlib"; use data.source="text"'
+    if not data.tokenizer:
+        yield 'data.tokenizer="" names no tokenizer; use "bytes", or the path of a tokenizer.json'
+    if bool(data.prompt_field) != bool(data.answer_field):
+        yield (
+            f"data.prompt_field={data.prompt_field!r} and data.answer_field={data.answer_field!r} go together; name "
+            f"both fields, or none and data.field"
+        )
+    if data.weights and data.source != "text":
+        yield f"data.weights={data.weights} has no use with data.source={data.source!r}, which is one; use ()"
+    elif data.weights and len(data.weights) != len(data.parts):
+        yield (
+            f"data.weights={data.weights} are {len(data.weights)} numbers, but data.path={data.path!r} has "
+            f"{len(data.parts)} sources; give a weight to each comma-separated part, or () to draw by size"
+        )
+    if not all(0 < weight < float("inf") for weight in data.weights):
+        yield f"data.weights={data.weights} must each be greater than 0 and finite; leave out what is not to be used"
 
 
 def _rope_problems(model: ModelConfig) -> Iterator[str]:

@@ -78,9 +78,20 @@ class ModelConfig:
 class DataConfig:
     source: Literal["stdlib", "enwik8", "text"]
     path: str
+    weights: tuple[float, ...]
+    tokenizer: str
     separator: str
+    field: str
+    prompt_field: str
+    answer_field: str
+    restart_positions: bool
     seq_len: int
     batch_size: int
+
+    @property
+    def parts(self) -> list[str]:
+        """The comma-separated parts of `path`, each of which is a source."""
+        return [part.strip() for part in self.path.split(",")]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -204,6 +215,8 @@ def _build(cls: type, values: Mapping[str, Any], prefix: str, problems: list[str
 
 
 def _leaf(kind: Any, value: Any, key: str, problems: list[str]) -> Any:
+    if typing.get_origin(kind) is tuple:
+        return _numbers(value, key, problems)
     choices = typing.get_args(kind)
     if choices:
         if value not in choices:
@@ -214,6 +227,14 @@ def _leaf(kind: Any, value: Any, key: str, problems: list[str]) -> Any:
     if type(value) is not kind:
         problems.append(f"{key}={value!r} is of type {type(value).__name__}; give a value of type {kind.__name__}")
     return value
+
+
+def _numbers(value: Any, key: str, problems: list[str]) -> tuple[float, ...]:
+    """A tuple of numbers; saved as JSON it has become a list."""
+    if isinstance(value, tuple | list) and all(type(number) in (int, float) for number in value):
+        return tuple(map(float, value))
+    problems.append(f"{key}={value!r} is no tuple of numbers; write (0.7, 0.3), or () for none")
+    return ()
 
 
 def gather_problems(*checks: Callable[[], object]) -> None:

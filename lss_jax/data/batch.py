@@ -25,20 +25,29 @@ class Batch(NamedTuple):
     positions: Any  # [L], natural
     rows: Any  # [B], the number of each sequence in the global batch
     documents: Any  # [2, B, L], where in the window each token's document starts and ends; None if all are one
+    target_bytes: Any  # [B, L], bytes of text that each target stands for; None if each is one byte
 
 
-def batch_specs(packed: bool) -> Batch:
-    """The specs of a batch; `packed` adds those of `documents`.
+def batch_specs(packed: bool, encoded: bool = False) -> Batch:
+    """The specs of a batch; `packed` adds those of `documents`, `encoded` those of `target_bytes`.
 
     Nothing is sharded over `model`: masks and a sharded vocabulary need the whole segment, and tokens are few bytes.
     """
     whole = P(DATA, SEQ)
-    return Batch(whole, whole, P(SEQ), P(DATA), P(None, DATA, SEQ) if packed else None)
+    documents, target_bytes = P(None, DATA, SEQ) if packed else None, whole if encoded else None
+    return Batch(whole, whole, P(SEQ), P(DATA), documents, target_bytes)
 
 
-def batch_like(batch_size: int, seq_len: int, mesh: Mesh | AbstractMesh, layout: Layout, packed: bool) -> Batch:
+def batch_like(
+    batch_size: int,
+    seq_len: int,
+    mesh: Mesh | AbstractMesh,
+    layout: Layout,
+    packed: bool,
+    encoded: bool = False,
+) -> Batch:
     """Global shapes and shardings of a batch, to compile a step before there is data."""
     B, L = batch_size, layout.padded(seq_len)
-    shapes = Batch((B, L), (B, L), (L,), (B,), (2, B, L) if packed else None)
-    placed = shardings(batch_specs(packed), mesh)
+    shapes = Batch((B, L), (B, L), (L,), (B,), (2, B, L) if packed else None, (B, L) if encoded else None)
+    placed = shardings(batch_specs(packed, encoded), mesh)
     return Batch(*(s and jax.ShapeDtypeStruct(s, np.int32, sharding=p) for s, p in zip(shapes, placed, strict=True)))

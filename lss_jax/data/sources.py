@@ -1,11 +1,12 @@
 """Sources of bytes: the standard library's own sources, enwik8, or any text file."""
 
 import hashlib
+import itertools
 import os
 import sys
 import sysconfig
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -27,20 +28,22 @@ ENWIK8_SHA256 = {  # of its first N bytes, by N; the longest prefix that a file 
     ENWIK8_BYTES: "2b49720ec4d78c3c9fabaee6e4179a5e997302b3a70029f30f2d582218c024a8",
 }
 NEEDS_NO_DOWNLOAD = "configs/default.py needs no download"
-SHORTEST = 40  # bytes; 5% of them are two, a byte and its target
+SPLITS = ("train", "valid", "test")
+SHORTEST = 40  # bytes or tokens; 5% of them are two, one and its target
 STDLIB_LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "idlelib"}
 
 
 class Source(Protocol):
-    """A long array of bytes, in memory or in a file."""
+    """A long array of tokens (of text read as it is: bytes), in memory or in a file."""
 
-    size: int
+    size: int  # in tokens
+    text_bytes: int  # of the text that they stand for
 
     def read(self, start: int, stop: int) -> np.ndarray:
-        """The bytes from `start` to `stop` (uint8), no others."""
+        """The tokens from `start` to `stop` (unsigned integers), no others."""
 
     def mapped(self) -> np.ndarray:
-        """All of it, memory-mapped if it is a file."""
+        """The bytes of all of it, memory-mapped if it is a file."""
 
     def check(self) -> None:
         """Raises a RunError if the source has changed since it was opened."""
@@ -50,7 +53,7 @@ class MemorySource:
     """A source in memory."""
 
     def __init__(self, data: np.ndarray):
-        self._data, self.size = data, len(data)
+        self._data, self.size, self.text_bytes = data, len(data), len(data)
 
     def read(self, start: int, stop: int) -> np.ndarray:
         return self._data[start:stop]
@@ -66,10 +69,10 @@ class FileSource:
     """A source in a file, which the loader reads unmapped: reading a mapped file that has shrunk is a SIGBUS."""
 
     def __init__(self, path: Path):
-        self._path = path
+        self.path = path
         self._file = path.open("rb", buffering=0)
         self._seen = os.fstat(self._file.fileno())
-        self.size = self._seen.st_size
+        self.size = self.text_bytes = self._seen.st_size
 
     def read(self, start: int, stop: int) -> np.ndarray:
         try:
@@ -81,11 +84,11 @@ class FileSource:
         return np.frombuffer(found, np.uint8)
 
     def mapped(self) -> np.ndarray:
-        return np.memmap(self._path, dtype=np.uint8, mode="r")
+        return np.memmap(self.path, dtype=np.uint8, mode="r")
 
     def check(self) -> None:
         try:
-            now = os.stat(self._path)
+            now = os.stat(self.path)
         except OSError as error:
             raise self._changed(f"cannot be found any more ({error.strerror})") from error
         if now.st_size != self._seen.st_size:
@@ -95,13 +98,16 @@ class FileSource:
 
     def _changed(self, what: str) -> RunError:
         return RunError(
-            f"data.path={str(self._path)!r} had {self.size} bytes when the run started, and {what}; put the file back "
+            f"data.path={str(self.path)!r} had {self.size} bytes when the run started, and {what}; put the file back "
             f"as it was, then the same command goes on from the last checkpoint"
         )
 
 
 class Part:
-    """A part of a source that reads like an array of bytes; every reading is an audit event, `lss_jax.read`."""
+    """A part of a source that reads like an array of tokens; every reading is an audit event, `lss_jax.read`.
+
+    The event has the first token that is read and the one behind the last, as offsets in the source, in tokens.
+    """
 
     def __init__(self, source: Source, start: int, stop: int):
         self.source, self._start, self._stop = source, start, stop
@@ -128,28 +134,46 @@ def open_splits(config: DataConfig) -> dict[str, Part]:
     """
     source = SOURCES[config.source](config.path)
     size = source.size
-    ends = {"train": size * 90 // 100, "valid": size * 95 // 100, "test": size}
-    shown = f"data.source={config.source!r}, data.path={config.path!r}: {size} bytes"
-    if ends["train"] < config.seq_len + 1:
+    ends = (size * 90 // 100, size * 95 // 100, size)
+    return splits_of(source, f"data.source={config.source!r}, data.path={config.path!r}", "bytes", config.seq_len, ends)
+
+
+def splits_of(source: Source, name: str, unit: str, seq_len: int, ends: Sequence[int]) -> dict[str, Part]:
+    """A source as splits with these ends; its name, and the unit of its size, are for errors.
+
+    Raises:
+      ConfigError: it is too short for one training window, or for three splits.
+    """
+    shown, (train, valid, size) = f"{name}: {source.size} {unit}", ends
+    if train < seq_len + 1:
         raise ConfigError(
-            f"{shown} give {ends['train']} for training (90%), but one window takes data.seq_len + 1 = "
-            f"{config.seq_len + 1}; use a longer file or a smaller data.seq_len"
+            f"{shown} give {train} for training (90%), but one window takes data.seq_len + 1 = {seq_len + 1}; use a "
+            f"longer file or a smaller data.seq_len"
         )
-    if size < SHORTEST:
-        raise ConfigError(f"{shown} are too few for a validation and a test split; use at least {SHORTEST} bytes")
-    starts = [0, *ends.values()]
-    return {name: Part(source, start, end) for (name, end), start in zip(ends.items(), starts, strict=False)}
+    if size < SHORTEST or min(valid - train, size - valid) < 2:
+        raise ConfigError(f"{shown} are too few for a validation and a test split; use at least {SHORTEST} {unit}")
+    return {name: Part(source, *at) for name, at in zip(SPLITS, itertools.pairwise((0, *ends)), strict=True)}
 
 
-def fingerprint(source: Source) -> dict[str, Any]:
-    """Size and SHA-256 of a source; of a long one only blocks are read, evenly spaced from its start to its end."""
-    data, digest = source.mapped(), hashlib.sha256()
-    if source.size <= WHOLE:
+def fingerprint(*sources: Source) -> dict[str, Any]:
+    """Size and SHA-256 of all sources together, and the size of their text.
+
+    Of a long one only blocks are read, evenly spaced from its start to its end.
+    """
+    digests = [_sha256(source.mapped()) for source in sources]
+    sha256 = digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
+    size, text_bytes = (sum(sizes) for sizes in zip(*((len(s.mapped()), s.text_bytes) for s in sources), strict=True))
+    return {"bytes": size, "sha256": sha256, "text_bytes": text_bytes}
+
+
+def _sha256(data: np.ndarray) -> str:
+    digest = hashlib.sha256()
+    if len(data) <= WHOLE:
         digest.update(data.data)
     else:
-        for start in np.linspace(0, source.size - BLOCK, WHOLE // BLOCK).astype(np.int64):
+        for start in np.linspace(0, len(data) - BLOCK, WHOLE // BLOCK).astype(np.int64):
             digest.update(data[start : start + BLOCK].data)
-    return {"bytes": source.size, "sha256": digest.hexdigest()}
+    return digest.hexdigest()
 
 
 def stdlib(path: str) -> MemorySource:
@@ -160,13 +184,18 @@ def stdlib(path: str) -> MemorySource:
     Raises:
       ConfigError: this Python has no source files.
     """
+    return MemorySource(np.frombuffer(b"".join(file.read_bytes() for file in stdlib_files()), dtype=np.uint8))
+
+
+def stdlib_files() -> list[Path]:
+    """The source files of the standard library, in the order of `stdlib`."""
     root = Path(sysconfig.get_path("stdlib"))
     relative = [name.relative_to(root) for name in root.rglob("*.py")]
     names = [name for name in relative if not STDLIB_LEFT_OUT & set(name.parts) and (root / name).is_file()]
     names.sort(key=lambda name: hashlib.sha256(name.as_posix().encode()).digest())
     if not names:
         raise ConfigError(f'data.source="stdlib": no .py files under {root}; use data.source="text" and data.path')
-    return MemorySource(np.frombuffer(b"".join((root / name).read_bytes() for name in names), dtype=np.uint8))
+    return [root / name for name in names]
 
 
 def text(path: str) -> FileSource:

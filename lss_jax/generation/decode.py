@@ -22,7 +22,7 @@ from lss_jax.attention.mask import Intervals
 from lss_jax.attention.placement import setting_on
 from lss_jax.attention.strategies import make_attend
 from lss_jax.config.schema import Config, ConfigError
-from lss_jax.data.text import ByteText
+from lss_jax.data.text import Tokenizer
 from lss_jax.generation.cache import CACHE_SPECS, Cache, attend_to_cache, fill, write
 from lss_jax.generation.sampling import Sampling, sample
 from lss_jax.models import FAMILIES, Model, Params, build_model
@@ -62,7 +62,7 @@ def make_prefill(model: Model, mesh: Mesh, tokens: int) -> Callable[[Params, jax
             return strategy(q_BlHK, k_BlGK, v_BlGK, dropout), stacked(k_BlGK, v_BlGK)
 
         positions_p = own_part(positions_l, axis, 0)
-        segment = Segment(positions_l, positions_p, attend, head_groups=1, dropout=None, model_axis=axis)
+        segment = Segment(positions_l, positions_p, positions_l, attend, head_groups=1, dropout=None, model_axis=axis)
         _, kv_n2BGlK = model.recall(params, tokens_Bl, segment, None)  # the logits are not needed
         return fill(kv_n2BGlK, positions_l, length_B - 1, more=-(-tokens // layout.devices))
 
@@ -112,7 +112,7 @@ def make_step(model: Model, mesh: Mesh, length: int) -> Step:
             return o_BHK[None], own_2BGK
 
         position_b = own_part(position_B, axis, 0)
-        segment = Segment(position_B, position_b, attend, head_groups=1, dropout=None, model_axis=axis)
+        segment = Segment(position_B, position_b, position_B, attend, head_groups=1, dropout=None, model_axis=axis)
         outputs, kv_n2BGK = model.recall(params, token_B[None], segment, cache.kv_n2BGcK)
         slot = length // layout.devices + number // layout.devices
         mine = seq_axis is None or number % layout.devices == jax.lax.axis_index(seq_axis)
@@ -211,7 +211,7 @@ class Generation:
                     return
 
 
-def task_and_text(config: Config) -> tuple[Task, type[ByteText]]:
+def task_and_text(config: Config) -> tuple[Task, Tokenizer]:
     """The config's task and what its tokens stand for, if it and the model's family can generate.
 
     Raises:

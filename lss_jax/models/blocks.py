@@ -67,7 +67,7 @@ class SelfAttention(nnx.Module):
 
         def one_group(y_BlE: jax.Array, group: "SelfAttention", number: Any) -> tuple[jax.Array, Any]:
             modules = group, *norms
-            q_BlHK, k_BlGK, v_BlGK = in_tiles(_projected, self.tile, modules, x_BlE, segment.positions_l)
+            q_BlHK, k_BlGK, v_BlGK = in_tiles(_projected, self.tile, modules, x_BlE, segment.embedded_l)
             of_group = dropout and dropout.of_group(number, q_BlHK.shape[2])
             o_BlHK, own = segment.attend(q_BlHK, k_BlGK, v_BlGK, of_group, past)
             return y_BlE + group.out.product(o_BlHK), own

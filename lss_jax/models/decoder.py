@@ -6,13 +6,20 @@ import jax
 from flax import nnx
 
 from lss_jax.config.schema import Config
-from lss_jax.models.embeddings import Head, LearnedPositions, TokenEmbedding, sinusoidal, without_padding
+from lss_jax.models.embeddings import (
+    Head,
+    LearnedPositions,
+    RestartedPositions,
+    TokenEmbedding,
+    sinusoidal,
+    without_padding,
+)
 from lss_jax.models.layers import Segment, drop, norm, whole
 from lss_jax.models.outputs import PerToken
 from lss_jax.models.stack import Stack
 from lss_jax.parallel.dropout import EMBEDDING
 from lss_jax.parallel.scopes import REGIONS
-from lss_jax.parallel.tensor_parallel import gather_sequence
+from lss_jax.parallel.tensor_parallel import gather_sequence, own_part
 
 
 class Decoder(nnx.Module):
@@ -23,7 +30,8 @@ class Decoder(nnx.Module):
         self.model = model
         self.tokens = TokenEmbedding(model, rngs)
         if model.positions == "learned":
-            self.positions = LearnedPositions(model, config.data.seq_len, rngs)
+            table: Any = RestartedPositions if config.data.restart_positions else LearnedPositions
+            self.positions = table(model, config.data.seq_len, rngs)
         self.stack = Stack(model, rngs)
         self.final_norm = norm(model, rngs)
         if not model.tied_head:
@@ -42,10 +50,7 @@ class Decoder(nnx.Module):
         axis, dtype = segment.model_axis, self.model.dtype
         embedding = whole(self.tokens, dtype)
         x_BpE = embedding(tokens_Bl, axis)
-        if hasattr(self, "positions"):
-            x_BpE = self.positions(x_BpE)
-        if self.model.positions == "sinusoidal":
-            x_BpE = sinusoidal(x_BpE, segment.positions_p)
+        x_BpE = self._with_positions(x_BpE, segment)
         x_BpE, own = self.stack(drop(x_BpE, segment.dropout, EMBEDDING), segment, past)
 
         def logits(modules: Any, x_BtE: jax.Array) -> jax.Array:
@@ -59,3 +64,14 @@ class Decoder(nnx.Module):
 
         head = whole(self.head, dtype) if hasattr(self, "head") else embedding
         return PerToken(logits, (self.final_norm, head), x_BpE, self.model.tile), own
+
+    def _with_positions(self, x_BpE: jax.Array, segment: Segment) -> jax.Array:
+        """The embedded tokens of this device's part, with their positions added if that is how the model has them."""
+        if hasattr(self, "positions") and isinstance(self.positions, LearnedPositions):
+            return self.positions(x_BpE)
+        if self.model.positions not in ("learned", "sinusoidal"):
+            return x_BpE
+        embedded_p = own_part(segment.embedded_l, segment.model_axis, segment.embedded_l.ndim - 1)
+        if self.model.positions == "sinusoidal":
+            return sinusoidal(x_BpE, embedded_p)
+        return whole(self.positions, self.model.dtype)(x_BpE, embedded_p)

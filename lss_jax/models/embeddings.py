@@ -93,20 +93,32 @@ class LearnedPositions(nnx.Module):
         return x_BpE + rows_pE.astype(x_BpE.dtype)
 
 
+class RestartedPositions(nnx.Module):
+    """The same table where positions restart in each document: any token may need any row, so it is replicated."""
+
+    def __init__(self, config: ModelConfig, seq_len: int, rngs: nnx.Rngs):
+        self.table_LE = nnx.Param(_normal(rngs, seq_len, config.width), spec=P())
+
+    def __call__(self, x_BpE: jax.Array, positions_p: jax.Array) -> jax.Array:
+        """Adds the rows of these positions, `[p]` or `[B, p]`; padding may lie beyond the last row."""
+        table_LE = self.table_LE[...].astype(x_BpE.dtype)
+        return x_BpE + table_LE[jnp.minimum(positions_p, len(table_LE) - 1)]
+
+
 def sinusoidal(x_BpE: jax.Array, positions_p: jax.Array) -> jax.Array:
     """Adds sines (first half of `E`) and cosines of the positions (Vaswani et al. 2017, arXiv 1706.03762, Sec. 3.5).
 
     They are scaled by `INIT_STDDEV`, the size of the token embeddings that they are added to.
     """
     angle_pe = _angles(positions_p, x_BpE.shape[2] - x_BpE.shape[2] // 2, SINUSOID_BASE)
-    waves_pE = jnp.concatenate((jnp.sin(angle_pe), jnp.cos(angle_pe)), axis=-1)[:, : x_BpE.shape[2]]
+    waves_pE = jnp.concatenate((jnp.sin(angle_pe), jnp.cos(angle_pe)), axis=-1)[..., : x_BpE.shape[2]]
     return x_BpE + (INIT_STDDEV * waves_pE).astype(x_BpE.dtype)
 
 
 def _angles(positions_l: jax.Array, count: int, base: float) -> jax.Array:
-    """The angles `position * base^(-i/count)` for `i` below `count`: `[l, count]`, float32."""
+    """The angles `position * base^(-i/count)` for `i` below `count`: `[..., l, count]`, float32."""
     frequency = base ** (-jnp.arange(count, dtype=jnp.float32) / count)
-    return positions_l[:, None].astype(jnp.float32) * frequency
+    return positions_l[..., None].astype(jnp.float32) * frequency
 
 
 def _normal(rngs: nnx.Rngs, rows: int, width: int) -> jax.Array:

@@ -36,6 +36,7 @@ class Segment(NamedTuple):
 
     positions_l: jax.Array  # natural, of the segment
     positions_p: jax.Array  # natural, of this device's part of the segment
+    embedded_l: jax.Array  # those that are embedded or rotated by: natural, or `[B, l]` if documents restart them
     attend: AttendWithPast
     head_groups: int  # for which `attend` is called one after the other
     dropout: Dropout | None  # for the part's activations; None if nothing is dropped

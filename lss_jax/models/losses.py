@@ -21,6 +21,14 @@ class LossSum(NamedTuple):
         return self.nats / jnp.maximum(self.tokens, 1.0)
 
 
+class EncodedLossSum(NamedTuple):
+    """The same for tokens that stand for several bytes each, or for none."""
+
+    nats: Any
+    bytes: Any  # of text, of the tokens that count
+    tokens: Any
+
+
 def cross_entropy(logits_BlV: jax.Array, targets_Bl: jax.Array) -> LossSum:
     """Cross-entropy of each local token, in nats, `[B, l]`; zero where the target is `IGNORED`."""
     counted_Bl = targets_Bl != IGNORED

@@ -23,11 +23,11 @@ class Rope(NamedTuple):
     attention_factor: float  # of rotated queries and keys; 0: as the scaling has it
 
     def __call__(self, x_BlHK: jax.Array, positions_l: jax.Array) -> jax.Array:
-        """Rotates in float32."""
+        """Rotates in float32; positions are `[l]`, or `[B, l]` where rows differ in them."""
         frequency_k = jnp.asarray(self.frequencies(x_BlHK.shape[-1]), jnp.float32)
-        angle_lk = positions_l[:, None].astype(jnp.float32) * frequency_k
+        angle_lk = positions_l[..., None].astype(jnp.float32) * frequency_k
         size = self.magnitude()
-        cos, sin = size * jnp.cos(angle_lk)[:, None, :], size * jnp.sin(angle_lk)[:, None, :]
+        cos, sin = size * jnp.cos(angle_lk)[..., None, :], size * jnp.sin(angle_lk)[..., None, :]
         first, second = jnp.split(x_BlHK.astype(jnp.float32), 2, axis=-1)
         rotated_BlHK = jnp.concatenate((first * cos - second * sin, second * cos + first * sin), axis=-1)
         return rotated_BlHK.astype(x_BlHK.dtype)

@@ -35,7 +35,7 @@ def place_weights(module: nnx.Module, config: Config, mesh: Mesh | AbstractMesh)
     With `mesh.shard="all"` it is sharded over `seq` and `data`, in the dimension that takes the least padding of those
     that no other axis shards. With `optim.offload` it is in the host's memory, if its gradient is finished there: if it
     is sharded over all axes of the mesh. Norms, biases and adapters stay replicated and on the device: of Llama 3 8B
-    the first two are 0.003%, adapters of rank 16 for every linear map 0.5%. A vocabulary that is sharded over `model` is
+    the first two are 0.003%, adapters of rank 16 for every linear map 0.5%. A vocabulary sharded over `model` is
     padded, too.
     """
     for path, parameter in nnx.iter_graph(module):

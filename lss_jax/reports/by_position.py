@@ -1,8 +1,8 @@
 """A task's headline metric by length of context: the losses by position in a window, in bins of powers of two.
 
-The byte after natural position `i` of a window has `i + 1` bytes before it there; with a narrower attention window, or
-packed documents, a model sees fewer of them. Windows follow one another in the split, so that windows of every length
-predict the same bytes, each once (except those of a prefix), and differ in their context alone.
+The token after natural position `i` of a window has `i + 1` tokens before it there; with a narrower attention window,
+or packed documents, a model sees fewer of them. Windows follow one another in the split, so that windows of every
+length predict the same tokens, each once (except those of a prefix), and differ in their context alone.
 """
 
 import dataclasses
@@ -18,7 +18,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from lss_jax.config.schema import Config, ConfigError, gather_problems
 from lss_jax.data.split import WindowSplit
-from lss_jax.models import Model, Params, build_model
+from lss_jax.models import Model, Params, build_model, resized
 from lss_jax.parallel.layout import Layout, layout_on
 from lss_jax.reports.figures import Curve, Plot
 from lss_jax.tasks import Task, make_task
@@ -81,14 +81,13 @@ def at_length(config: Config, length: int) -> Config:
 
 def shortened(params: Params, model: Model, mesh: Mesh) -> Params:
     """Global parameters with the tables of learned positions cropped to the length of this model's windows."""
-    placed, length = param_shardings(model, mesh), model.config.data.seq_len
 
-    def crop(table: jax.Array, placed: NamedSharding) -> jax.Array:
-        return jax.jit(lambda table: table[:length], out_shardings=placed)(table)
+    def crop(table: jax.Array, like: Any, placed: NamedSharding) -> jax.Array:
+        if table.shape == like.shape:
+            return table
+        return jax.jit(lambda table: resized(table, like.shape), out_shardings=placed)(table)
 
-    return jax.tree.map(
-        lambda p, placed, is_table: crop(p, placed) if is_table else p, params, placed, model.row_per_position
-    )
+    return jax.tree.map(crop, params, model.shapes, param_shardings(model, mesh))
 
 
 def sums_by_position(

@@ -122,7 +122,8 @@ def _splits(runs: Sequence[Run]) -> list[str]:
 
 def by_position(runs: Sequence[Run], split: str) -> list[str]:
     """The figure over all runs that were evaluated by position on this split, and the table of its numbers."""
-    metric, items = runs[0].task.headline, runs[0].task.items
+    metric = runs[0].task.headline
+    items = " or ".join(sorted({run.task.items for run in runs}))
     windows = {
         f"{run.name + ', ' if runs[1:] else ''}windows of {window['length']:,}": (
             run.by_position[split]["step"],

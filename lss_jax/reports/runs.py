@@ -99,8 +99,14 @@ def check_comparable(runs: Sequence[Run]) -> None:
 
 
 def _identity(run: Run, other: Run) -> Any:
-    """What comparable runs share: task and fingerprint of the data, or its path if one has no checkpoint yet."""
-    return run.config.task, run.data if run.data and other.data else (run.config.data.source, run.config.data.path)
+    """What comparable runs share: task and fingerprint of the data, or its path if one has no checkpoint yet.
+
+    Runs with different tokenizers have other tokens; they share the size of their text.
+    """
+    if not (run.data and other.data):
+        return run.config.task, run.config.data.source, run.config.data.path
+    same_tokens = run.config.data.tokenizer == other.config.data.tokenizer
+    return run.config.task, run.data if same_tokens else run.data["text_bytes"]
 
 
 def _shown_data(run: Run) -> str:
@@ -120,6 +126,11 @@ def caveats(runs: Sequence[Run]) -> list[str]:
             found.append(
                 f"Validation is over the first {counted[1]:,} {run.task.items} in {run.name}, {counted[0]:,} in "
                 f"{runs[0].name}."
+            )
+        if now.data.tokenizer != first.data.tokenizer:
+            found.append(
+                f"{run.name} and {runs[0].name} have different tokenizers: bits per byte can be compared, losses per "
+                f"token cannot, and their splits of the text end at slightly different places."
             )
         deciding = run.task.counted()
         if deciding != runs[0].task.counted():

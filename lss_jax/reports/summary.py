@@ -72,7 +72,7 @@ def introduction(trainer: Trainer) -> str:
             f"devices  {trainer.mesh.size} {devices[0].device_kind}{processes}, mesh {sizes}",
             f"model    {config.model.family}, {parameter_count(trainer.model):,} parameters{_trained(trainer)}, "
             f"{config.model.dtype}, attention {attention.strategy} ({attention.layout}, {trainer.kernel})",
-            f"data     {config.data.source}, {len(train.data):,} {trainer.task.items} to train on; "
+            f"data     {config.data.source}, {len(train):,} {trainer.task.items} to train on; "
             f"a step is {config.data.batch_size} sequences of {config.data.seq_len:,} tokens, {part:,} per device",
             *trainer.task.introduction(train),
             *_offload(trainer),

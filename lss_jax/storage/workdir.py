@@ -41,9 +41,7 @@ def saved_config(workdir: Path) -> dict:
     """
     path = workdir / "config.json"
     try:
-        values = json.loads(path.read_text())
-        from_dict(values)
-        return values
+        return dataclasses.asdict(from_dict(json.loads(path.read_text())))  # JSON knows no tuples
     except OSError as error:
         raise ConfigError(f"{path} cannot be read ({error.strerror}); give the --workdir of a training run") from error
     except ValueError as error:

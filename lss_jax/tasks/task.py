@@ -2,7 +2,7 @@
 
 import abc
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +12,7 @@ from lss_jax.attention.mask import Intervals
 from lss_jax.attention.traffic import Traffic
 from lss_jax.config.schema import Config
 from lss_jax.data.split import WindowSplit
-from lss_jax.data.text import ByteText
+from lss_jax.data.text import Tokenizer
 
 Means = Mapping[str, Any]  # a task's sums divided by its count: `loss`, and its other sums under their names
 
@@ -37,14 +37,18 @@ class Task(abc.ABC):
     Each is summed over the mesh by the gradient law; only then is anything divided.
     """
 
-    sums: ClassVar[Any]  # that NamedTuple's class
-    items: ClassVar[str]  # what the loss counts, in the plural: `bytes`
-    metrics: ClassVar[tuple[Metric, ...]]  # the first is the loss
-    text: ClassVar[type[ByteText] | None] = None  # what the tokens stand for; None: there is no text to generate
-    headline: ClassVar[Metric]  # the one of them that curves and tables show
+    sums: Any  # that NamedTuple's class
+    items: str  # what the loss counts, in the plural: `bytes`
+    metrics: tuple[Metric, ...]  # the first is the loss
+    headline: Metric  # the one of them that curves and tables show
 
     def __init__(self, config: Config):
         self.config = config
+
+    @property
+    def text(self) -> Tokenizer | None:
+        """What the tokens stand for, read when it is asked for; None: there is no text to generate."""
+        return None
 
     def introduction(self, split: WindowSplit) -> Iterator[str]:
         """What a run says of its training data beside their size, a line each."""
@@ -84,6 +88,10 @@ class Task(abc.ABC):
     @abc.abstractmethod
     def inputs(self, batch: Any) -> Any:
         """The model's inputs, from a local batch."""
+
+    def positions(self, batch: Any) -> jax.Array:
+        """The positions by which the model tells a local batch's tokens apart, `[l]`, or `[B, l]` if rows differ."""
+        return batch.positions
 
     @abc.abstractmethod
     def mask(self, positions_l: jax.Array, batch: Any = None) -> Intervals:

@@ -138,6 +138,7 @@ def local_losses(model: Model, mesh: Mesh | AbstractMesh, params: Params, batch:
     segment = Segment(
         positions_l=positions_l,
         positions_p=positions_p,
+        embedded_l=task.positions(batch),
         attend=without_past(attend),
         head_groups=config.attention.head_groups,
         dropout=dropout and dropout._replace(position_l=positions_p),

@@ -12,8 +12,9 @@ import numpy as np
 
 from lss_jax.attention.placement import kernel_on
 from lss_jax.config.schema import Config, ConfigError, RunError, gather_problems
+from lss_jax.data.corpus import check_files
 from lss_jax.data.loader import prefetched
-from lss_jax.data.sources import check_file, fingerprint
+from lss_jax.data.sources import fingerprint
 from lss_jax.huggingface.run import IMPORTED
 from lss_jax.models import build_model
 from lss_jax.runtime.distributed import after_first, is_first
@@ -36,6 +37,8 @@ from lss_jax.training.state import TrainState, state_like
 from lss_jax.training.step import make_eval_step, trace_train_step
 
 log = logging.getLogger(__name__)
+
+NEW_DATA = {f"data.{key}" for key in ("source", "path", "separator", "field", "prompt_field", "answer_field")}
 
 
 class Trainer:
@@ -60,7 +63,7 @@ class Trainer:
         self.config, self.workdir = config, workdir
         gather_problems(
             lambda: validate(config, len(devices)),
-            lambda: check_file(config.data.path) if config.data.path else None,
+            lambda: check_files(config.data),
             lambda: check_writable(workdir),
         )
         self.mesh = mesh_of(config, devices)
@@ -83,8 +86,8 @@ class Trainer:
         starts = saved or (workdir / IMPORTED).is_dir()
         self.changes = check_workdir(config, workdir, trains=saved) if starts else {}
         self.splits = self.task.splits(self.mesh)
-        self._source = self.splits["train"].data.source
-        self._data = fingerprint(self._source)
+        self._sources = self.splits["train"].sources
+        self._data = fingerprint(*self._sources)
         found = self._restored(folder)
         self.step = found.step if found else 0
         stored = {"params": self.like.params, "opt_state": self.like.opt_state}
@@ -174,7 +177,8 @@ class Trainer:
           RunError: the state cannot be saved, or the data is not what the run started with.
         """
         self._settle()
-        self._source.check()
+        for source in self._sources:
+            source.check()
         notes = {"skips": [self._skips.total, self._skips.in_a_row], "data": self._data}
         items = {"params": self.state.params, "opt_state": self.state.opt_state}
         self._checkpoints.save(self.step, notes, **converted(items, self._natural))
@@ -190,7 +194,7 @@ class Trainer:
 
     def _restored(self, folder: Path) -> Restored | None:
         found = restore_newest_sound(folder, **self._natural)
-        if found and found.notes["data"] != self._data and not self.changes.keys() & {"data.source", "data.path"}:
+        if found and found.notes["data"] != self._data and not self.changes.keys() & NEW_DATA:
             data, then = self.config.data, found.notes["data"]
             raise ConfigError(
                 f"data.source={data.source!r}, data.path={data.path!r}: {self._data['bytes']} bytes with fingerprint "

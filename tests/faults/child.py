@@ -1,6 +1,6 @@
 """One process of a run on several meshes, one after the other: `child.py PORT PROCESSES PROCESS OUT CASES`.
 
-Trains each case, counts the bytes that the loader reads (by its audit event), and writes losses and counts to OUT.
+Trains each case, counts the tokens that the loader reads (by its audit event), and writes losses and counts to OUT.
 """
 
 import json
@@ -27,7 +27,7 @@ def run(case: dict) -> dict:
     found = [(r["step"], r["loss"]) for r in trainer.fit() if r["split"] == "train"]
     trainer.save()
     trainer.close()
-    return {"losses": found, "reads": len(reads), "bytes": sum(reads)}
+    return {"losses": found, "reads": len(reads), "tokens": sum(reads)}
 
 
 def main() -> None:

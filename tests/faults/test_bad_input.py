@@ -14,11 +14,10 @@ from processes import ROOT, SMALL, write_text
 from configs import base
 from lss_jax import cli, train
 from lss_jax.config.schema import ConfigError, flat, from_dict
-from lss_jax.data.batch import batch_like
 from lss_jax.models import build_model
-from lss_jax.parallel.layout import layout_on
 from lss_jax.parallel.mesh import make_mesh
 from lss_jax.runtime.peers import Alone
+from lss_jax.tasks import make_task
 from lss_jax.training.optimizer import make_optimizer
 from lss_jax.training.setup import validate
 from lss_jax.training.state import init_state
@@ -80,7 +79,7 @@ BAD_FILES = {  # a file's content, and what the error says
     "empty": (b"", "is empty (0 bytes)"),
     "one byte": (b"x", "1 bytes give 0 for training (90%)"),
     "a byte too short": (b"x" * 72, "72 bytes give 64 for training (90%)"),
-    "a folder": ("folder", "is not a file"),
+    "a folder": ("folder", "matches no file"),
     "a dangling link": ("link", "is not a file"),
 }
 
@@ -172,10 +171,9 @@ def check_traces_or_is_refused(changes: dict) -> None:
     mesh = make_mesh(sizes, jax.devices()[:8])
     model, optimizer = build_model(config), make_optimizer(config.optim)
     state = jax.eval_shape(lambda: init_state(model, optimizer, mesh, config.seed))
-    layout, data = layout_on(config, mesh), config.data
-    batch = batch_like(data.batch_size, data.seq_len, mesh, layout, packed=bool(data.separator))
-    _, metrics = make_train_step(model, optimizer, mesh).eval_shape(state, batch)
-    assert set(metrics) == {"loss", "grad_norm"}
+    task = make_task(config)
+    _, metrics = make_train_step(model, optimizer, mesh).eval_shape(state, task.batch_like(mesh))
+    assert set(metrics) == {"loss", *task.sums._fields[1:-1], "grad_norm"}
 
 
 @settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])

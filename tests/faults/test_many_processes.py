@@ -11,7 +11,9 @@ import numpy as np
 import pytest
 from helpers import small_config
 from processes import ROOT, command, finish, free_port, losses, read_until, start, start_many, write_text
+from token_files import GIVEN, LENGTHS, VOCAB, documents_of, write_tokenizer, write_tokens
 
+from lss_jax.data.tokenizer import load_tokenizer
 from lss_jax.training.trainer import Trainer
 
 STEPS = 5
@@ -54,9 +56,9 @@ def run_alone(case: dict, workdir: Path) -> list[tuple[int, float]]:
     return found
 
 
-def check_same_losses(processes: int, meshes: list[tuple[int, int]], folder: Path) -> None:
+def check_same_losses(processes: int, meshes: list[tuple[int, int]], folder: Path, **changes) -> None:
     text = write_text(folder)
-    cases = [{"workdir": str(folder / f"{d}x{s}"), "config": config(text, d, s)} for d, s in meshes]
+    cases = [{"workdir": str(folder / f"{d}x{s}"), "config": config(text, d, s) | changes} for d, s in meshes]
     found = run_together(processes, 2, cases, folder)
     for number, (case, (data, seq)) in enumerate(zip(cases, meshes, strict=True)):
         expected = run_alone(case, folder / f"alone-{data}x{seq}")
@@ -69,9 +71,9 @@ def check_same_losses(processes: int, meshes: list[tuple[int, int]], folder: Pat
         segment = LENGTH // seq
         allowed = (STEPS + 1) * held_rows * parts * (segment + 1)
         for process in found:
-            assert 0 < process[number]["bytes"] <= allowed, (data, seq)
-        total = sum(process[number]["bytes"] for process in found)
-        assert total <= (STEPS + 1) * BATCH * seq * (segment + 1), "no byte is read twice, but those after segments"
+            assert 0 < process[number]["tokens"] <= allowed, (data, seq)
+        total = sum(process[number]["tokens"] for process in found)
+        assert total <= (STEPS + 1) * BATCH * seq * (segment + 1), "no token is read twice, but those after segments"
     records = (folder / f"{meshes[0][0]}x{meshes[0][1]}" / "metrics.jsonl").read_text().splitlines()
     assert len(records) == STEPS + 1, "process 0 alone writes"
 
@@ -84,6 +86,27 @@ def test_two_processes_give_the_losses_of_one(tmp_path):
 @pytest.mark.faults
 def test_four_processes_give_the_losses_of_one(tmp_path):
     check_same_losses(4, [(8, 1), (1, 8), (2, 4)], tmp_path)
+
+
+def packed(folder: Path) -> dict:
+    """Changes to a config: two token files of documents with prompts, and a plain text that is encoded on the way."""
+    tokenizer = write_tokenizer(folder)
+    token_bytes = load_tokenizer(str(tokenizer)).token_bytes
+    for seed, name in enumerate(("one", "two")):
+        write_tokens(folder / name, documents_of(LENGTHS * 4, GIVEN * 4, seed=seed), token_bytes, tokenizer)
+    path = ",".join(str(folder / name) for name in ("one", "two", "text"))
+    changes = {"data__path": path, "data__tokenizer": str(tokenizer), "data__weights": (3.0, 1.0, 2.0)}
+    return changes | {"data__restart_positions": True, "model__vocab": VOCAB}
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize(("processes", "meshes"), [(2, [(1, 4), (2, 2)]), (4, [(1, 8), (2, 4)])])
+def test_processes_read_their_own_segments_of_packed_documents(tmp_path, monkeypatch, processes, meshes):
+    """Of token files, too, and what has to be encoded is encoded once, by one of them."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    check_same_losses(processes, meshes, tmp_path, **packed(tmp_path))
+    made = [file for file in (tmp_path / "cache" / "lss_jax" / "tokens").iterdir() if not file.suffix]
+    assert len(made) == 1
 
 
 @pytest.mark.faults

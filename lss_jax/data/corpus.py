@@ -1,0 +1,190 @@
+"""The configured data, opened: each source read as it is, or encoded once, and divided into splits.
+
+One plain text whose bytes are the tokens, and a token file, are read where they lie. Everything else (folders and
+globs, JSONL, gzip, any other tokenizer) is encoded into a token file in the user's cache folder first.
+"""
+
+import fcntl
+import glob
+import hashlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from lss_jax.config.schema import ConfigError, DataConfig, gather_problems
+from lss_jax.data.documents import JSONL, Fields, files_of
+from lss_jax.data.encoding import encode
+from lss_jax.data.packing import Stream, documents_between, separated, split_ends, undivided
+from lss_jax.data.sources import SPLITS, FileSource, check_file, enwik8, open_splits, splits_of, stdlib_files, text
+from lss_jax.data.text import BYTES
+from lss_jax.data.token_file import TokenFile, is_token_file
+from lss_jax.data.tokenizer import load_tokenizer
+from lss_jax.runtime.distributed import is_first
+
+
+class Corpus(NamedTuple):
+    """Opened data."""
+
+    streams: dict[str, list[Stream]]  # by split: one per source
+    token_bytes: np.ndarray | None  # bytes of text that each token of the vocabulary stands for; None: one each
+
+
+def is_packed(config: DataConfig) -> bool:
+    """Whether windows say which documents they hold: unless the data is one plain text without a separator."""
+    return bool(config.separator) or not _is_one_text(config)
+
+
+def check_files(config: DataConfig) -> None:
+    """Raises a ConfigError for files that are not there, a line each; opens nothing."""
+    gather_problems(*(lambda part=part: _check(part, config) for part in _named(config)), lambda: _check_name(config))
+
+
+def open_corpus(config: DataConfig) -> Corpus:
+    """Opens all sources; what has to be encoded is encoded now, unless that was done before.
+
+    Raises:
+      ConfigError: a source cannot be opened or encoded, is too short, or was encoded by another tokenizer.
+    """
+    if _is_one_text(config):
+        parts = open_splits(config)
+        return Corpus({name: [Stream(p, separated(p.mapped(), config.separator))] for name, p in parts.items()}, None)
+    check_files(config)
+    sources = [_opened(part, config) for part in (_named(config) or [""])]
+    splits = [
+        _of_tokens(source, config) if isinstance(source, TokenFile) else _of_text(source, config) for source in sources
+    ]
+    streams = {name: [of_source[name] for of_source in splits] for name in SPLITS}
+    encoded = [source for source in sources if isinstance(source, TokenFile)]
+    return Corpus(streams, None if config.tokenizer == BYTES else encoded[0].token_bytes)
+
+
+def _named(config: DataConfig) -> list[str]:
+    """The paths that the config names, each a source."""
+    return [part for part in (config.parts if config.source == "text" else [config.path]) if part]
+
+
+def _is_one_text(config: DataConfig) -> bool:
+    parts = _named(config)
+    return config.tokenizer == BYTES and len(parts) < 2 and (config.source != "text" or all(map(_is_plain, parts)))
+
+
+def _is_plain(part: str) -> bool:
+    """Whether a part of `data.path` is a file of plain text, or would be if it existed."""
+    path = Path(part).expanduser()
+    is_other = path.name.lower().endswith((*JSONL, ".gz")) or path.is_dir() or is_token_file(path)
+    return not is_other and (path.is_file() or not glob.has_magic(part))
+
+
+def _check(part: str, config: DataConfig) -> None:
+    if config.source != "text" or _is_plain(part):
+        return check_file(part)
+    _found(part)
+
+
+def _check_name(config: DataConfig) -> None:
+    if config.tokenizer != BYTES and not Path(config.tokenizer).expanduser().is_file():
+        raise ConfigError(
+            f"data.tokenizer={config.tokenizer!r} is not a file; give the path of a tokenizer.json, or {BYTES!r}"
+        )
+
+
+def _found(part: str) -> list[Path]:
+    try:
+        return files_of([part])
+    except ConfigError as error:
+        raise ConfigError(f"data.path: {error}") from error
+
+
+def _opened(part: str, config: DataConfig) -> TokenFile | FileSource:
+    """A source, from its part of `data.path`; empty where the config's source needs no path."""
+    if config.source == "stdlib":
+        return _encoded(stdlib_files(), config)
+    if config.source == "enwik8":
+        return _encoded([enwik8(part).path], config)
+    if is_token_file(Path(part).expanduser()):
+        file = TokenFile(Path(part).expanduser())
+        _check_tokenizer(file, config)
+        return file
+    if config.tokenizer == BYTES and _is_plain(part):
+        return text(part)
+    return _encoded(_found(part), config)
+
+
+def _check_tokenizer(file: TokenFile, config: DataConfig) -> None:
+    """Raises a ConfigError for a token file that was encoded by another tokenizer than the config's."""
+    expected = load_tokenizer(config.tokenizer).fingerprint
+    if file.tokenizer != expected:
+        maker = file.tokenizer if file.tokenizer == BYTES else f"the tokenizer with SHA-256 {file.tokenizer[:12]}"
+        other = "" if expected == BYTES else f", whose SHA-256 is {expected[:12]}"
+        raise ConfigError(
+            f"data.path: token file {str(file.path)!r} was encoded by {maker}, but data.tokenizer is "
+            f"{config.tokenizer!r}{other}; give that tokenizer, or encode the text again with python -m "
+            f"lss_jax.tokenize --tokenizer {config.tokenizer}"
+        )
+
+
+def _encoded(files: Sequence[Path], config: DataConfig) -> TokenFile:
+    """The files as a token file in the cache folder, made there if it is not yet; processes of a host take turns."""
+    import pooch  # imported late: in a notebook the import itself warns about progress bars
+
+    tokenizer = load_tokenizer(config.tokenizer)
+    digest = hashlib.sha256("\n".join(_recipe(files, config, tokenizer.fingerprint)).encode()).hexdigest()
+    out = Path(pooch.os_cache("lss_jax")) / "tokens" / digest[:32]
+    fields = Fields(config.field, config.prompt_field, config.answer_field)
+    if not all(_is_jsonl(file) for file in files):
+        fields = Fields(config.field, "", "")  # plain text has no prompts
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with _turn(out):
+            if out.is_file():
+                return TokenFile(out)
+            return encode(files, out, tokenizer, fields=fields, separator=config.separator, progress=is_first())
+    except OSError as error:
+        raise ConfigError(
+            f"{out.parent}, where encoded text is kept, cannot be written to ({error.strerror}); set XDG_CACHE_HOME to "
+            f"a folder that can, or encode the text elsewhere with python -m lss_jax.tokenize"
+        ) from error
+
+
+@contextmanager
+def _turn(out: Path) -> Iterator[None]:
+    """Waits while another process of this host makes the file `out`."""
+    with out.with_name(f"{out.name}.turn").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _is_jsonl(file: Path) -> bool:
+    return file.name.lower().removesuffix(".gz").endswith(JSONL)
+
+
+def _recipe(files: Sequence[Path], config: DataConfig, tokenizer: str) -> Iterator[str]:
+    """All on which the encoded tokens depend, a line each."""
+    yield from (tokenizer, repr(config.separator), repr((config.field, config.prompt_field, config.answer_field)))
+    for file in files:
+        seen = file.stat()
+        yield f"{file.absolute()} {seen.st_size} {seen.st_mtime_ns}"
+
+
+def _of_tokens(file: TokenFile, config: DataConfig) -> dict[str, Stream]:
+    """The splits of a token file, with the documents in each."""
+    ends = split_ends(file)
+    parts = splits_of(file, f"token file {str(file.path)!r}", "tokens", config.seq_len, ends)
+    starts = [0, *ends]
+    return {
+        name: Stream(part, documents_between(file, start, start + len(part)))
+        for (name, part), start in zip(parts.items(), starts, strict=False)
+    }
+
+
+def _of_text(source: FileSource, config: DataConfig) -> dict[str, Stream]:
+    """The splits of a plain text beside other sources: without a separator each is one document."""
+    size = source.size
+    ends = (size * 90 // 100, size * 95 // 100, size)
+    parts = splits_of(source, f"data.path={str(source.path)!r}", "bytes", config.seq_len, ends)
+    return {
+        name: Stream(part, separated(part.mapped(), config.separator) or undivided()) for name, part in parts.items()
+    }

@@ -1,0 +1,106 @@
+"""Documents packed into one long stream of tokens: where each starts and ends, and which of its tokens are targets."""
+
+import re
+from typing import NamedTuple, Protocol
+
+import numpy as np
+
+from lss_jax.config.schema import ConfigError
+from lss_jax.data.token_file import TokenFile
+
+ENDLESS = np.iinfo(np.int64).max
+NEAR = 40  # a border between splits moves by less than one in so many of the tokens
+
+
+class Tokens(Protocol):
+    """A long array of tokens (unsigned integers) of which slices are read: a NumPy array, or a part of a source."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, part: slice, /) -> np.ndarray: ...
+
+
+class Documents:
+    """The documents of a stream, one after the other; the last one goes on to the end of the stream.
+
+    Args:
+      ends: int64 `[D]`, ascending: the offset behind each document's last token.
+      first_targets: int64 `[D]`, the offset of each document's first token that counts as a target; None: its second.
+      origin: the offset of the stream's first token, from which on its own are counted.
+    """
+
+    def __init__(self, ends: np.ndarray, first_targets: np.ndarray | None = None, origin: int = 0):
+        self._borders, self._first_targets, self._origin = ends[:-1], first_targets, origin
+        self._ends = ends
+
+    def __len__(self) -> int:
+        return len(self._ends)
+
+    def bounds(self, offsets: np.ndarray) -> np.ndarray:
+        """Where in the stream the documents of the tokens at these offsets start and end, `[2, *offsets.shape]`."""
+        number = self._number(offsets)
+        starts = np.where(number > 0, self._ends[number - 1] - self._origin, 0)
+        ends = np.where(number < len(self) - 1, self._ends[number] - self._origin, ENDLESS)
+        return np.stack((starts, ends))
+
+    def count(self, offsets: np.ndarray) -> np.ndarray:
+        """Whether the tokens at these offsets count as targets: they are learned, and not the first of a document."""
+        if self._first_targets is None:
+            return offsets > self.bounds(offsets)[0]
+        return offsets + self._origin >= self._first_targets[self._number(offsets)]
+
+    def _number(self, offsets: np.ndarray) -> np.ndarray:
+        return np.searchsorted(self._borders, offsets + self._origin, side="right")
+
+
+class Stream(NamedTuple):
+    """A split of a source: its tokens, and the documents that they are; None: all are one, and no batch says so."""
+
+    tokens: Tokens
+    documents: Documents | None
+
+
+def separated(text: np.ndarray, separator: str) -> Documents | None:
+    """The documents of a text (uint8), each of which ends with `separator`; None if that is empty. Reads all of it.
+
+    Raises:
+      ConfigError: the separator does not occur.
+    """
+    if not separator:
+        return None
+    ends = np.fromiter((match.end() for match in re.finditer(re.escape(separator.encode()), text.data)), np.int64)
+    if not len(ends):
+        raise ConfigError(
+            f"data.separator={separator!r} does not occur in a split of {len(text)} bytes; give a string that ends "
+            f"documents (in a shell $'\\n\\n' is two line feeds), or leave it empty"
+        )
+    return Documents(np.append(ends, ENDLESS))
+
+
+def undivided() -> Documents:
+    """A stream as a single document, among others that have several."""
+    return Documents(np.array([ENDLESS]))
+
+
+def documents_between(file: TokenFile, start: int, stop: int) -> Documents:
+    """The documents, whole or in part, of the tokens from `start` to `stop` of a token file."""
+    first = np.searchsorted(file.document_ends, start, side="right")
+    last = np.searchsorted(file.document_ends, stop, side="left")
+    return Documents(file.document_ends[first : last + 1], file.first_targets[first : last + 1], start)
+
+
+def split_ends(file: TokenFile) -> list[int]:
+    """Where the splits of a token file end: at 90, 95 and 100 percent of its tokens, or near there between documents.
+
+    A border moves to the nearest end of a document if that is nearer than half of the smaller splits; in a long
+    document it stays. Between a prompt and its answer it never stays.
+    """
+    return [_border(file, file.size * percent // 100) for percent in (90, 95)] + [file.size]
+
+
+def _border(file: TokenFile, wanted: int) -> int:
+    number = int(np.searchsorted(file.document_ends, wanted, side="left"))
+    start = int(file.document_ends[number - 1]) if number else 0
+    nearest = min(start, int(file.document_ends[number]), key=lambda end: abs(end - wanted))
+    has_prompt = file.first_targets[number] > start + 1
+    return nearest if has_prompt or abs(nearest - wanted) * NEAR < file.size else wanted
