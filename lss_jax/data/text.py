@@ -1,19 +1,57 @@
-"""Text and its tokens; here each byte is a token."""
+"""Text and its tokens: what a tokenizer is, and the simplest one, whose tokens are bytes."""
+
+from collections.abc import Sequence
+from typing import Protocol
 
 import numpy as np
 
+BYTES = "bytes"
+
+
+class Tokenizer(Protocol):
+    """Converts text (UTF-8 bytes) to tokens, and tokens to bytes.
+
+    A token stands for the same bytes everywhere, so that a text can be decoded token by token.
+    """
+
+    name: str  # as in `data.tokenizer`
+    vocab: int  # further tokens of a model's vocabulary stand for no text
+    fingerprint: str  # "bytes", or the SHA-256 of the file
+    end: int | None  # the token that ends documents
+    end_text: str  # how it is written; empty if there is none
+    first: np.ndarray  # int32 `[0]` or `[1]`, the tokens with which each text begins
+    token_bytes: np.ndarray  # uint16 `[V]`, the length of `bytes_of`
+
+    def tokens_of(self, text: bytes) -> np.ndarray:
+        """The tokens of a text, int32, from its `first` ones on."""
+
+    def bytes_of(self, token: int) -> bytes:
+        """The bytes that a token stands for."""
+
+    def encode(self, texts: Sequence[bytes], goes_on: Sequence[bool]) -> list[np.ndarray]:
+        """The tokens of many texts, int32, without the `first` ones; some may go on with an earlier text."""
+
+    def apart(self, left: bytes, right: bytes) -> bool:
+        """Whether two neighbouring texts have the same tokens apart as together."""
+
 
 class ByteText:
-    """Converts text (UTF-8 bytes) to tokens, and tokens to bytes."""
+    """Each byte is a token."""
 
-    vocab = 256  # further tokens of a model's vocabulary stand for no text
+    name = fingerprint = BYTES
+    vocab = 256
+    end, end_text = None, ""
+    first = np.zeros(0, np.int32)
+    token_bytes = np.ones(256, np.uint16)
 
-    @staticmethod
-    def tokens_of(text: bytes) -> np.ndarray:
-        """The tokens of a text, int32."""
+    def tokens_of(self, text: bytes) -> np.ndarray:
         return np.frombuffer(text, np.uint8).astype(np.int32)
 
-    @staticmethod
-    def bytes_of(token: int) -> bytes:
-        """The bytes that a token stands for."""
+    def bytes_of(self, token: int) -> bytes:
         return bytes([token])
+
+    def encode(self, texts: Sequence[bytes], goes_on: Sequence[bool]) -> list[np.ndarray]:
+        return [self.tokens_of(text) for text in texts]
+
+    def apart(self, left: bytes, right: bytes) -> bool:
+        return True
