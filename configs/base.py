@@ -70,6 +70,7 @@ def get_config() -> ConfigDict:
     config.data = data = ConfigDict()
     data.source = "stdlib"  # Python's own source files; "enwik8"; or "text", any file at data.path
     data.path = ""  # the file ("enwik8": the raw file or a prefix of it; empty: download)
+    data.tokenizer = "bytes"  # each byte is a token; or the path of a tokenizer.json
     data.separator = ""  # string that ends a document; tokens attend within their document; empty: one document
     data.seq_len = 512  # tokens (bytes) per sequence
     data.batch_size = 16  # sequences per step, over all devices

@@ -39,8 +39,8 @@ def main() -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m lss_jax.tokenize",
-        description="Train a byte-level BPE on documents (--train), or encode documents into a token file, for data.path "
-        "(--tokenizer). An interrupted encoding goes on with the same command.",
+        description="Train a byte-level BPE on documents (--train), or encode documents (--tokenizer) into a token "
+        "file, which data.path can name. An interrupted encoding goes on with the same command.",
         allow_abbrev=False,
     )
     task = parser.add_mutually_exclusive_group(required=True)

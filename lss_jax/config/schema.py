@@ -66,6 +66,7 @@ class ModelConfig:
 class DataConfig:
     source: Literal["stdlib", "enwik8", "text"]
     path: str
+    tokenizer: str
     separator: str
     seq_len: int
     batch_size: int

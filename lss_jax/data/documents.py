@@ -19,6 +19,7 @@ from lss_jax.config.schema import ConfigError
 BLOCK = 2**18  # bytes of a plain text that are read at a time
 JSONL = (".jsonl", ".ndjson")
 SUFFIXES = (".txt", ".md", *JSONL)  # what is taken from a folder, also with .gz behind it
+Binary = IO[bytes] | gzip.GzipFile
 
 
 class Fields(NamedTuple):
@@ -109,7 +110,7 @@ class Documents:
 
     def _blocks(self, path: Path, raw: IO[bytes]) -> Iterator[Block]:
         name = path.name.lower()
-        file = gzip.GzipFile(fileobj=raw, mode="rb") if name.endswith(".gz") else raw
+        file: Binary = gzip.GzipFile(fileobj=raw, mode="rb") if name.endswith(".gz") else raw
         name = name.removesuffix(".gz")
         if name.endswith(".json"):
             raise ConfigError(
@@ -124,7 +125,7 @@ class Documents:
         if empty:
             raise ConfigError(f"{path} is empty, without any document; leave it out")
 
-    def _of_text(self, path: Path, file: IO[bytes]) -> Iterator[Block]:
+    def _of_text(self, path: Path, file: Binary) -> Iterator[Block]:
         """The documents of a plain text, each with the separator that ends it."""
         if self._fields.prompt:
             raise ConfigError(
@@ -144,7 +145,7 @@ class Documents:
                 f"documents (in a shell $'\\n\\n' is two line feeds), or none if each file is a document"
             )
 
-    def _of_lines(self, path: Path, file: IO[bytes]) -> Iterator[Block]:
+    def _of_lines(self, path: Path, file: Binary) -> Iterator[Block]:
         """The documents of a JSONL file, one per line; blank lines are none."""
         fields = self._fields
         for number, line in enumerate(file, start=1):
@@ -169,7 +170,7 @@ def _divided(chunks: Iterable[bytes], separator: bytes) -> Iterator[tuple[bytes,
         yield rest, False
 
 
-def _utf8(path: Path, file: IO[bytes]) -> Iterator[bytes]:
+def _utf8(path: Path, file: Binary) -> Iterator[bytes]:
     """Reads a file piece by piece, each of whole characters."""
     rest, line = b"", 1
     while True:

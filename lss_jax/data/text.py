@@ -40,7 +40,8 @@ class ByteText:
 
     name = fingerprint = BYTES
     vocab = 256
-    end, end_text = None, ""
+    end: int | None = None
+    end_text = ""
     first = np.zeros(0, np.int32)
     token_bytes = np.ones(256, np.uint16)
 

@@ -22,7 +22,12 @@ FORMAT = "lss_jax tokens 1"
 MAGIC = b'"lss_jax tokens'  # near the start of every version's header
 LONGEST_HEADER = 100_000_000  # bytes; the library `safetensors` reads no longer one
 LENGTH_BYTES = 8  # of the header's length, with which the file begins
-DTYPES = {"U8": np.dtype("<u1"), "U16": np.dtype("<u2"), "U32": np.dtype("<u4"), "I64": np.dtype("<i8")}
+DTYPES: dict[str, np.dtype] = {
+    "U8": np.dtype("<u1"),
+    "U16": np.dtype("<u2"),
+    "U32": np.dtype("<u4"),
+    "I64": np.dtype("<i8"),
+}
 CODES = {dtype: code for code, dtype in DTYPES.items()}
 ARRAYS = {
     "tokens": ("U8", "U16", "U32"),

@@ -1,5 +1,6 @@
 """Language modelling over bytes: each next byte is predicted from those that the mask shows."""
 
+import functools
 import math
 from collections.abc import Iterator
 from typing import Any, ClassVar
@@ -16,7 +17,8 @@ from lss_jax.data.batch import IGNORED, Batch, batch_like, batch_specs
 from lss_jax.data.loader import document_edges, read_batch
 from lss_jax.data.sources import Part, open_splits
 from lss_jax.data.split import WindowSplit
-from lss_jax.data.text import ByteText
+from lss_jax.data.text import BYTES, ByteText, Tokenizer
+from lss_jax.data.tokenizer import load_tokenizer
 from lss_jax.models.losses import LossSum, cross_entropy, vocab_parallel_cross_entropy
 from lss_jax.models.tiles import tiles_on
 from lss_jax.parallel.layout import layout_on
@@ -36,7 +38,15 @@ class LanguageModel(Task):
     items: ClassVar[str] = "bytes"
     metrics: ClassVar[tuple[Metric, ...]] = (NATS, BITS)
     headline: ClassVar[Metric] = BITS
-    text = ByteText
+
+    @functools.cached_property
+    def text(self) -> Tokenizer:
+        """What the tokens stand for.
+
+        Raises:
+          ConfigError: the file of the tokenizer cannot be used.
+        """
+        return load_tokenizer(self.config.data.tokenizer)
 
     @property
     def packed(self) -> bool:
@@ -52,8 +62,8 @@ class LanguageModel(Task):
         return {"attention.prefix": self.config.attention.prefix, "data.separator": self.config.data.separator}
 
     def problems(self) -> Iterator[str]:
-        vocab, needed = self.config.model.vocab, self.text.vocab
-        if vocab < needed:
+        vocab, needed = self.config.model.vocab, ByteText.vocab
+        if vocab < needed and self.config.data.tokenizer == BYTES:
             yield f"model.vocab={vocab} is less than {needed}, which byte-level data needs; use model.vocab={needed}"
 
     def traffic(self, mesh: Mesh | AbstractMesh) -> Iterator[tuple[str, Traffic]]:

@@ -12,7 +12,7 @@ from lss_jax.attention.mask import Intervals
 from lss_jax.attention.traffic import Traffic
 from lss_jax.config.schema import Config
 from lss_jax.data.split import WindowSplit
-from lss_jax.data.text import ByteText
+from lss_jax.data.text import Tokenizer
 
 Means = Mapping[str, Any]  # a task's sums divided by its count: `loss`, and its other sums under their names
 
@@ -40,11 +40,15 @@ class Task(abc.ABC):
     sums: ClassVar[Any]  # that NamedTuple's class
     items: ClassVar[str]  # what the loss counts, in the plural: `bytes`
     metrics: ClassVar[tuple[Metric, ...]]  # the first is the loss
-    text: ClassVar[type[ByteText] | None] = None  # what the tokens stand for; None: there is no text to generate
     headline: ClassVar[Metric]  # the one of them that curves and tables show
 
     def __init__(self, config: Config):
         self.config = config
+
+    @property
+    def text(self) -> Tokenizer | None:
+        """What the tokens stand for, read when it is asked for; None: there is no text to generate."""
+        return None
 
     def introduction(self, split: WindowSplit) -> Iterator[str]:
         """What a run says of its training data beside their size, a line each."""
