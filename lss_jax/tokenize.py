@@ -23,7 +23,7 @@ FILES = (
 
 
 def main() -> int:
-    arguments = _parser().parse_args()
+    arguments = _parser().parse_intermixed_args()  # options may come between files
     if problems := "\n".join(_problems(arguments)):
         raise ConfigError(problems)
     _limit_threads(arguments.workers)

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 from hypothesis import given, settings
-from tokenizer_cases import CORPUS, KINDS, TEXTS, blocks, saved, trained
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizer_cases import CORPUS, KINDS, TEXTS, blocks, saved, trained, without_an_alphabet
+from tokenizers import Tokenizer, decoders, models
 
 from lss_jax.config.schema import ConfigError
 from lss_jax.data import pieces
@@ -174,12 +174,6 @@ def test_a_broken_document_ends_the_training_with_its_own_error(tmp_path):
 def wordpiece(folder):
     tokenizer = Tokenizer(models.WordPiece({"[UNK]": 0, "a": 1}, unk_token="[UNK]"))
     tokenizer.decoder = decoders.WordPiece()
-    return saved(tokenizer, folder)
-
-
-def without_an_alphabet(folder):
-    tokenizer = Tokenizer(models.BPE({"a": 0, "b": 1, "ab": 2}, [("a", "b")]))
-    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     return saved(tokenizer, folder)
 
 

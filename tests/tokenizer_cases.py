@@ -89,6 +89,13 @@ def like_t5(folder: Path) -> str:
     return saved(tokenizer, folder, {"eos_token": "</s>"})
 
 
+def without_an_alphabet(folder: Path) -> str:
+    """A byte-level BPE that knows two letters."""
+    tokenizer = Tokenizer(models.BPE({"a": 0, "b": 1, "ab": 2}, [("a", "b")]))
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    return saved(tokenizer, folder)
+
+
 def saved(tokenizer: Tokenizer, folder: Path, config: dict | None = None) -> str:
     tokenizer.save(str(folder / "tokenizer.json"))
     if config is not None:
