@@ -23,18 +23,18 @@ from lss_jax.training.setup import mesh_of
 def main() -> int:
     parser = argparse.ArgumentParser(
         prog="python -m lss_jax.generate",
-        description="Continue prompts, byte by byte, with a run's newest checkpoint.",
+        description="Continue prompts, token by token, with a run's newest checkpoint.",
         epilog=f"{cli.OVERRIDES} The config is the run's own; another mesh gives the same texts.",
         allow_abbrev=False,
     )
     parser.add_argument("--workdir", required=True, metavar="DIR", help="of a training run")
     parser.add_argument("--prompt", action="append", default=[], metavar="TEXT", help="may be given several times")
     parser.add_argument("--prompt-file", action="append", default=[], metavar="FILE", help="the same, from a file")
-    parser.add_argument("--tokens", type=int, default=100, metavar="N", help="bytes to add to each (default: 100)")
+    parser.add_argument("--tokens", type=int, default=100, metavar="N", help="how many to add to each (default: 100)")
     parser.add_argument(
-        "--temperature", type=float, default=1.0, metavar="T", help="default: 1; 0 takes the likeliest byte"
+        "--temperature", type=float, default=1.0, metavar="T", help="default: 1; 0 takes the likeliest token"
     )
-    parser.add_argument("--top-k", type=int, metavar="K", help="sample from the K likeliest bytes (default: all)")
+    parser.add_argument("--top-k", type=int, metavar="K", help="sample from the K likeliest tokens (default: all)")
     parser.add_argument(
         "--top-p", type=float, default=1.0, metavar="P", help="from those with total probability P (default: 1)"
     )
@@ -76,7 +76,7 @@ def show(generation: Iterable[list[bytes]], prompts: Sequence[bytes]) -> None:
     def counted() -> Iterator[list[bytes]]:
         nonlocal count
         for new in generation:
-            count += sum(map(len, new))
+            count += sum(map(bool, new))  # a row that has ended adds nothing
             yield new
 
     started = time.perf_counter()

@@ -102,7 +102,7 @@ def errors_of(*arguments) -> list[str]:
 def test_all_that_is_wrong_is_told_at_once(workdir):
     wrong = {
         "--temperature=-1": "must be at least 0",
-        "--top-k=0": "leaves no byte; use at least 1",
+        "--top-k=0": "leaves no token; use at least 1",
         "--top-p=1.5": "must be greater than 0 and at most 1",
         "--tokens=0": "must be at least 1",
         "--prompt=": "the prompt is empty",

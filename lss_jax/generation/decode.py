@@ -145,8 +145,9 @@ def _first_rows(table_LE: jax.Array, length: int) -> jax.Array:
 class Generation:
     """Continues prompts by programs compiled for this mesh; iterating runs them.
 
-    Each iteration yields one byte per prompt, or `b""` after the end of its document. Texts are the same on every mesh,
-    except where two bytes are so close that rounding decides; and a text does not depend on the other prompts.
+    Each iteration yields the bytes of one token per prompt, or `b""` after the end of its document, and for a token
+    that stands for no text. Texts are the same on every mesh, except where two tokens are so close that rounding
+    decides; and a text does not depend on the other prompts.
 
     Raises:
       ConfigError: the prompts, the number of tokens or the sampling cannot work; nothing has been compiled.
@@ -174,7 +175,7 @@ class Generation:
         model = _forward_model(config, mesh)
         prefill, step = make_prefill(model, mesh, tokens), make_step(model, mesh, length)
 
-        def next_byte(
+        def next_token(
             params: Params, cache: Cache, token_B: jax.Array, length_B: jax.Array, number: jax.Array
         ) -> tuple[Cache, jax.Array]:
             position_B = length_B - 1 + number
@@ -184,7 +185,7 @@ class Generation:
         prompt = (params, self._tokens_BL, self._length_B)
         self._prefill = jax.jit(prefill, out_shardings=cache_shardings).lower(*prompt).compile()
         cache = like(jax.eval_shape(prefill, *prompt), cache_shardings)
-        stepping = jax.jit(next_byte, donate_argnums=1, out_shardings=(cache_shardings, replicated))
+        stepping = jax.jit(next_token, donate_argnums=1, out_shardings=(cache_shardings, replicated))
         self._step = stepping.lower(params, cache, self._last_B, self._length_B, np.int32(0)).compile()
 
     @property
@@ -195,7 +196,7 @@ class Generation:
         return analysis.alias_size_in_bytes
 
     def __iter__(self) -> Iterator[list[bytes]]:
-        ends, ended = list(self._prompts), [False] * len(self._prompts)
+        tails, ended = list(self._prompts), [False] * len(self._prompts)
         cache = jax.block_until_ready(self._prefill(self._params, self._tokens_BL, self._length_B))
         token_B = self._last_B
         for number in range(self._tokens):
@@ -203,27 +204,41 @@ class Generation:
             cache, token_B = jax.block_until_ready(step)  # queued steps of simulated devices would block one another
             found = np.asarray(token_B)
             new = [b"" if end else self._text.bytes_of(int(found[row])) for row, end in enumerate(ended)]
-            yield new
+            ended = [end or found[row] == self._text.end for row, end in enumerate(ended)]
             if self._separator:
-                ends = [(end + byte)[-len(self._separator) :] for end, byte in zip(ends, new, strict=True)]
-                ended = [end == self._separator for end in ends]
-                if all(ended):
-                    return
+                cut = [self._to_separator(tail, piece) for tail, piece in zip(tails, new, strict=True)]
+                new = [piece for piece, _ in cut]
+                tails = [(tail + piece)[-len(self._separator) :] for tail, piece in zip(tails, new, strict=True)]
+                ended = [end or here for end, (_, here) in zip(ended, cut, strict=True)]
+            yield new
+            if all(ended):
+                return
+
+    def _to_separator(self, tail: bytes, new: bytes) -> tuple[bytes, bool]:
+        """New bytes behind a text's last ones, as far as the end of its document, and whether that is there."""
+        before, found, _ = (tail + new).partition(self._separator)
+        return (tail + new)[len(tail) : len(before) + len(found)], bool(found)
 
 
 def task_and_text(config: Config) -> tuple[Task, Tokenizer]:
     """The config's task and what its tokens stand for, if it and the model's family can generate.
 
     Raises:
-      ConfigError: one of them cannot.
+      ConfigError: one of them cannot, or the tokenizer cannot be read or has more tokens than the model.
     """
     task, family = make_task(config), config.model.family
-    if task.text is None:
+    text = task.text
+    if text is None:
         raise ConfigError(f"task={config.task!r} has no text to generate; give a run of a language model")
     if not FAMILIES[family].generates:
         able = ", ".join(repr(name) for name, one in FAMILIES.items() if one.generates)
         raise ConfigError(f"model.family={family!r} cannot generate; give a run of one that can: {able}")
-    return task, task.text
+    if config.model.vocab < text.vocab:
+        raise ConfigError(
+            f"data.tokenizer={text.name!r} has {text.vocab} tokens, but the model model.vocab={config.model.vocab}; "
+            f"give the tokenizer that the model was trained with"
+        )
+    return task, text
 
 
 def _forward_model(config: Config, mesh: Mesh) -> Model:
@@ -234,22 +249,27 @@ def _forward_model(config: Config, mesh: Mesh) -> Model:
 
 def check_request(config: Config, prompts: Sequence[bytes], tokens: int, sampling: Sampling) -> None:
     """Raises a ConfigError, with a line per problem, for a request that no text can come from."""
-    problems = [*sampling.problems()]
+    problems, (_, text) = [*sampling.problems()], task_and_text(config)
     if tokens < 1:
         problems.append(f"--tokens={tokens} must be at least 1")
     if not prompts:
         problems.append("there is no prompt; give --prompt TEXT or --prompt-file FILE, several times if you like")
     for number, prompt in enumerate(prompts, start=1):
-        problems += _problems_of(prompt, f"prompt {number}" if len(prompts) > 1 else "the prompt", config, tokens)
+        name = f"prompt {number}" if len(prompts) > 1 else "the prompt"
+        problems += _problems_of(prompt, name=name, text=text, config=config, tokens=tokens)
     if problems:
         raise ConfigError("\n".join(problems))
 
 
-def _problems_of(prompt: bytes, name: str, config: Config, tokens: int) -> Iterator[str]:
+def _problems_of(prompt: bytes, *, name: str, text: Tokenizer, config: Config, tokens: int) -> Iterator[str]:
     separator, prefix, seq_len = config.data.separator, config.attention.prefix, config.data.seq_len
-    task, text = task_and_text(config)
-    items, length = task.items, len(text.tokens_of(prompt))
-    if not prompt:
+    items = make_task(config).items
+    try:
+        length = len(text.tokens_of(prompt))
+    except ConfigError as error:
+        yield f"{name}: {error}"
+        return
+    if not prompt or not length:
         yield f"{name} is empty, and there must be something to continue; give at least one byte"
     if separator and separator.encode() in prompt:
         yield (

@@ -36,10 +36,11 @@ def generate_text(
     Args:
       workdir: the folder of a training run.
       prompt: at least one byte of UTF-8.
-      tokens: bytes to add; fewer if the document ends (`data.separator`). Invalid UTF-8 becomes U+FFFD.
-      temperature: the logits are divided by it; 0 takes the likeliest byte.
-      top_k: sample from the k likeliest bytes; None for all.
-      top_p: sample from the fewest bytes with this total probability (nucleus).
+      tokens: how many to add; fewer if the document ends, by its end token or with `data.separator`. What is not UTF-8
+        becomes U+FFFD.
+      temperature: the logits are divided by it; 0 takes the likeliest token.
+      top_k: sample from the k likeliest tokens; None for all.
+      top_p: sample from the fewest tokens with this total probability (nucleus).
       seed: of the sampling.
       config: the run's own by default, as for `lss_jax.evaluate_run`; another mesh gives the same text.
       devices: the devices of the mesh; all there are by default.

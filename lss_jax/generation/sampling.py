@@ -1,4 +1,4 @@
-"""Samples the next byte from its logits: greedily, or at a temperature from the likeliest.
+"""Samples the next token from its logits: greedily, or at a temperature from the likeliest.
 
 A sample depends on the seed, the prompt (and which of several equal ones it is), the position and the logits alone:
 neither the mesh nor the other prompts of a batch change a text.
@@ -13,9 +13,9 @@ import jax.numpy as jnp
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """The options by which a byte is sampled."""
+    """The options by which a token is sampled."""
 
-    temperature: float  # divides the logits; 0: the likeliest byte, always
+    temperature: float  # divides the logits; 0: the likeliest token, always
     top_k: int | None  # only the k likeliest; None: all
     top_p: float  # of those, the fewest with this total probability
     seed: int
@@ -23,9 +23,9 @@ class Sampling:
     def problems(self) -> Iterator[str]:
         """Options that cannot work, a line each."""
         if not 0 <= self.temperature < float("inf"):
-            yield f"--temperature={self.temperature} must be at least 0 and finite; 0 takes the likeliest byte"
+            yield f"--temperature={self.temperature} must be at least 0 and finite; 0 takes the likeliest token"
         if self.top_k is not None and self.top_k < 1:
-            yield f"--top-k={self.top_k} leaves no byte; use at least 1, or leave it out for all"
+            yield f"--top-k={self.top_k} leaves no token; use at least 1, or leave it out for all"
         if not 0 < self.top_p <= 1:
             yield f"--top-p={self.top_p} must be greater than 0 and at most 1, which is all"
         if not 0 <= self.seed < 2**32:
@@ -49,7 +49,7 @@ def _masked(logits_BV: jax.Array, top_k: int, top_p: float) -> jax.Array:
     """Masks all logits but the `top_k` likeliest, and of these all but the fewest with total probability `top_p`.
 
     The latter is nucleus sampling (Holtzman et al. 2019, arXiv 1904.09751, Sec. 3.1). Masked logits are minus infinity.
-    Of equally likely bytes the lower ones come first.
+    Of equally likely tokens the lower ones come first.
     """
     order_BV = jnp.argsort(-logits_BV, axis=-1, stable=True)
     sorted_BV = jnp.take_along_axis(logits_BV, order_BV, -1)
