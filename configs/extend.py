@@ -1,7 +1,7 @@
 """A model that was imported, its context extended eight times by YaRN, on documents of the user's own.
 
     python -m lss_jax.convert --from-hf MODEL --workdir runs/extended --config configs/extend.py
-    python -m lss_jax.train --workdir runs/extended --config.data.path='papers/*.jsonl.gz'
+    python -m lss_jax.train --workdir runs/extended --config.data.source=text --config.data.path='papers/*.jsonl.gz'
     python -m lss_jax.evaluate --workdir runs/extended --split test --by-position
     python -m lss_jax.convert --workdir runs/extended --to-hf extended
 
@@ -21,11 +21,12 @@ def get_config() -> ConfigDict:
     config.mesh.data = 1
     config.mesh.seq = -1
     config.mesh.shard = "all"
+    config.model.positions = "rope"
     config.model.rope_scaling = "yarn"
     config.model.rope_factor = 8.0
+    config.model.rope_original = 4096  # that of MODEL, if its config.json says
     config.model.remat = "input"
     config.model.tile = 2048
-    config.data.source = "text"
     config.data.seq_len = 32_768  # 8 x 4,096
     config.data.batch_size = 1
     config.optim.steps = 400

@@ -1,8 +1,8 @@
 """A small Llama-class model (RMSNorm, SwiGLU, rope, grouped queries) on documents, with a tokenizer of one's own.
 
     python -m lss_jax.tokenize --train 2048 --out runs/tokenizer.json DOCUMENTS
-    python -m lss_jax.train --config configs/small_llama.py --config.data.path=DOCUMENTS \
-        --config.data.tokenizer=runs/tokenizer.json
+    python -m lss_jax.train --config configs/small_llama.py --config.data.tokenizer=runs/tokenizer.json \
+        --config.data.source=text --config.data.path=DOCUMENTS
 
 Reproduces: nothing; docs/own_llama.md begins with it, and experiments/own_llama measures it.
 Cost: by the documents; 600 steps take about four minutes on two CPU cores (8 simulated devices).
@@ -30,7 +30,6 @@ def get_config() -> ConfigDict:
     config.model.mlp = "swiglu"
     config.model.bias = False
     config.model.positions = "rope"
-    config.data.source = "text"
     config.data.seq_len = 256
     config.data.batch_size = 8
     config.optim.name = "muon"

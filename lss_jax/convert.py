@@ -67,7 +67,7 @@ def _without_scaling(keys: dict[str, Any], config: ConfigDict, theirs: dict[str,
     """The folder's keys but the scaling of rotary positions, where the config has one: it extends the context."""
     if config.model.rope_scaling == "none" or "model.rope_scaling" not in keys:
         return keys
-    original = config.model.rope_original or keys.get("model.rope_original") or theirs[LONGEST]
+    original = keys.get("model.rope_original") or theirs.get(LONGEST, config.model.rope_original)
     base = {key: value for key, value in keys.items() if not key.startswith("model.rope_") or key == "model.rope_base"}
     return base | {"model.rope_original": original}
 

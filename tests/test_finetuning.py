@@ -236,7 +236,7 @@ def test_merged_adapters_give_the_same_logits():
     plainer = without_adapters(params)
     assert jax.tree.structure(plainer) == jax.tree.structure(plain.shapes)
     assert relative_error(loss_of(adapted, mesh, params), loss_of(plain, mesh, plainer)) < 1e-5
-    tokens_BL, _, seen_BLL = oracle.plain_inputs(windows_of(plain.config), plain.config)
+    tokens_BL, _, seen_BLL, *_ = oracle.plain_inputs(windows_of(plain.config), plain.config)
     found = oracle.logits(plainer, tokens_BL, seen_BLL, plain.config.model)
     expected = oracle.logits(oracle.plain(params, adapted.config.lora), tokens_BL, seen_BLL, plain.config.model)
     assert relative_error(found, expected) < 1e-5

@@ -184,7 +184,7 @@ def their_loss(model, windows, config):
     """Mean nats of the windows' targets."""
     import torch
 
-    tokens_BL, targets_BL, _ = plain_inputs(windows, config)
+    tokens_BL, targets_BL, *_ = plain_inputs(windows, config)
     logits_BLV = model(torch.tensor(tokens_BL)).logits
     targets = torch.tensor(targets_BL, dtype=torch.long)
     return torch.nn.functional.cross_entropy(logits_BLV.flatten(0, 1), targets.flatten(), ignore_index=-1)

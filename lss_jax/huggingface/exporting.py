@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -12,6 +12,7 @@ import numpy as np
 from lss_jax.huggingface.families import Theirs
 from lss_jax.huggingface.folder import INDEX, SINGLE
 from lss_jax.huggingface.tensors import LAYERS, Shape, their_part, their_shape
+from lss_jax.models.layers import ADAPTER, merged
 
 DTYPES = {"float32": ("F32", np.dtype("<f4")), "bfloat16": ("BF16", np.dtype(ml_dtypes.bfloat16))}
 LARGEST_FILE = 4 * 2**30  # bytes, unless one of our parameters alone takes more
@@ -23,6 +24,25 @@ class Source(Protocol):
     def layers(self, name: str) -> Iterator[np.ndarray]: ...
 
     def whole(self, name: str) -> np.ndarray: ...
+
+
+class Merged:
+    """A source with each adapter merged into its kernel."""
+
+    def __init__(self, source: Source, names: Collection[str], scale: float):
+        self._source, self._names, self._scale = source, names, scale
+
+    def layers(self, name: str) -> Iterator[np.ndarray]:
+        """One of our parameters, a layer at a time."""
+        factors = [f"{name.rpartition('/')[0]}/{factor}" for factor in ADAPTER]
+        if not name.endswith("/kernel") or factors[0] not in self._names:
+            return self._source.layers(name)
+        layers = zip(*map(self._source.layers, (name, *factors)), strict=True)
+        return (merged(*layer, self._scale) for layer in layers)
+
+    def whole(self, name: str) -> np.ndarray:
+        """One of our parameters that is not stacked, and so has no adapter."""
+        return self._source.whole(name)
 
 
 class Group(NamedTuple):

@@ -10,10 +10,12 @@ from typing import Any
 import jax
 from jax.experimental import multihost_utils
 
-from lss_jax.config.schema import Config, ConfigError
-from lss_jax.huggingface.exporting import DTYPES, Source, files_of, groups_of, write_file, write_index
+from lss_jax.config.schema import Config, ConfigError, with_value
+from lss_jax.data.text import BYTES
+from lss_jax.data.tokenizer import load_tokenizer
+from lss_jax.huggingface.exporting import DTYPES, Merged, Source, files_of, groups_of, write_file, write_index
 from lss_jax.huggingface.families import FAMILIES
-from lss_jax.huggingface.folder import CONFIG, Folder
+from lss_jax.huggingface.folder import CONFIG, TOKENIZER, Folder
 from lss_jax.huggingface.importing import Import, shapes_by_name
 from lss_jax.huggingface.keys import expressing, family_of, their_config
 from lss_jax.models import Model, build_model
@@ -37,16 +39,20 @@ def imported(workdir: Path, model: Model) -> Import | None:
 
 
 def import_run(source: Path, workdir: Path, config: Config) -> None:
-    """Makes a run at step 0 whose parameters are those of a Hugging Face folder.
+    """Makes a run at step 0 whose parameters, and whose tokenizer if it has one, are those of a Hugging Face folder.
 
     Its files become files of the run, without copying where the file system can link them.
 
     Raises:
-      ConfigError: the folder is not that of the config's model, or the run cannot be written, or is there already.
+      ConfigError: the folder is not that of the config's model, or its tokenizer has tokens that the model has not, or
+        the run cannot be written, or is there already.
     """
     if (workdir / "config.json").exists() or (workdir / IMPORTED).exists():
         raise ConfigError(f"workdir {workdir} holds a run already; choose another --workdir")
     Import(source, build_model(config))
+    if (source / TOKENIZER[0]).is_file() and config.data.tokenizer == BYTES:
+        _check_vocabulary(source / TOKENIZER[0], config)
+        config = with_value(config, "data.tokenizer", str(workdir / IMPORTED / TOKENIZER[0]))
 
     def place() -> None:
         unfinished = _made_anew(workdir / f"{IMPORTED}{UNFINISHED}")
@@ -56,6 +62,15 @@ def import_run(source: Path, workdir: Path, config: Config) -> None:
 
     after_first(lambda: _writing(workdir, place))
     after_first(lambda: keep_config(config, workdir))
+
+
+def _check_vocabulary(tokenizer: Path, config: Config) -> None:
+    vocab = load_tokenizer(str(tokenizer)).vocab
+    if vocab > config.model.vocab:
+        raise ConfigError(
+            f"{tokenizer} has {vocab} tokens, more than the model's model.vocab={config.model.vocab}; give the "
+            f"tokenizer that the model was trained with"
+        )
 
 
 def export_run(config: Config, workdir: Path, out: Path, family: str | None, dtype: str) -> str:
@@ -73,8 +88,8 @@ def export_run(config: Config, workdir: Path, out: Path, family: str | None, dty
     name = expressing(config, family, preferred=came_as)
     if out.exists():
         raise ConfigError(f"--to-hf={out} is there already; give the name of a folder that is not")
-    source = _source(workdir, start)
-    groups = groups_of(FAMILIES[name].tensors, shapes_by_name(model))
+    source, shapes = _source(workdir, start, model), shapes_by_name(model)
+    groups = groups_of(FAMILIES[name].tensors, shapes)
     _, numpy_dtype = DTYPES[dtype]
     files = files_of(groups, numpy_dtype.itemsize)
     kept = start.config if start and name == came_as else None
@@ -89,8 +104,8 @@ def export_run(config: Config, workdir: Path, out: Path, family: str | None, dty
         write_index(unfinished, files, numpy_dtype.itemsize)
         theirs = their_config(config, name, kept) | {"torch_dtype": dtype}
         (unfinished / CONFIG).write_text(json.dumps(theirs, indent=2) + "\n")
-        for file in _tokenizer_files(config):
-            shutil.copy(file, unfinished / file.name)
+        for file, copied in zip(_tokenizer_files(config), TOKENIZER, strict=False):
+            shutil.copy(file, unfinished / copied)
         os.replace(unfinished, out)
 
     _writing(out, write_own)
@@ -99,10 +114,13 @@ def export_run(config: Config, workdir: Path, out: Path, family: str | None, dty
     return name
 
 
-def _source(workdir: Path, start: Import | None) -> Source:
+def _source(workdir: Path, start: Import | None, model: Model) -> Source:
+    """The newest checkpoint with its adapters merged; or what the run starts from, where adapters change nothing."""
     step = newest_step(workdir / "checkpoints")
     if step is not None:
-        return StoredArrays(workdir / "checkpoints" / str(step), "params")
+        lora = model.config.lora
+        stored = StoredArrays(workdir / "checkpoints" / str(step), "params")
+        return Merged(stored, shapes_by_name(model), lora.alpha / lora.rank) if lora.rank else stored
     if start is None:
         raise ConfigError(f"{workdir} has no checkpoint yet; train there first")
     return start
@@ -110,7 +128,11 @@ def _source(workdir: Path, start: Import | None) -> Source:
 
 def _tokenizer_files(config: Config) -> list[Path]:
     """The run's tokenizer, with what lies beside it."""
-    return []
+    if config.data.tokenizer == BYTES:
+        return []
+    folder = Path(config.data.tokenizer).expanduser().parent
+    beside = [folder / name for name in TOKENIZER[1:]]
+    return [Path(config.data.tokenizer).expanduser(), *(file for file in beside if file.is_file())]
 
 
 def _writing(place: Path, write: Callable[[], Any]) -> None:

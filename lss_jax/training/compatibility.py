@@ -1,5 +1,6 @@
 """Whether the checkpoints of a run fit the model of a new config."""
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,17 +13,20 @@ from lss_jax.storage.workdir import saved_config
 from lss_jax.training.optimizer import make_optimizer
 
 
-def check_workdir(config: Config, workdir: Path, *, trains: bool = True) -> dict[str, tuple[Any, Any]]:
+def check_workdir(
+    config: Config, workdir: Path, *, trains: bool = True, saved_steps: bool = True
+) -> dict[str, tuple[Any, Any]]:
     """Refuses a config that the run's checkpoints do not fit; returns what else differs, key to (then, now).
 
-    Moments must fit only where the run trains on.
+    Moments must fit only where the run trains on. Where no step is saved yet, there are neither moments nor adapters.
 
     Raises:
       ConfigError: there is no run in `workdir`, or its parameters have other shapes; one line per key that shapes them.
     """
     saved = from_dict(saved_config(workdir))
-    for what, shapes in (("parameters", shapes_of), *([("moments", moments_of)] if trains else [])):
-        misfits = shaping(saved, config, shapes)
+    fixed = saved if saved_steps else dataclasses.replace(saved, lora=config.lora)
+    for what, shapes in (("parameters", shapes_of), *([("moments", moments_of)] if trains and saved_steps else [])):
+        misfits = shaping(fixed, config, shapes)
         if misfits:
             raise ConfigError(
                 "\n".join(

@@ -82,9 +82,9 @@ class Trainer:
         self._train_step: Callable | None = None
         self._eval_step = make_eval_step(self.model, self.mesh)
         folder = workdir / "checkpoints"
-        saved = newest_step(folder) is not None
-        starts = saved or (workdir / IMPORTED).is_dir()
-        self.changes = check_workdir(config, workdir, trains=saved) if starts else {}
+        saved_steps = newest_step(folder) is not None
+        starts = saved_steps or (workdir / IMPORTED).is_dir()
+        self.changes = check_workdir(config, workdir, saved_steps=saved_steps) if starts else {}
         self.splits = self.task.splits(self.mesh)
         self._sources = self.splits["train"].sources
         self._data = fingerprint(*self._sources)
