@@ -14,7 +14,7 @@ from lss_jax.inspection import contract, hlo, operations
 from lss_jax.inspection.contract import Contract
 from lss_jax.inspection.memory import memory_of, rests_on_host, shortfall
 from lss_jax.inspection.topology import capacity_of, devices_of
-from lss_jax.models import Model, build_model, parameter_count
+from lss_jax.models import Model, build_model, parameter_count, shown_count, trained_count
 from lss_jax.parallel.mesh import shard_bytes
 from lss_jax.training.setup import mesh_of
 from lss_jax.training.step import trace_train_step
@@ -136,7 +136,7 @@ def text_of(audit: Audit, room: int | None) -> str:
     sizes = " x ".join(f"{axis}={size}" for axis, size in mesh.shape.items())
     lines = [
         f"devices     {mesh.size:,} {device.device_kind}, mesh {sizes}",
-        f"model       {parameter_count(audit.model):,} parameters, {config.model.layers} layers, {config.model.dtype}, "
+        f"model       {shown_count(audit.model)}, {config.model.layers} layers, {config.model.dtype}, "
         f"attention {config.attention.strategy} ({config.attention.layout}, {kernel_on(config.attention, mesh)})",
         f"step        {config.data.batch_size} sequences of {config.data.seq_len:,} tokens",
         f"compiled    in {audit.seconds:.1f} s, jax {jax.__version__}",
@@ -210,6 +210,7 @@ def json_of(audit: Audit, room: int | None) -> dict[str, Any]:
         "mesh": dict(audit.mesh.shape),
         "device": audit.mesh.devices.flat[0].device_kind,
         "parameters": parameter_count(audit.model),
+        "trained": trained_count(audit.model),
         "compile_seconds": audit.seconds,
         "collectives": {
             "compiled": rows(audit.collectives),

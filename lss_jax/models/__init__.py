@@ -81,9 +81,9 @@ class Model:
         flat = traverse_util.flatten_dict(tree)
         return traverse_util.unflatten_dict({at: leaf for at, leaf in flat.items() if is_trained[at]})
 
-    def with_trained(self, trained: Params, params: Params) -> Params:
-        """All parameters, with those that are trained replaced."""
-        flat = traverse_util.flatten_dict(params) | traverse_util.flatten_dict(trained)
+    def with_part(self, part: Params, params: Params) -> Params:
+        """All parameters, with those replaced that are in a part of them, such as the trained ones."""
+        flat = traverse_util.flatten_dict(params) | traverse_util.flatten_dict(part)
         return traverse_util.unflatten_dict(flat)
 
 
@@ -169,3 +169,10 @@ def parameter_count(model: Model) -> int:
 def trained_count(model: Model) -> int:
     """The number of scalars in the trained parameters."""
     return sum(leaf.size for leaf in jax.tree.leaves(model.only_trained(model.natural_shapes)))
+
+
+def shown_count(model: Model) -> str:
+    """The number of parameters in words, with that of the trained ones if not all are."""
+    count, trained = parameter_count(model), trained_count(model)
+    some = f", {trained:,} of them trained ({trained / count:.2%})" if trained < count else ""
+    return f"{count:,} parameters{some}"

@@ -9,7 +9,7 @@ from lss_jax.config.schema import ConfigError
 from lss_jax.config.units import shown_size
 from lss_jax.generation.decode import Generation
 from lss_jax.generation.sampling import Sampling
-from lss_jax.models import parameter_count, trained_count
+from lss_jax.models import shown_count
 from lss_jax.parallel.layout import layout_on
 from lss_jax.parallel.mesh import has_host_memory
 from lss_jax.reports.by_position import binned, shown_bin, sums_by_position
@@ -70,8 +70,8 @@ def introduction(trainer: Trainer) -> str:
     return "\n".join(
         [
             f"devices  {trainer.mesh.size} {devices[0].device_kind}{processes}, mesh {sizes}",
-            f"model    {config.model.family}, {parameter_count(trainer.model):,} parameters{_trained(trainer)}, "
-            f"{config.model.dtype}, attention {attention.strategy} ({attention.layout}, {trainer.kernel})",
+            f"model    {config.model.family}, {shown_count(trainer.model)}, {config.model.dtype}, "
+            f"attention {attention.strategy} ({attention.layout}, {trainer.kernel})",
             f"data     {config.data.source}, {len(train):,} {trainer.task.items} to train on; "
             f"a step is {config.data.batch_size} sequences of {config.data.seq_len:,} tokens, {part:,} per device",
             *trainer.task.introduction(train),
@@ -80,12 +80,6 @@ def introduction(trainer: Trainer) -> str:
             *(f"changed  {key} from {then!r} to {now!r}" for key, (then, now) in trainer.changes.items()),
         ]
     )
-
-
-def _trained(trainer: Trainer) -> str:
-    """How many parameters are trained, if not all are."""
-    trained, count = trained_count(trainer.model), parameter_count(trainer.model)
-    return f", {trained:,} of them trained ({trained / count:.2%})" if trained < count else ""
 
 
 def _offload(trainer: Trainer) -> Iterator[str]:

@@ -82,7 +82,7 @@ def make_means_and_gradient(model: Model, mesh: Mesh | AbstractMesh) -> MeansAnd
         def partial_sums(batch: Any) -> tuple[Any, Params]:
             def loss(trained: Params) -> tuple[jax.Array, Any]:
                 dropout = dropout_of(model.config, mesh, batch, step)
-                losses = local_losses(model, mesh, model.with_trained(trained, params), batch, dropout)
+                losses = local_losses(model, mesh, model.with_part(trained, params), batch, dropout)
                 sums = jax.tree.map(jnp.sum, losses)
                 return sums[0], sums
 

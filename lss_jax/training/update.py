@@ -90,7 +90,7 @@ def make_update(model: Model, optimizer: optax.GradientTransformationExtraArgs, 
         for name in on_host:
             new = _together(new, update_on_host(name, state, gradient, norm, finite))
         trained, opt_state = new
-        return model.with_trained(trained, all_params), opt_state
+        return model.with_part(trained, all_params), opt_state
 
     return update
 
