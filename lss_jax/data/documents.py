@@ -57,7 +57,7 @@ def files_of(patterns: Iterable[str]) -> list[Path]:
     problems = []
     for pattern in patterns:
         files = _matches(Path(pattern).expanduser())
-        found |= {file.resolve(): file for file in files}
+        found = {file.resolve(): file for file in files} | found
         if not files:
             problems.append(
                 f"{pattern!r} matches no file; give files, globs, or folders with {', '.join(SUFFIXES)} files in them, "
