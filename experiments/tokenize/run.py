@@ -40,8 +40,8 @@ def paragraphs(seed: int = 0) -> Iterator[str]:
     random = np.random.default_rng(seed)
     letters = random.geometric(0.12, (WORDS, 12)) % len(LETTERS)
     lengths = random.poisson(5, WORDS) % 12 + 1
-    words = ["".join(LETTERS[i] for i in row[:length]) for row, length in zip(letters, lengths, strict=True)]
-    words = np.array([word.title() if n % 9 == 0 else word for n, word in enumerate(words)], dtype=object)
+    spelled = ["".join(LETTERS[i] for i in row[:length]) for row, length in zip(letters, lengths, strict=True)]
+    words = np.array([word.title() if n % 9 == 0 else word for n, word in enumerate(spelled)], dtype=object)
     while True:
         ranks = np.minimum(random.zipf(1.2, 30_000), WORDS) - 1
         for chosen in np.array_split(words[ranks], 85):
