@@ -186,5 +186,10 @@ def test_prompts_in_plain_text_a_missing_separator_and_a_lost_file_are_refused(t
         texts_of([tmp_path / "a.txt"], DIALOGUE)
     with pytest.raises(ConfigError, match=r"a.txt does not have the separator '\|\|' in it; give a string that ends"):
         texts_of([tmp_path / "a.txt"], separator="||")
+    lines_of(tmp_path / "c.jsonl", {"text": "a||b"})
+    with pytest.raises(
+        ConfigError, match=r"the separator '\|\|' has no use in JSONL files, where a line is a document"
+    ):
+        texts_of([tmp_path / "c.jsonl"], separator="||")
     with pytest.raises(ConfigError, match=r"b.txt cannot be read \(No such file or directory\)"):
         texts_of([tmp_path / "b.txt"])

@@ -60,15 +60,13 @@ def test_the_text_is_what_the_library_decodes(tmp_path, make):
     library = Tokenizer.from_file(path)
     text, tokens = generation(path)
     for prompt, ids, found in zip(PROMPTS, tokens, texts_of(text), strict=True):
-        whole, text = (
-            library.decode(library.encode(prompt).ids + ids),
-            (prompt.encode() + found).decode(errors="replace"),
-        )
+        whole = library.decode(library.encode(prompt).ids + ids)
+        ours = (prompt.encode() + found).decode(errors="replace")
         assert len(set(ids)) > 3, "something is said"
-        if make is like_llama2:  # of bytes that are no text the library leaves nothing that is near them
+        if make is like_llama2:  # its decoder replaces whole characters that have a broken one beside them
             whole, _, _ = whole.partition("\ufffd")
-            text = text[: len(whole)]
-        assert text == whole and len(whole) > len(prompt) + 5
+            ours = ours[: len(whole)]
+        assert ours == whole and len(whole) > len(prompt) + 1
 
 
 def test_streamed_text_breaks_no_character(tmp_path):
