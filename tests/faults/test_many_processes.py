@@ -10,7 +10,9 @@ import jax
 import numpy as np
 import pytest
 from helpers import small_config
+from hf_folders import file_of, make_folder
 from processes import ROOT, command, finish, free_port, losses, read_until, start, start_many, write_text
+from safetensors.numpy import load_file
 from token_files import GIVEN, LENGTHS, VOCAB, documents_of, write_tokenizer, write_tokens
 
 from lss_jax.data.tokenizer import load_tokenizer
@@ -86,6 +88,45 @@ def test_two_processes_give_the_losses_of_one(tmp_path):
 @pytest.mark.faults
 def test_four_processes_give_the_losses_of_one(tmp_path):
     check_same_losses(4, [(8, 1), (1, 8), (2, 4)], tmp_path)
+
+
+CONVERT = (  # into files as small as this model
+    "from lss_jax import cli, convert\nfrom lss_jax.huggingface import exporting\n"
+    "exporting.LARGEST_FILE = 30_000\ncli.run(convert.main)"
+)
+
+
+@pytest.mark.faults
+def test_two_processes_bring_a_model_in_train_it_and_bring_it_out(tmp_path):
+    """Each writes files of its own; what comes out is what was trained, and before that what came in."""
+    make_folder(tmp_path / "theirs", "llama", mesh__seq=4, mesh__data=1)
+
+    def together(*arguments):
+        port = str(free_port())
+        joined = ("--coordinator", f"127.0.0.1:{port}", "--processes", "2", "--process")
+        children = [start([sys.executable, *map(str, (*arguments, *joined, n))], devices=2) for n in range(2)]
+        for child in children:
+            _, err = finish(child)
+            assert child.returncode == 0, err
+
+    mesh, workdir = ("--config.mesh.data=1", "--config.mesh.seq=4"), ("--workdir", tmp_path / "run")
+    sizes = ("--config.data.seq_len=64", "--config.data.batch_size=4")
+    together("-c", CONVERT, "--from-hf", tmp_path / "theirs", *workdir, *mesh, *sizes)
+    together("-c", CONVERT, "--to-hf", tmp_path / "same", *workdir)
+    text = (f"--config.data.path={write_text(tmp_path)}", "--config.data.source=text")
+    steps = ("--config.optim.steps=2", "--config.optim.warmup_steps=1", "--config.eval_every=0")
+    together("-m", "lss_jax.train", *workdir, *text, *steps)
+    together("-c", CONVERT, "--to-hf", tmp_path / "trained", *workdir)
+
+    def tensors(folder):
+        files = sorted(folder.glob("*.safetensors"))
+        return len(files), {name: array for file in files for name, array in load_file(file).items()}
+
+    (_, before), (files, same), (_, trained) = (tensors(tmp_path / name) for name in ("theirs", "same", "trained"))
+    assert files > 2 and before.keys() == same.keys() == trained.keys()
+    assert all(np.array_equal(before[name], same[name]) for name in before)
+    assert not any(np.array_equal(before[name], trained[name]) for name in before)
+    assert file_of(tmp_path / "theirs").exists() and not list(tmp_path.glob("*.unfinished"))
 
 
 def packed(folder: Path) -> dict:
