@@ -75,11 +75,18 @@ def introduction(trainer: Trainer) -> str:
             f"data     {config.data.source}, {len(train.data):,} {trainer.task.items} to train on; "
             f"a step is {config.data.batch_size} sequences of {config.data.seq_len:,} tokens, {part:,} per device",
             *trainer.task.introduction(train),
+            *_start(trainer),
             *_offload(trainer),
             f"workdir  {trainer.workdir}" + (f", going on after step {trainer.step}" if trainer.step else ""),
             *(f"changed  {key} from {then!r} to {now!r}" for key, (then, now) in trainer.changes.items()),
         ]
     )
+
+
+def _start(trainer: Trainer) -> Iterator[str]:
+    """Whose parameters a fresh run starts with."""
+    if trainer.config.start_from and not trainer.step:
+        yield f"start    with the parameters of {trainer.config.start_from}"
 
 
 def _offload(trainer: Trainer) -> Iterator[str]:

@@ -30,6 +30,7 @@ from lss_jax.training.optimizer import make_optimizer, make_schedule
 from lss_jax.training.profile import STEP, Profile
 from lss_jax.training.setup import mesh_of, validate
 from lss_jax.training.skips import Skips
+from lss_jax.training.start import check_start, params_to_start_from
 from lss_jax.training.state import TrainState, init_state, state_like
 from lss_jax.training.step import make_eval_step, trace_train_step
 
@@ -59,6 +60,7 @@ class Trainer:
         gather_problems(
             lambda: validate(config, len(devices)),
             lambda: check_file(config.data.path) if config.data.path else None,
+            lambda: check_start(config) if newest_step(workdir / "checkpoints") is None else None,
             lambda: check_writable(workdir),
         )
         self.mesh = mesh_of(config, devices)
@@ -182,7 +184,8 @@ class Trainer:
             self._metrics.close()
 
     def _fresh(self) -> TrainState:
-        return init_state(self.model, self._optimizer, self.mesh, self.config.seed)
+        given = params_to_start_from(self.config, self.mesh)
+        return init_state(self.model, self._optimizer, self.mesh, self.config.seed, given)
 
     def _restored(self, folder: Path) -> Restored | None:
         found = restore_newest_sound(folder, **self._natural)
