@@ -10,6 +10,7 @@ def get_config() -> ConfigDict:
     config = ConfigDict()
     config.task = "language_model"  # what is learned from what; one of lss_jax.tasks.TASKS
     config.seed = 0  # for the initial parameters, the order of the data and dropout
+    config.start_from = ""  # the folder of a run with whose newest parameters this one starts; empty: fresh ones
     config.log_every = 10  # steps between lines of training metrics
     config.eval_every = 100  # steps between evaluations; 0: only at the end
     config.eval_batches = 16  # batches of the validation split per evaluation

@@ -3,7 +3,7 @@
 import jax
 import numpy as np
 import pytest
-from helpers import TEXT, change, small_config
+from helpers import TEXT, change, sampled, small_config
 
 from lss_jax.config.schema import ConfigError
 from lss_jax.generation.generate import generate_text
@@ -98,3 +98,42 @@ def test_a_run_that_goes_on_with_another_scale_says_so(config, tmp_path):
     trainer = Trainer(change(config, lora__alpha=8.0), tmp_path)
     trainer.close()
     assert "changed  lora.alpha from 16.0 to 8.0" in introduction(trainer)
+
+
+ELSEWHERE = {"mesh__data": 2, "mesh__seq": 2, "mesh__model": 2, "mesh__shard": "all"}
+FROZEN = {"lora__rank": 0, "optim__frozen": "stack/blocks/attention/*"}
+
+
+@pytest.mark.parametrize("changes", sampled([ELSEWHERE, FROZEN], [ELSEWHERE]), ids=["adapters elsewhere", "frozen"])
+def test_a_run_starts_from_another_run(config, tmp_path, changes):
+    """With its loss, before a step is taken; and what is frozen stays that of the other run, bit for bit."""
+    config = change(config, optim__steps=2, eval_every=0)
+    base = run(change(config, lora__rank=0), tmp_path / "base")
+    tuned = change(change(config, start_from=str(tmp_path / "base")), **changes)
+    trainer = Trainer(tuned, tmp_path / "tuned")
+    assert f"start    with the parameters in {tmp_path}/base" in introduction(trainer)
+    assert trainer.step == 0
+    expected = evaluate_run(tmp_path / "base", "valid", batches=2)["loss"]
+    assert trainer.evaluate("valid", 2)["loss"] == pytest.approx(expected, rel=1e-5)
+    list(trainer.fit())
+    trainer.close()
+    state = trainer.state
+    before, after = (state.params["stack"]["blocks"]["attention"] for state in (base, state))
+    for name in ("query", "key", "value", "out"):
+        np.testing.assert_array_equal(after[name]["kernel"], before[name]["kernel"])
+    moved = np.any(state.params["final_norm"]["scale"] != base.params["final_norm"]["scale"])
+    assert moved == (tuned.lora.rank == 0)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model__width": 64}, r"start_from='.*' is a run with model.width=32, not 64, and its parameters do not fit"),
+        ({"lora__rank": 3}, r"is a run with lora.rank=2, not 3, and its parameters do not fit; .*config.lora.rank=2"),
+        ({"start_from": "nowhere"}, r"nowhere/config.json cannot be read"),
+    ],
+)
+def test_a_run_that_cannot_start_from_another_is_refused_untouched(config, tmp_path, whole, changes, message):
+    with pytest.raises(ConfigError, match=message):
+        Trainer(change(change(config, start_from=str(whole[0])), **changes), tmp_path / "tuned")
+    assert not (tmp_path / "tuned").exists()

@@ -361,3 +361,28 @@ def test_a_config_that_does_not_fit_what_a_run_starts_from(tmp_path):
         ConfigError, match=r"holds a run with model.mlp_width=88, not 96, and its parameters do not fit"
     ):
         Trainer(change(config, model__mlp_width=96), tmp_path / "run")
+
+
+def test_adapters_on_what_was_imported_are_merged_on_the_way_out(tmp_path):
+    """They start anew, so that at step 0 nothing changes; what is frozen stays bit by bit."""
+    data = {"data__source": "text", "data__path": str(tmp_path / "text"), "optim__steps": 3, "eval_batches": 1}
+    (tmp_path / "text").write_bytes(bytes(np.random.default_rng(0).choice(list(b"abc \n"), 6000)))
+    config = make_folder(tmp_path / "theirs", "llama", mesh__seq=4, mesh__data=1, **data)
+    import_run(tmp_path / "theirs", tmp_path / "run", config)
+    adapted = change(config, lora__rank=2, lora__targets="query,down")
+    plain = evaluate_run(tmp_path / "run", batches=1, config=config, devices=jax.devices()[:4])["loss"]
+    trainer = Trainer(adapted, tmp_path / "run", jax.devices()[:4])
+    assert trainer.evaluate("valid", 1)["loss"] == pytest.approx(plain, rel=1e-6)
+    list(trainer.fit())
+    trainer.save()
+    trainer.close()
+    export_run(adapted, tmp_path / "run", tmp_path / "out", None, "float32")
+    before, after = (load_file(file_of(tmp_path / name)) for name in ("theirs", "out"))
+    assert before.keys() == after.keys()
+    changed = {name for name in before if not np.array_equal(before[name], after[name])}
+    adapted_names = ("self_attn.q_proj.weight", "mlp.down_proj.weight")
+    assert changed == {f"model.layers.{layer}.{name}" for layer in range(2) for name in adapted_names}
+    blocks = jax.tree.map(np.asarray, trainer.state.params)["stack"]["blocks"]
+    down = blocks["mlp"]["down"]
+    expected = down["kernel"][1] + 16.0 / 2 * down["lora_a"][1] @ down["lora_b"][1]
+    np.testing.assert_allclose(after["model.layers.1.mlp.down_proj.weight"], expected.T, rtol=1e-5, atol=1e-6)

@@ -128,6 +128,7 @@ class ProfileConfig:
 class Config:
     seed: int
     task: str
+    start_from: str
     mesh: MeshConfig
     attention: AttentionConfig
     model: ModelConfig

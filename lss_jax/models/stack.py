@@ -56,11 +56,11 @@ class Stack(nnx.Module):
         The latter, and the cache so far (`past`), are arrays with layers first, or None.
         """
         model = self.model
-        graphdef, trained, frozen = nnx.split(self.blocks, is_trained, ...)
+        graphdef, trained, *frozen = nnx.split(self.blocks, is_trained, ...)
 
         def apply(x_BpE: jax.Array, layer: Any) -> tuple[jax.Array, Any]:
             trained, (frozen, number, past) = layer
-            block = whole(nnx.merge(graphdef, trained, frozen), model.dtype)
+            block = whole(nnx.merge(graphdef, trained, *frozen), model.dtype)
             of_layer = segment._replace(dropout=segment.dropout and segment.dropout.at(LAYER, number))
             return block(x_BpE, of_layer, past)
 

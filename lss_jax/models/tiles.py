@@ -42,10 +42,10 @@ def in_tiles(
     p = x_BpE.shape[1]
     if size == 0 or size >= p:
         return function(modules, x_BpE, tokens, context)
-    graphdef, trained, frozen = nnx.split(modules, is_trained, ...)
+    graphdef, trained, *frozen = nnx.split(modules, is_trained, ...)
 
     def of_tile(trained: Any, frozen: Any, x_BtE: jax.Array, tokens: Any, context: Any) -> Any:
-        return function(nnx.merge(graphdef, trained, frozen), x_BtE, tokens, context)
+        return function(nnx.merge(graphdef, trained, *frozen), x_BtE, tokens, context)
 
     return _tiled(of_tile, tile_size(p, size), trained, frozen, x_BpE, tokens, context)
 

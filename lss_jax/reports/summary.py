@@ -2,6 +2,7 @@
 
 import shlex
 from collections.abc import Iterator
+from pathlib import Path
 
 import jax
 
@@ -9,6 +10,7 @@ from lss_jax.config.schema import ConfigError
 from lss_jax.config.units import shown_size
 from lss_jax.generation.decode import Generation
 from lss_jax.generation.sampling import Sampling
+from lss_jax.huggingface.run import IMPORTED
 from lss_jax.models import shown_count
 from lss_jax.parallel.layout import layout_on
 from lss_jax.parallel.mesh import has_host_memory
@@ -75,11 +77,19 @@ def introduction(trainer: Trainer) -> str:
             f"data     {config.data.source}, {len(train):,} {trainer.task.items} to train on; "
             f"a step is {config.data.batch_size} sequences of {config.data.seq_len:,} tokens, {part:,} per device",
             *trainer.task.introduction(train),
+            *_start(trainer),
             *_offload(trainer),
             f"workdir  {trainer.workdir}" + (f", going on after step {trainer.step}" if trainer.step else ""),
             *(f"changed  {key} from {then!r} to {now!r}" for key, (then, now) in trainer.changes.items()),
         ]
     )
+
+
+def _start(trainer: Trainer) -> Iterator[str]:
+    """Whose parameters a run at step 0 starts with, if not its own."""
+    start = trainer.config.start_from or trainer.workdir / IMPORTED
+    if not trainer.step and Path(start).is_dir():
+        yield f"start    with the parameters in {start}"
 
 
 def _offload(trainer: Trainer) -> Iterator[str]:

@@ -21,7 +21,7 @@ from lss_jax.tasks import Task, make_task
 from lss_jax.tasks.task import means_of, values_of
 from lss_jax.training.checkpointing import converted, natural_like, params_like
 from lss_jax.training.compatibility import check_workdir
-from lss_jax.training.initial import imported_params
+from lss_jax.training.imported import imported_params, with_fresh_adapters
 from lss_jax.training.setup import mesh_of
 from lss_jax.training.step import make_eval_step
 
@@ -65,10 +65,10 @@ def restore_params(model: Model, mesh: Mesh, workdir: Path) -> tuple[int, Params
     stored = params_like(model, mesh)
     found = restore_newest_sound(workdir / "checkpoints", params=natural_like(stored, model.natural_shapes))
     if found is None:
-        params = imported_params(model, mesh, workdir, model.config.seed)
-        if params is None:
+        given = imported_params(model, mesh, workdir)
+        if not given:
             raise ConfigError(f"{workdir} has no checkpoint yet; train there first")
-        return 0, params
+        return 0, with_fresh_adapters(given, model, mesh)
     return found.step, converted(found.items["params"], stored)
 
 

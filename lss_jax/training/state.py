@@ -107,11 +107,17 @@ def state_like(model: Model, optimizer: optax.GradientTransformation, mesh: Mesh
     return like(shapes, state_shardings(model, optimizer, mesh))
 
 
-def init_state(model: Model, optimizer: optax.GradientTransformation, mesh: Mesh, seed: int) -> TrainState:
-    """A fresh state, created in its shards; its values are the same on every mesh."""
+def init_state(
+    model: Model, optimizer: optax.GradientTransformation, mesh: Mesh, seed: int, given: Any = None
+) -> TrainState:
+    """A fresh state, created in its shards; its values are the same on every mesh.
 
-    def create() -> TrainState:
-        params = model.init(jax.random.key(seed))
+    The parameters that are `given` (and donated) are not made anew: they may be some of them, or all.
+    """
+
+    def create(given: Any) -> TrainState:
+        params = model.with_part(given, model.init(jax.random.key(seed)))
         return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(model.only_trained(params)))
 
-    return jax.jit(create, out_shardings=state_shardings(model, optimizer, mesh))()
+    created = jax.jit(create, out_shardings=state_shardings(model, optimizer, mesh), donate_argnums=0)
+    return created(given or {})

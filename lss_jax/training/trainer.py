@@ -28,12 +28,12 @@ from lss_jax.training.checkpointing import converted, natural_like
 from lss_jax.training.compatibility import check_workdir
 from lss_jax.training.evaluation import evaluate_split
 from lss_jax.training.host import check_hosts
-from lss_jax.training.initial import initial_state
 from lss_jax.training.optimizer import make_optimizer, make_schedule
 from lss_jax.training.profile import STEP, Profile
 from lss_jax.training.setup import mesh_of, validate
 from lss_jax.training.skips import Skips
-from lss_jax.training.state import TrainState, state_like
+from lss_jax.training.start import check_start, params_to_start_from
+from lss_jax.training.state import TrainState, init_state, state_like
 from lss_jax.training.step import make_eval_step, trace_train_step
 
 log = logging.getLogger(__name__)
@@ -64,6 +64,7 @@ class Trainer:
         gather_problems(
             lambda: validate(config, len(devices)),
             lambda: check_files(config.data),
+            lambda: check_start(config, workdir) if newest_step(workdir / "checkpoints") is None else None,
             lambda: check_writable(workdir),
         )
         self.mesh = mesh_of(config, devices)
@@ -190,7 +191,8 @@ class Trainer:
             self._metrics.close()
 
     def _fresh(self) -> TrainState:
-        return initial_state(self.model, self._optimizer, self.mesh, self.workdir, self.config.seed)
+        given = params_to_start_from(self.config, self.workdir, self.model, self.mesh)
+        return init_state(self.model, self._optimizer, self.mesh, self.config.seed, given)
 
     def _restored(self, folder: Path) -> Restored | None:
         found = restore_newest_sound(folder, **self._natural)
