@@ -125,6 +125,15 @@ def test_all_kinds_of_sources_in_one_run(files):
     assert made == ["", "", ".turn", ".turn"], "encoded once"
 
 
+def test_prompts_are_asked_of_jsonl_alone(files):
+    (files / "both").mkdir()
+    (files / "both" / "a.txt").write_bytes(TEXT[:3000])
+    (files / "both" / "chat.jsonl").write_bytes((files / "chat.jsonl").read_bytes())
+    config = mixed(files, data__path=str(files / "both"), data__weights=())
+    with pytest.raises(ConfigError, match=r"both has both JSONL and plain text, .*data.prompt_field='question'; give"):
+        open_corpus(config.data)
+
+
 def losses_of(config, workdir, devices, until=None):
     trainer = Trainer(config, workdir, jax.devices()[:devices])
     found = []

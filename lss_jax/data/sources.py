@@ -188,14 +188,14 @@ def stdlib(path: str) -> MemorySource:
 
 
 def stdlib_files() -> list[Path]:
-    """The source files of the standard library, in the order of `stdlib`."""
+    """The source files of the standard library, in the order of `stdlib`, without the empty ones."""
     root = Path(sysconfig.get_path("stdlib"))
     relative = [name.relative_to(root) for name in root.rglob("*.py")]
     names = [name for name in relative if not STDLIB_LEFT_OUT & set(name.parts) and (root / name).is_file()]
     names.sort(key=lambda name: hashlib.sha256(name.as_posix().encode()).digest())
     if not names:
         raise ConfigError(f'data.source="stdlib": no .py files under {root}; use data.source="text" and data.path')
-    return [root / name for name in names]
+    return [root / name for name in names if (root / name).stat().st_size]
 
 
 def text(path: str) -> FileSource:
