@@ -130,8 +130,11 @@ def test_prompts_are_asked_of_jsonl_alone(files):
     (files / "both" / "a.txt").write_bytes(TEXT[:3000])
     (files / "both" / "chat.jsonl").write_bytes((files / "chat.jsonl").read_bytes())
     config = mixed(files, data__path=str(files / "both"), data__weights=())
+    apart = mixed(files, data__path=f"{files}/both/*.jsonl, {files}/both/*.txt", data__weights=(), data__separator="\n")
     with pytest.raises(ConfigError, match=r"both has both JSONL and plain text, .*data.prompt_field='question'; give"):
         open_corpus(config.data)
+    chats, text = open_corpus(apart.data).streams["train"]
+    assert len(chats.documents) > 150 and len(text.documents) > 10, "a separator, too, is asked of plain text alone"
 
 
 def losses_of(config, workdir, devices, until=None):

@@ -130,8 +130,8 @@ def _encoded(files: Sequence[Path], config: DataConfig) -> TokenFile:
     """The files as a token file in the cache folder, made there if it is not yet; processes of a host take turns."""
     import pooch  # imported late: in a notebook the import itself warns about progress bars
 
-    tokenizer, fields = load_tokenizer(config.tokenizer), _fields(files, config)
-    recipe = tokenizer.fingerprint, config.separator, fields, [_seen(file) for file in files]
+    tokenizer, (fields, separator) = load_tokenizer(config.tokenizer), _fields_and_separator(files, config)
+    recipe = tokenizer.fingerprint, separator, fields, [_seen(file) for file in files]
     digest = hashlib.sha256(repr(recipe).encode()).hexdigest()
     out = Path(pooch.os_cache("lss_jax")) / "tokens" / digest[:32]
     try:
@@ -139,7 +139,7 @@ def _encoded(files: Sequence[Path], config: DataConfig) -> TokenFile:
         with _turn(out):
             if out.is_file():
                 return TokenFile(out)
-            return encode(files, out, tokenizer, fields=fields, separator=config.separator, progress=is_first())
+            return encode(files, out, tokenizer, fields=fields, separator=separator, progress=is_first())
     except OSError as error:
         raise ConfigError(
             f"{out.parent}, where encoded text is kept, cannot be written to ({error.strerror}); set XDG_CACHE_HOME to "
@@ -155,8 +155,8 @@ def _turn(out: Path) -> Iterator[None]:
         yield
 
 
-def _fields(files: Sequence[Path], config: DataConfig) -> Fields:
-    """The fields of a source's JSONL; plain text has neither prompts nor answers, and is learned whole.
+def _fields_and_separator(files: Sequence[Path], config: DataConfig) -> tuple[Fields, str]:
+    """What the config says of files of this kind: plain text has no prompts, and is learned whole; JSONL no separator.
 
     Raises:
       ConfigError: there are prompts, and only some of the files are JSONL.
@@ -168,7 +168,7 @@ def _fields(files: Sequence[Path], config: DataConfig) -> Fields:
             f"{config.prompt_field!r}; give them as two parts with a comma between, as in 'chats/*.jsonl, books/*.txt'"
         )
     prompts = (config.prompt_field, config.answer_field) if True in are_jsonl else ("", "")
-    return Fields(config.field, *prompts)
+    return Fields(config.field, *prompts), config.separator if False in are_jsonl else ""
 
 
 def _seen(file: Path) -> tuple[str, int, int]:

@@ -73,8 +73,17 @@ def _matches(path: Path) -> list[Path]:
         return [path]
     if path.is_dir():
         below = (file for file in path.rglob("*") if not any(p.startswith(".") for p in file.relative_to(path).parts))
-        return [file for file in below if file.name.lower().removesuffix(".gz").endswith(SUFFIXES) and file.is_file()]
+        return [file for file in below if _unzipped(file).endswith(SUFFIXES) and file.is_file()]
     return [Path(name) for name in glob.glob(str(path), recursive=True) if Path(name).is_file()]
+
+
+def _unzipped(path: Path) -> str:
+    """The name of a file, in lower case, without .gz."""
+    return path.name.lower().removesuffix(".gz")
+
+
+def _is_jsonl(path: Path) -> bool:
+    return _unzipped(path).endswith(JSONL)
 
 
 class Documents:
@@ -91,6 +100,11 @@ class Documents:
         self.position = 0
 
     def __iter__(self) -> Iterator[Block]:
+        if self._separator and all(_is_jsonl(path) for path in self._files):
+            raise ConfigError(
+                f"the separator {self._separator.decode()!r} has no use in JSONL files, where a line is a document; "
+                f"leave it out"
+            )
         before = 0
         for path in self._files:
             try:
@@ -109,15 +123,13 @@ class Documents:
                 ) from error
 
     def _blocks(self, path: Path, raw: IO[bytes]) -> Iterator[Block]:
-        name = path.name.lower()
-        file: Binary = gzip.GzipFile(fileobj=raw, mode="rb") if name.endswith(".gz") else raw
-        name = name.removesuffix(".gz")
-        if name.endswith(".json"):
+        file: Binary = gzip.GzipFile(fileobj=raw, mode="rb") if path.suffix.lower() == ".gz" else raw
+        if _unzipped(path).endswith(".json"):
             raise ConfigError(
                 f"{path} is by its name neither plain text nor JSONL; name it .jsonl if it has an object per line, "
                 f"else .txt"
             )
-        blocks = self._of_lines(path, file) if name.endswith(JSONL) else self._of_text(path, file)
+        blocks = self._of_lines(path, file) if _is_jsonl(path) else self._of_text(path, file)
         empty = True
         for block in blocks:
             empty = False

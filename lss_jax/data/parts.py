@@ -4,7 +4,6 @@ import contextlib
 import fcntl
 import json
 import os
-import shutil
 import zipfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -15,6 +14,8 @@ import numpy as np
 from lss_jax.config.schema import ConfigError, RunError
 from lss_jax.data.text import Tokenizer
 from lss_jax.data.token_file import About, Column, dtype_of, write_token_file
+
+LOCK = "lock"
 
 
 class Part(NamedTuple):
@@ -37,10 +38,8 @@ def locked_folder(out: Path) -> Iterator[Path]:
     """
     folder = out.with_name(f"{out.name}.parts")
     try:
-        lock = _locked(folder)
-        while not (folder.exists() and os.path.samestat(os.fstat(lock), folder.stat())):  # removed by the one before
-            os.close(lock)
-            lock = _locked(folder)
+        while (lock := _locked(folder)) is None:
+            pass
     except BlockingIOError as error:
         raise RunError(f"another process is writing {out}; wait for it, or choose another --out") from error
     except OSError as error:
@@ -49,17 +48,28 @@ def locked_folder(out: Path) -> Iterator[Path]:
         yield folder
     finally:
         os.close(lock)
+        with contextlib.suppress(OSError):  # NFS removes a folder only when no file in it is open
+            folder.rmdir()
 
 
-def _locked(folder: Path) -> int:
+def _locked(folder: Path) -> int | None:
+    """The open and locked file LOCK of the folder; None if another process has removed it meanwhile."""
     folder.mkdir(exist_ok=True)
-    lock = os.open(folder, os.O_RDONLY)
+    try:
+        lock = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT)
+    except FileNotFoundError:
+        return None
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if os.path.samestat(os.fstat(lock), os.stat(folder / LOCK)):
+            return lock
+    except FileNotFoundError:
+        pass
     except OSError:
         os.close(lock)
         raise
-    return lock
+    os.close(lock)
+    return None
 
 
 def prepare(folder: Path, request: dict[str, Any]) -> None:
@@ -68,7 +78,8 @@ def prepare(folder: Path, request: dict[str, Any]) -> None:
     if noted.exists() and noted.read_text() == written:
         return
     for file in folder.iterdir():
-        file.unlink()
+        if file.name != LOCK:
+            file.unlink()
     noted.write_text(written)
 
 
@@ -134,5 +145,8 @@ def _column(array: np.ndarray) -> Column:
 
 
 def remove(folder: Path) -> None:
-    """Removes the parts."""
-    shutil.rmtree(folder)
+    """Removes the parts and, where the system can while it is locked, their folder."""
+    for file in folder.iterdir():
+        file.unlink()
+    with contextlib.suppress(OSError):
+        folder.rmdir()

@@ -19,7 +19,7 @@ class Tokenizer(Protocol):
     fingerprint: str  # "bytes", or the SHA-256 of the file
     end: int | None  # the token that ends documents
     end_text: str  # how it is written; empty if there is none
-    first: np.ndarray  # int32 `[0]` or `[1]`, the tokens with which each text begins
+    first: np.ndarray  # int32, the tokens with which each text begins
     token_bytes: np.ndarray  # uint16 `[V]`, the length of `bytes_of`
 
     def tokens_of(self, text: bytes) -> np.ndarray:

@@ -45,7 +45,7 @@ def bytes_of_tokens(
 
 def _kind(path: str, spec: dict[str, Any]) -> Callable[[str], bytes]:
     """The function from a token as it is written in the file to its bytes."""
-    decoders = list(_decoders(spec["decoder"]))
+    decoders = list(_decoders(spec.get("decoder")))
     kinds = {decoder["type"] for decoder in decoders}
     if kinds == {"ByteLevel"}:
         return _byte_level
@@ -53,7 +53,7 @@ def _kind(path: str, spec: dict[str, Any]) -> Callable[[str], bytes]:
     if spaces and kinds <= SENTENCEPIECE:
         return functools.partial(_sentencepiece, fallback="ByteFallback" in kinds)
     raise ConfigError(
-        f"data.tokenizer={path!r} is of type {spec['model']['type']} with decoders {sorted(kinds) or 'none'}: the "
+        f"data.tokenizer={path!r} is of type {spec['model'].get('type')} with decoders {sorted(kinds) or 'none'}: the "
         f"bytes of its tokens depend on the tokens beside them, or are not known, and then no text can be streamed and "
         f"no bits per byte computed; use a byte-level BPE (GPT-2, Llama 3, Qwen), or one of SentencePiece (Llama 2)"
     )

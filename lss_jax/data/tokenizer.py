@@ -14,6 +14,7 @@ from lss_jax.data.text import BYTES, ByteText, Tokenizer
 from lss_jax.data.token_bytes import SPACE, bytes_of_tokens
 
 END = "<|endoftext|>"  # ends documents, unless a tokenizer_config.json names another token
+LETTERS = "xA0"  # one of which every tokenizer knows, also one of genomes or of digits
 LINE_FEED = "\n"  # before a text that goes on, for tokenizers that begin each text with a space
 
 
@@ -45,9 +46,8 @@ class JsonTokenizer:
         self._written_bytes = np.array([len(part) for part in self._written])
         self.end_text = self._end_text(file) if end is None else end
         self.end = self._token(self.end_text) if self.end_text else None
-        self.first = self._first()
+        self.first, self._begins_with_space = self._beginning()
         self._line_feed = self._plain([LINE_FEED])[0]
-        self._begins_with_space = len(b"".join(self._bytes[t] for t in self._plain(["x"])[0])) > 1
         self._sound: set[str] = set()  # characters that are known to have tokens
 
     def tokens_of(self, text: bytes) -> np.ndarray:
@@ -105,10 +105,12 @@ class JsonTokenizer:
             )
         return ids[count:]
 
-    def _first(self) -> np.ndarray:
-        plain, processed = (self._tokenizer.encode("x", add_special_tokens=special).ids for special in (False, True))
+    def _beginning(self) -> tuple[np.ndarray, bool]:
+        """What the post-processor puts before a text, and whether there is a space before it besides."""
+        known = next((letter for letter in LETTERS if len(self._plain([letter])[0])), LETTERS[0])
+        plain, processed = (self._tokenizer.encode(known, add_special_tokens=special).ids for special in (False, True))
         starts = (s for s in range(len(processed)) if processed[s : s + len(plain)] == plain)
-        return np.array(processed[: next(starts, 0)], np.int32)
+        return np.array(processed[: next(starts, 0)], np.int32), sum(len(self._bytes[t]) for t in plain) > 1
 
     def _end_text(self, file: Path) -> str:
         beside = file.with_name("tokenizer_config.json")
