@@ -13,6 +13,8 @@ from token_files import VOCAB, documents_of, write_tokenizer, write_tokens
 from lss_jax.config.schema import ConfigError, RunError, from_dict
 from lss_jax.data.corpus import check_files, is_packed, open_corpus
 from lss_jax.data.mixture import BLOCK, allotted, drawn, in_order
+from lss_jax.data.sources import fingerprint
+from lss_jax.data.token_file import TokenFile
 from lss_jax.data.tokenizer import load_tokenizer
 from lss_jax.inspection.audit import audit_step, problems
 from lss_jax.reports.runs import caveats, check_comparable, read_runs
@@ -180,6 +182,18 @@ def test_the_fingerprint_covers_every_source(files, tmp_path):
     with pytest.raises(ConfigError, match=r"bytes with fingerprint \w{12}, but the run in .* was trained on"):
         Trainer(config, tmp_path / "run", jax.devices()[:1])
     chats.write_bytes(before)
+
+
+def test_a_fingerprint_is_that_of_the_tokens_wherever_their_text_was(tmp_path):
+    documents, token_bytes = documents_of([50] * 20, [0] * 20, 256), np.ones(256)
+    one = write_tokens(tmp_path / "one", documents, token_bytes, None)
+    moved = write_tokens(tmp_path / "moved", documents, token_bytes, None, files=json.dumps([["/elsewhere/text", 1]]))
+    other = write_tokens(tmp_path / "other", [(documents[0][0], 9), *documents[1:]], token_bytes, None)
+    found = [fingerprint(TokenFile(file)) for file in (one, moved, other)]
+    assert found[0] == found[1] and found[0]["text_bytes"] == 1000
+    assert found[0]["sha256"] != found[2]["sha256"], "what counts as a target is part of it"
+    both = fingerprint(TokenFile(one), TokenFile(other))
+    assert both["bytes"] == 2 * found[0]["bytes"] and both["sha256"] != found[0]["sha256"]
 
 
 def test_a_token_file_that_changes_under_a_run_is_seen(files, tmp_path):
