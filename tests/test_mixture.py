@@ -116,7 +116,7 @@ def test_all_kinds_of_sources_in_one_run(files):
     assert TEXT.startswith(decoded[: min(3000, len(decoded))])
     tokens = chats.tokens[0 : len(chats.tokens)]
     learned = [
-        int(t) for t, counts in zip(tokens, chats.documents.count(np.arange(len(tokens))), strict=True) if counts
+        int(t) for t, counts in zip(tokens, chats.documents.are_targets(np.arange(len(tokens))), strict=True) if counts
     ]
     answers = b"".join(text.bytes_of(token) for token in learned)
     assert answers.startswith(b"It is 0, I think.") and b"What" not in answers
