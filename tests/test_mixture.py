@@ -127,6 +127,18 @@ def test_all_kinds_of_sources_in_one_run(files):
     assert made == ["", "", ".turn", ".turn"], "encoded once"
 
 
+def test_what_was_encoded_before_and_is_damaged_is_named(files):
+    (files / "more").mkdir()
+    (files / "more" / "a.txt").write_bytes(TEXT[:4000])
+    config = mixed(files, data__path=str(files / "more"), data__weights=())
+    (stream,) = open_corpus(config.data).streams["train"]
+    os.truncate(stream.tokens.source.path, 1000)
+    with pytest.raises(
+        ConfigError, match=r"it is truncated; .*it is only kept to save time: remove it, and it is made"
+    ):
+        open_corpus(config.data)
+
+
 def test_prompts_are_asked_of_jsonl_alone(files):
     (files / "both").mkdir()
     (files / "both" / "a.txt").write_bytes(TEXT[:3000])

@@ -138,13 +138,21 @@ def _encoded(files: Sequence[Path], config: DataConfig) -> TokenFile:
         out.parent.mkdir(parents=True, exist_ok=True)
         with _turn(out):
             if out.is_file():
-                return TokenFile(out)
+                return _kept(out)
             return encode(files, out, tokenizer, fields=fields, separator=separator, progress=is_first())
     except OSError as error:
         raise ConfigError(
             f"{out.parent}, where encoded text is kept, cannot be written to ({error.strerror}); set XDG_CACHE_HOME to "
             f"a folder that can, or encode the text elsewhere with python -m lss_jax.tokenize"
         ) from error
+
+
+def _kept(out: Path) -> TokenFile:
+    """A file that was encoded before."""
+    try:
+        return TokenFile(out)
+    except ConfigError as error:
+        raise ConfigError(f"{error}; it is only kept to save time: remove it, and it is made again") from error
 
 
 @contextmanager
