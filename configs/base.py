@@ -83,8 +83,8 @@ def get_config() -> ConfigDict:
     # "text": files, folders, globs, .jsonl, .gz or token files, comma-separated, each a source of its own; "enwik8":
     # the raw file or a prefix of it, empty to download it.
     data.path = ""
-    data.weights = ()  # how often windows come from each source at data.path; empty: by size
     data.tokenizer = "bytes"  # each byte is a token; or the path of a tokenizer.json
+    data.weights = ()  # how often windows come from each source at data.path; empty: by size
     data.separator = ""  # string that ends a document of plain text; empty: a file is one
     data.field = "text"  # of JSONL objects: the document
     data.prompt_field = ""  # or, instead, a prompt, and in the next field the answer, which alone is learned

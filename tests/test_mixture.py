@@ -13,6 +13,8 @@ from token_files import VOCAB, documents_of, write_tokenizer, write_tokens
 from lss_jax.config.schema import ConfigError, RunError, from_dict
 from lss_jax.data.corpus import check_files, is_packed, open_corpus
 from lss_jax.data.mixture import BLOCK, allotted, drawn, in_order
+from lss_jax.data.sources import fingerprint
+from lss_jax.data.token_file import TokenFile
 from lss_jax.data.tokenizer import load_tokenizer
 from lss_jax.inspection.audit import audit_step, problems
 from lss_jax.reports.runs import caveats, check_comparable, read_runs
@@ -114,7 +116,7 @@ def test_all_kinds_of_sources_in_one_run(files):
     assert TEXT.startswith(decoded[: min(3000, len(decoded))])
     tokens = chats.tokens[0 : len(chats.tokens)]
     learned = [
-        int(t) for t, counts in zip(tokens, chats.documents.count(np.arange(len(tokens))), strict=True) if counts
+        int(t) for t, counts in zip(tokens, chats.documents.are_targets(np.arange(len(tokens))), strict=True) if counts
     ]
     answers = b"".join(text.bytes_of(token) for token in learned)
     assert answers.startswith(b"It is 0, I think.") and b"What" not in answers
@@ -123,6 +125,30 @@ def test_all_kinds_of_sources_in_one_run(files):
     assert sources[0] == f"source   57.1% of the windows from {files / 'tokens'}, 3,600 tokens" and len(sources) == 3
     made = sorted(file.suffix for file in (files / "cache").rglob("*") if file.is_file())
     assert made == ["", "", ".turn", ".turn"], "encoded once"
+
+
+def test_what_was_encoded_before_and_is_damaged_is_named(files):
+    (files / "more").mkdir()
+    (files / "more" / "a.txt").write_bytes(TEXT[:4000])
+    config = mixed(files, data__path=str(files / "more"), data__weights=())
+    (stream,) = open_corpus(config.data).streams["train"]
+    os.truncate(stream.tokens.source.path, 1000)
+    with pytest.raises(
+        ConfigError, match=r"it is truncated; .*it is only kept to save time: remove it, and it is made"
+    ):
+        open_corpus(config.data)
+
+
+def test_prompts_are_asked_of_jsonl_alone(files):
+    (files / "both").mkdir()
+    (files / "both" / "a.txt").write_bytes(TEXT[:3000])
+    (files / "both" / "chat.jsonl").write_bytes((files / "chat.jsonl").read_bytes())
+    config = mixed(files, data__path=str(files / "both"), data__weights=())
+    apart = mixed(files, data__path=f"{files}/both/*.jsonl, {files}/both/*.txt", data__weights=(), data__separator="\n")
+    with pytest.raises(ConfigError, match=r"both has both JSONL and plain text, .*data.prompt_field='question'; give"):
+        open_corpus(config.data)
+    chats, text = open_corpus(apart.data).streams["train"]
+    assert len(chats.documents) > 150 and len(text.documents) > 10, "a separator, too, is asked of plain text alone"
 
 
 def losses_of(config, workdir, devices, until=None):
@@ -168,6 +194,18 @@ def test_the_fingerprint_covers_every_source(files, tmp_path):
     with pytest.raises(ConfigError, match=r"bytes with fingerprint \w{12}, but the run in .* was trained on"):
         Trainer(config, tmp_path / "run", jax.devices()[:1])
     chats.write_bytes(before)
+
+
+def test_a_fingerprint_is_that_of_the_tokens_wherever_their_text_was(tmp_path):
+    documents, token_bytes = documents_of([50] * 20, [0] * 20, 256), np.ones(256)
+    one = write_tokens(tmp_path / "one", documents, token_bytes, None)
+    moved = write_tokens(tmp_path / "moved", documents, token_bytes, None, files=json.dumps([["/elsewhere/text", 1]]))
+    other = write_tokens(tmp_path / "other", [(documents[0][0], 9), *documents[1:]], token_bytes, None)
+    found = [fingerprint(TokenFile(file)) for file in (one, moved, other)]
+    assert found[0] == found[1] and found[0]["text_bytes"] == 1000
+    assert found[0]["sha256"] != found[2]["sha256"], "what counts as a target is part of it"
+    both = fingerprint(TokenFile(one), TokenFile(other))
+    assert both["bytes"] == 2 * found[0]["bytes"] and both["sha256"] != found[0]["sha256"]
 
 
 def test_a_token_file_that_changes_under_a_run_is_seen(files, tmp_path):

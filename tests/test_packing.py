@@ -23,7 +23,10 @@ from lss_jax.data.packing import documents_between, split_ends
 from lss_jax.data.sources import SPLITS
 from lss_jax.data.token_file import TokenFile
 from lss_jax.data.tokenizer import load_tokenizer
+from lss_jax.generation.decode import Generation
+from lss_jax.generation.sampling import Sampling
 from lss_jax.tasks import make_task
+from lss_jax.training.state import param_shardings
 from lss_jax.training.step import make_eval_step
 
 MORE = [20] * 30  # short documents, so that splits end between two
@@ -104,6 +107,18 @@ def test_gradient_equals_the_oracle_where_positions_restart(corpus, case):
     check_documents_against_oracle(corpus, *mesh, data__restart_positions=True, **RESTARTED[variant], **heads)
 
 
+def test_a_text_goes_on_alike_where_positions_restart():
+    """A text is one document: a replicated table of positions gives what a sharded one gives."""
+    texts = []
+    for restarts in (False, True):
+        changes = {"model__layers": 1, "data__separator": "|", "data__restart_positions": restarts}
+        model, mesh = model_on(1, 2, 2, **changes)
+        placed = jax.device_put(perturbed_params(model), param_shardings(model, mesh))
+        prompts, sampling = [b"ab", b"a longer one"], Sampling(temperature=0.0, top_k=None, top_p=1.0, seed=0)
+        texts.append(list(Generation(model.config, mesh, placed, prompts=prompts, tokens=6, sampling=sampling)))
+    assert texts[0] == texts[1]
+
+
 def test_positions_that_do_not_restart_are_seen(corpus, monkeypatch):
     """The mutation: the comparison can fail."""
     monkeypatch.setattr("lss_jax.tasks.language_model.LanguageModel.positions", lambda task, batch: batch.positions)
@@ -113,7 +128,9 @@ def test_positions_that_do_not_restart_are_seen(corpus, monkeypatch):
 
 def test_a_prompt_that_counts_is_seen(corpus, monkeypatch):
     """Another mutation: only the first token of a document is left out."""
-    monkeypatch.setattr("lss_jax.data.packing.Documents.count", lambda self, offsets: offsets > self.bounds(offsets)[0])
+    monkeypatch.setattr(
+        "lss_jax.data.packing.Packing.are_targets", lambda self, offsets: offsets > self.bounds(offsets)[0]
+    )
     with pytest.raises(AssertionError, match="relative error"):
         check_documents_against_oracle(corpus, 1, 8, model__positions="rope")
 
@@ -179,7 +196,7 @@ def test_a_part_of_a_document_keeps_its_prompt(tmp_path):
     file = TokenFile(write_tokens(tmp_path / "tokens", documents_of([10, 100], [0, 90], 256), np.ones(256), None))
     documents = documents_between(file, 50, 110)
     assert len(documents) == 1
-    np.testing.assert_array_equal(documents.count(np.arange(60)), np.arange(60) >= 50)
+    np.testing.assert_array_equal(documents.are_targets(np.arange(60)), np.arange(60) >= 50)
     assert documents.bounds(np.array([0, 59])).tolist()[0] == [0, 0]
 
 

@@ -78,8 +78,8 @@ class ModelConfig:
 class DataConfig:
     source: Literal["stdlib", "enwik8", "text"]
     path: str
-    weights: tuple[float, ...]
     tokenizer: str
+    weights: tuple[float, ...]
     separator: str
     field: str
     prompt_field: str

@@ -130,23 +130,29 @@ def _encoded(files: Sequence[Path], config: DataConfig) -> TokenFile:
     """The files as a token file in the cache folder, made there if it is not yet; processes of a host take turns."""
     import pooch  # imported late: in a notebook the import itself warns about progress bars
 
-    tokenizer = load_tokenizer(config.tokenizer)
-    digest = hashlib.sha256("\n".join(_recipe(files, config, tokenizer.fingerprint)).encode()).hexdigest()
+    tokenizer, (fields, separator) = load_tokenizer(config.tokenizer), _fields_and_separator(files, config)
+    recipe = tokenizer.fingerprint, separator, fields, [_seen(file) for file in files]
+    digest = hashlib.sha256(repr(recipe).encode()).hexdigest()
     out = Path(pooch.os_cache("lss_jax")) / "tokens" / digest[:32]
-    fields = Fields(config.field, config.prompt_field, config.answer_field)
-    if not all(_is_jsonl(file) for file in files):
-        fields = Fields(config.field, "", "")  # plain text has no prompts
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         with _turn(out):
             if out.is_file():
-                return TokenFile(out)
-            return encode(files, out, tokenizer, fields=fields, separator=config.separator, progress=is_first())
+                return _kept(out)
+            return encode(files, out, tokenizer, fields=fields, separator=separator, progress=is_first())
     except OSError as error:
         raise ConfigError(
             f"{out.parent}, where encoded text is kept, cannot be written to ({error.strerror}); set XDG_CACHE_HOME to "
             f"a folder that can, or encode the text elsewhere with python -m lss_jax.tokenize"
         ) from error
+
+
+def _kept(out: Path) -> TokenFile:
+    """A file that was encoded before."""
+    try:
+        return TokenFile(out)
+    except ConfigError as error:
+        raise ConfigError(f"{error}; it is only kept to save time: remove it, and it is made again") from error
 
 
 @contextmanager
@@ -157,16 +163,26 @@ def _turn(out: Path) -> Iterator[None]:
         yield
 
 
-def _is_jsonl(file: Path) -> bool:
-    return file.name.lower().removesuffix(".gz").endswith(JSONL)
+def _fields_and_separator(files: Sequence[Path], config: DataConfig) -> tuple[Fields, str]:
+    """What the config says of files of this kind: plain text has no prompts, and is learned whole; JSONL no separator.
+
+    Raises:
+      ConfigError: there are prompts, and only some of the files are JSONL.
+    """
+    are_jsonl = {file.name.lower().removesuffix(".gz").endswith(JSONL) for file in files}
+    if config.prompt_field and len(are_jsonl) == 2:
+        raise ConfigError(
+            f"data.path: {files[0].parent} has both JSONL and plain text, in which there is no data.prompt_field="
+            f"{config.prompt_field!r}; give them as two parts with a comma between, as in 'chats/*.jsonl, books/*.txt'"
+        )
+    prompts = (config.prompt_field, config.answer_field) if True in are_jsonl else ("", "")
+    return Fields(config.field, *prompts), config.separator if False in are_jsonl else ""
 
 
-def _recipe(files: Sequence[Path], config: DataConfig, tokenizer: str) -> Iterator[str]:
-    """All on which the encoded tokens depend, a line each."""
-    yield from (tokenizer, repr(config.separator), repr((config.field, config.prompt_field, config.answer_field)))
-    for file in files:
-        seen = file.stat()
-        yield f"{file.absolute()} {seen.st_size} {seen.st_mtime_ns}"
+def _seen(file: Path) -> tuple[str, int, int]:
+    """A file by its path, size and time."""
+    seen = file.stat()
+    return str(file.absolute()), seen.st_size, seen.st_mtime_ns
 
 
 def _of_tokens(file: TokenFile, config: DataConfig) -> dict[str, Stream]:

@@ -15,7 +15,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from lss_jax.data.batch import IGNORED, Batch, batch_like
-from lss_jax.data.packing import Documents, Stream, Tokens
+from lss_jax.data.packing import Packing, Stream, Tokens
 from lss_jax.parallel.layout import Layout
 
 T = TypeVar("T")
@@ -28,7 +28,7 @@ class Window(NamedTuple):
     start: int
 
 
-def windows_at(tokens: Tokens, starts_B: np.ndarray, documents: Documents | None = None) -> list[Window]:
+def windows_at(tokens: Tokens, starts_B: np.ndarray, documents: Packing | None = None) -> list[Window]:
     """The windows of one stream at `starts_B`."""
     return [Window(Stream(tokens, documents), int(start)) for start in starts_B]
 
@@ -99,7 +99,7 @@ def _read(window: Window, run: range, seq_len: int) -> np.ndarray:
     tokens[:count] = found[:count]
     targets[: max(len(found) - 1, 0)] = found[1:]
     if documents is not None:
-        targets[~documents.count(start + 1 + np.arange(run.start, run.stop))] = IGNORED
+        targets[~documents.are_targets(start + 1 + np.arange(run.start, run.stop))] = IGNORED
     return np.stack((tokens, targets))
 
 

@@ -20,8 +20,8 @@ class Tokens(Protocol):
     def __getitem__(self, part: slice, /) -> np.ndarray: ...
 
 
-class Documents:
-    """The documents of a stream, one after the other; the last one goes on to the end of the stream.
+class Packing:
+    """The documents of a stream, packed one after the other; the last one goes on to the end of the stream.
 
     Args:
       ends: int64 `[D]`, ascending: the offset behind each document's last token.
@@ -43,7 +43,7 @@ class Documents:
         ends = np.where(number < len(self) - 1, self._ends[number] - self._origin, ENDLESS)
         return np.stack((starts, ends))
 
-    def count(self, offsets: np.ndarray) -> np.ndarray:
+    def are_targets(self, offsets: np.ndarray) -> np.ndarray:
         """Whether the tokens at these offsets count as targets: they are learned, and not the first of a document."""
         if self._first_targets is None:
             return offsets > self.bounds(offsets)[0]
@@ -57,10 +57,10 @@ class Stream(NamedTuple):
     """A split of a source: its tokens, and the documents that they are; None: all are one, and no batch says so."""
 
     tokens: Tokens
-    documents: Documents | None
+    documents: Packing | None
 
 
-def separated(text: np.ndarray, separator: str) -> Documents | None:
+def separated(text: np.ndarray, separator: str) -> Packing | None:
     """The documents of a text (uint8), each of which ends with `separator`; None if that is empty. Reads all of it.
 
     Raises:
@@ -74,19 +74,19 @@ def separated(text: np.ndarray, separator: str) -> Documents | None:
             f"data.separator={separator!r} does not occur in a split of {len(text)} bytes; give a string that ends "
             f"documents (in a shell $'\\n\\n' is two line feeds), or leave it empty"
         )
-    return Documents(np.append(ends, ENDLESS))
+    return Packing(np.append(ends, ENDLESS))
 
 
-def undivided() -> Documents:
+def undivided() -> Packing:
     """A stream as a single document, among others that have several."""
-    return Documents(np.array([ENDLESS]))
+    return Packing(np.array([ENDLESS]))
 
 
-def documents_between(file: TokenFile, start: int, stop: int) -> Documents:
+def documents_between(file: TokenFile, start: int, stop: int) -> Packing:
     """The documents, whole or in part, of the tokens from `start` to `stop` of a token file."""
     first = np.searchsorted(file.document_ends, start, side="right")
     last = np.searchsorted(file.document_ends, stop, side="left")
-    return Documents(file.document_ends[first : last + 1], file.first_targets[first : last + 1], start)
+    return Packing(file.document_ends[first : last + 1], file.first_targets[first : last + 1], start)
 
 
 def split_ends(file: TokenFile) -> list[int]:

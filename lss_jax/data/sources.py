@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from lss_jax.config.schema import ConfigError, DataConfig, RunError
+from lss_jax.data.token_file import LENGTH_BYTES, TokenFile
 
 WHOLE = 2**28  # bytes; of a longer file this many are hashed, in evenly spaced blocks
 BLOCK = 2**12
@@ -160,10 +161,21 @@ def fingerprint(*sources: Source) -> dict[str, Any]:
 
     Of a long one only blocks are read, evenly spaced from its start to its end.
     """
-    digests = [_sha256(source.mapped()) for source in sources]
-    sha256 = digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
-    size, text_bytes = (sum(sizes) for sizes in zip(*((len(s.mapped()), s.text_bytes) for s in sources), strict=True))
-    return {"bytes": size, "sha256": sha256, "text_bytes": text_bytes}
+    contents = [_contents(source) for source in sources]
+    digests = [_sha256(data) for data in contents]
+    return {
+        "bytes": sum(map(len, contents)),
+        "sha256": digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest(),
+        "text_bytes": sum(source.text_bytes for source in sources),
+    }
+
+
+def _contents(source: Source) -> np.ndarray:
+    """The bytes of a source; of a token file without its header, which says where the files of its text were."""
+    data = source.mapped()
+    if not isinstance(source, TokenFile):
+        return data
+    return data[LENGTH_BYTES + int.from_bytes(data[:LENGTH_BYTES].tobytes(), "little") :]
 
 
 def _sha256(data: np.ndarray) -> str:
@@ -188,14 +200,14 @@ def stdlib(path: str) -> MemorySource:
 
 
 def stdlib_files() -> list[Path]:
-    """The source files of the standard library, in the order of `stdlib`."""
+    """The source files of the standard library, in the order of `stdlib`, without the empty ones."""
     root = Path(sysconfig.get_path("stdlib"))
     relative = [name.relative_to(root) for name in root.rglob("*.py")]
     names = [name for name in relative if not STDLIB_LEFT_OUT & set(name.parts) and (root / name).is_file()]
     names.sort(key=lambda name: hashlib.sha256(name.as_posix().encode()).digest())
     if not names:
         raise ConfigError(f'data.source="stdlib": no .py files under {root}; use data.source="text" and data.path')
-    return [root / name for name in names]
+    return [root / name for name in names if (root / name).stat().st_size]
 
 
 def text(path: str) -> FileSource:
