@@ -22,6 +22,7 @@ def test_the_commands_of_the_guide(tmp_path):
     script = "set -e\n" + "\n".join(blocks)
     done = subprocess.run(["bash", "-c", script], cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
+    assert "the opposite of hot is cold" in done.stdout
     for said in ("bits/byte", "runs/llama-hf: LlamaForCausalLM, float32", "runs/tuned-hf: LlamaForCausalLM"):
         assert said in done.stdout
     for folder in ("llama-hf", "extended-hf", "tuned-hf"):
