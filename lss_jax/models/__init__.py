@@ -2,9 +2,8 @@
 
 A new family is one file, and one line in `FAMILIES`: an NNX module made of `(config, rngs)` that maps a local batch's
 inputs and a `Segment` to its outputs. Each of its parameters says in its metadata how it is sharded (`spec`), and
-whether it has a row for each position of the sequence (`row_per_position`). Linear maps of the class `Linear` can have
-adapters. A family that `generates` text has a module
-with a method `recall`, as the decoder's.
+whether it has a row for each position of the sequence (`row_per_position`). A family that `generates` text has a module
+with a method `recall`, as the decoder's. Linear maps of the class `Linear` can have adapters.
 """
 
 import dataclasses
@@ -22,7 +21,7 @@ from lss_jax.models.adapters import add_adapters
 from lss_jax.models.decoder import Decoder
 from lss_jax.models.family import Costs, Family
 from lss_jax.models.freezing import freeze, name_of
-from lss_jax.models.layers import is_trained
+from lss_jax.models.layers import is_frozen
 from lss_jax.models.shares import NOT_GATHERED, place_weights
 
 DECODER = Costs(decoder_costs.traffic, decoder_costs.products, decoder_costs.reaches_layers)
@@ -156,7 +155,7 @@ def build_model(config: Config, mesh: Mesh | AbstractMesh | None = None) -> Mode
     tables = metadata(lambda variable: "row_per_position" in variable.get_metadata() and variable.row_per_position)
     gathers = metadata(lambda variable: variable.get_metadata().get("gathers", NOT_GATHERED))
     on_host = metadata(lambda variable: variable.get_metadata().get("on_host", False))
-    trained = metadata(lambda variable: is_trained((), variable))
+    trained = metadata(lambda variable: not is_frozen(variable))
     names = jax.tree_util.tree_map_with_path(lambda path, _: name_of(key.key for key in path), shapes)
     return Model(config, graphdef, shapes, natural_shapes, specs, tables, trained, names, gathers, on_host)
 

@@ -60,7 +60,8 @@ def traffic(config: Config, mesh: Mesh | AbstractMesh, trained: Trained) -> Iter
 def _attention_needs_input(config: Config, mesh: Mesh | AbstractMesh, trained: Trained) -> bool:
     """Whether the backward pass of attention's projections needs their input: for a gradient, or to recompute them."""
     attention = trained["stack"]["blocks"]["attention"]
-    gradients = any(jax.tree.leaves([attention[name] for name in ("query", "key", "value")]))
+    projections = (attention[name].items() for name in ("query", "key", "value"))
+    gradients = any(is_trained for items in projections for name, is_trained in items if name != "bias")
     return gradients or any(STRATEGIES[config.attention.strategy].recomputed(setting_on(config, mesh)))
 
 

@@ -150,9 +150,14 @@ def merged(kernel: np.ndarray, lora_a: np.ndarray, lora_b: np.ndarray, scale: fl
     return kernel + np.float32(scale) * np.tensordot(lora_a, lora_b, 1)
 
 
+def is_frozen(parameter: nnx.Variable) -> bool:
+    """Whether a parameter is not trained, which `freezing` decides."""
+    return "frozen" in parameter.get_metadata()
+
+
 def is_trained(_path: Any, parameter: nnx.Variable) -> bool:
-    """Whether a parameter is trained, which `freezing` decides: a filter for `nnx.split`."""
-    return "frozen" not in parameter.get_metadata()
+    """The opposite, as a filter for `nnx.split`."""
+    return not is_frozen(parameter)
 
 
 Module = TypeVar("Module")
@@ -165,7 +170,7 @@ def whole(module: Module, dtype: str) -> Module:
         share = variable.get_metadata().get("share")
         if share is None:
             return variable
-        fetch = whole_weight if is_trained((), variable) else fetched
+        fetch = fetched if is_frozen(variable) else whole_weight
         return variable.replace(checkpoint_name(fetch(variable[...], share, dtype), GATHERED), share=None)
 
     graphdef, state = nnx.split(module)
