@@ -9,7 +9,7 @@ from ml_collections import ConfigDict
 
 from lss_jax import cli
 from lss_jax.config.loading import load_config_file, set_keys
-from lss_jax.config.schema import Config
+from lss_jax.config.schema import Config, ConfigError
 from lss_jax.huggingface.exporting import DTYPES
 from lss_jax.huggingface.families import FAMILIES
 from lss_jax.huggingface.folder import CONFIG, read_config
@@ -59,17 +59,31 @@ def _config(arguments: argparse.Namespace) -> ConfigDict:
         return cli.config_of_run(arguments)
     config, folder = load_config_file(arguments.config), Path(arguments.from_hf)
     theirs = read_config(folder)
-    set_keys(config, _without_scaling(our_keys(theirs, folder / CONFIG), config, theirs))
+    set_keys(config, _extended(our_keys(theirs, folder / CONFIG), config, theirs))
     return config
 
 
-def _without_scaling(keys: dict[str, Any], config: ConfigDict, theirs: dict[str, Any]) -> dict[str, Any]:
-    """The folder's keys but the scaling of rotary positions, where the config has one: it extends the context."""
-    if config.model.rope_scaling == "none" or "model.rope_scaling" not in keys:
+def _extended(keys: dict[str, Any], config: ConfigDict, theirs: dict[str, Any]) -> dict[str, Any]:
+    """The folder's keys; where the config scales rotary positions, with a scaling that extends the folder's context.
+
+    Raises:
+      ConfigError: the folder's positions are scaled in another way already.
+    """
+    wanted, already = config.model.rope_scaling, keys.get("model.rope_scaling", "none")
+    if wanted == "none" or "model.rope_scaling" not in keys:
         return keys
+    if already not in ("none", wanted):
+        raise ConfigError(
+            f"--config has model.rope_scaling={wanted!r}, and --from-hf is scaled by {already!r} with a factor of "
+            f"{keys['model.rope_factor']} already; use a --config without scaling, and raise that by "
+            f"--config.model.rope_factor"
+        )
     original = keys.get("model.rope_original") or theirs.get(LONGEST, config.model.rope_original)
-    base = {key: value for key, value in keys.items() if not key.startswith("model.rope_") or key == "model.rope_base"}
-    return base | {"model.rope_original": original}
+    return keys | {
+        "model.rope_scaling": wanted,
+        "model.rope_factor": config.model.rope_factor * keys.get("model.rope_factor", 1.0),
+        "model.rope_original": original if wanted in ("yarn", "llama3") else 0,
+    }
 
 
 def _check(config: Config) -> None:

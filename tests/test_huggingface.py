@@ -1,5 +1,6 @@
 """Hugging Face folders in and out, without the library that makes them: shapes, slices, files, and what is refused."""
 
+import errno
 import json
 import re
 import shutil
@@ -12,10 +13,12 @@ from flax import traverse_util
 from helpers import change, small_config, with_shapes
 from hf_folders import LLAMA, MODELS, file_of, make_folder
 from safetensors.numpy import load_file, save_file
+from tokenizer_cases import trained
 
 from lss_jax import cli, convert
 from lss_jax.config.schema import ConfigError, from_dict
 from lss_jax.huggingface import exporting
+from lss_jax.huggingface import run as run_module
 from lss_jax.huggingface.folder import Folder, read_config
 from lss_jax.huggingface.keys import our_keys, their_config
 from lss_jax.huggingface.run import export_run, import_run
@@ -386,3 +389,83 @@ def test_adapters_on_what_was_imported_are_merged_on_the_way_out(tmp_path):
     down = blocks["mlp"]["down"]
     expected = down["kernel"][1] + 16.0 / 2 * down["lora_a"][1] @ down["lora_b"][1]
     np.testing.assert_allclose(after["model.layers.1.mlp.down_proj.weight"], expected.T, rtol=1e-5, atol=1e-6)
+
+
+def test_a_scaling_extends_the_one_that_there_is(tmp_path, command_line):
+    """A config that extends eight times does so to what came in, also if that was extended before."""
+    make_folder(tmp_path / "theirs", "llama")
+    extend = ("--config", "configs/extend.py", "--config.data.seq_len=64", "--config.model.remat=none")
+    for source, name, factor in (("theirs", "first", 8.0), ("out", "second", 64.0)):
+        run = ("--workdir", tmp_path / name)
+        assert command_line("--from-hf", tmp_path / source, *run, *extend) == (0, [])
+        model = from_dict(saved_config(tmp_path / name)).model
+        assert (model.rope_scaling, model.rope_factor, model.rope_original) == ("yarn", factor, 48)
+        if name == "first":
+            assert command_line("--to-hf", tmp_path / "out", *run) == (0, [])
+            assert read_config(tmp_path / "out")["max_position_embeddings"] == 384
+    llama3 = {"rope_type": "llama3", "factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    with_config(rope_parameters={**llama3, "original_max_position_embeddings": 8192})(tmp_path / "theirs")
+    code, told = command_line("--from-hf", tmp_path / "theirs", "--workdir", tmp_path / "third", *extend)
+    assert (
+        code == 2 and "--from-hf is scaled by 'llama3' with a factor of 32.0 already; use a --config without" in told[0]
+    )
+
+
+def with_tokenizer(folder, vocab=263):
+    """A tokenizer, with what lies beside it."""
+    trained(folder, size=vocab)
+    (folder / "chat_template.jinja").write_text("{{ messages }}")
+    (folder / "generation_config.json").write_text("{}")
+
+
+def test_a_tokenizer_comes_in_and_goes_out_and_moves_with_the_run(tmp_path):
+    config = make_folder(tmp_path / "theirs", "llama")
+    with_tokenizer(tmp_path / "theirs")
+    import_run(tmp_path / "theirs", tmp_path / "run", config)
+    (tmp_path / "run").rename(tmp_path / "moved")
+    moved = from_dict(saved_config(tmp_path / "moved"))
+    assert moved.data.tokenizer == str(tmp_path / "moved" / "imported" / "tokenizer.json")
+    export_run(moved, tmp_path / "moved", tmp_path / "out", None, "float32")
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"):
+        assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "theirs" / name).read_bytes()
+    (tmp_path / "theirs" / "tokenizer.json").unlink()
+    (tmp_path / "theirs" / "tokenizer.model").write_bytes(b"")
+    with pytest.raises(ConfigError, match=r"has tokenizer.model, but no tokenizer.json; save the tokenizer by transf"):
+        import_run(tmp_path / "theirs", tmp_path / "other", config)
+    (tmp_path / "moved" / "imported" / "tokenizer.json").unlink()
+    with pytest.raises(ConfigError, match=r"data.tokenizer='.*imported/tokenizer.json' is not a file; put it back"):
+        export_run(moved, tmp_path / "moved", tmp_path / "again", None, "float32")
+    assert not list(tmp_path.glob("*.unfinished")) and not (tmp_path / "other").exists()
+
+
+def test_a_tokenizer_with_more_tokens_than_the_model_does_not_come_in(tmp_path):
+    config = make_folder(tmp_path / "theirs", "llama")
+    with_tokenizer(tmp_path / "theirs", vocab=270)
+    with pytest.raises(ConfigError, match=r"has 270 tokens, more than the model's model.vocab=263; give the tokenizer"):
+        import_run(tmp_path / "theirs", tmp_path / "run", config)
+
+
+def test_a_full_disk_leaves_nothing_behind(tmp_path, monkeypatch):
+    config = make_folder(tmp_path / "theirs", "llama")
+    import_run(tmp_path / "theirs", tmp_path / "run", config)
+
+    def full(path, *_):
+        path.write_bytes(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(run_module, "write_file", full)
+    with pytest.raises(ConfigError, match=r"out cannot be written \(No space left on device\); make room, or choose"):
+        export_run(config, tmp_path / "run", tmp_path / "out", None, "float32")
+    monkeypatch.setattr(run_module, "_link_or_copy", lambda _, to: full(to))
+    with pytest.raises(ConfigError, match=r"other/imported cannot be written \(No space left on device\)"):
+        import_run(tmp_path / "theirs", tmp_path / "other", config)
+    assert not list(tmp_path.rglob("*.unfinished"))
+
+
+def test_an_import_that_was_killed_is_made_anew(tmp_path):
+    config = make_folder(tmp_path / "theirs", "llama")
+    import_run(tmp_path / "theirs", tmp_path / "run", config)
+    (tmp_path / "run" / "config.json").unlink()
+    file_of(tmp_path / "run" / "imported").unlink()
+    import_run(tmp_path / "theirs", tmp_path / "run", config)
+    assert evaluate_run(tmp_path / "run", batches=1)["step"] == 0

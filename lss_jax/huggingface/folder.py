@@ -12,7 +12,12 @@ from safetensors import SafetensorError, safe_open
 from lss_jax.config.schema import ConfigError
 
 CONFIG, INDEX, SINGLE = "config.json", "model.safetensors.index.json", "model.safetensors"
-TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
+TOKENIZER, GENERATION = "tokenizer.json", "generation_config.json"
+OTHER_TOKENIZERS = ("tokenizer.model", "vocab.json", "spiece.model")  # which are not read here
+BESIDE = (  # what goes with a tokenizer
+    *("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "merges.txt"),
+    *OTHER_TOKENIZERS,
+)
 FLOATS = ("F64", "F32", "F16", "BF16")
 
 
@@ -48,11 +53,15 @@ class Folder:
                     self.tensors[name] = Stored(file, tuple(piece.get_shape()), piece.get_dtype())
 
     @property
-    def files(self) -> list[Path]:
-        """The files that make up the folder, as far as they are used here."""
-        tensors = sorted({stored.file for stored in self.tensors.values()})
-        others = [self.path / name for name in (CONFIG, INDEX, *TOKENIZER)]
-        return [*tensors, *(file for file in others if file.is_file())]
+    def tensor_files(self) -> list[Path]:
+        """The files with tensors."""
+        return sorted({stored.file for stored in self.tensors.values()})
+
+    @property
+    def other_files(self) -> list[Path]:
+        """The other files that go with the model."""
+        places = [self.path / name for name in (CONFIG, INDEX, TOKENIZER, GENERATION, *BESIDE)]
+        return [file for file in places if file.is_file()]
 
     def read(self, name: str, part: tuple[slice, ...]) -> np.ndarray:
         """A slice of a tensor in its own dtype, and nothing else of the file."""
@@ -63,10 +72,11 @@ class Folder:
         """The files, each with the names of its tensors, None if that is not said."""
         if (self.path / INDEX).is_file():
             places = read_json(self.path / INDEX)
-            if not isinstance(places.get("weight_map"), dict):
-                raise ConfigError(f'{self.path / INDEX} has no "weight_map"; fetch the file again')
+            weight_map = places.get("weight_map")
+            if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
+                raise ConfigError(f'{self.path / INDEX} has no "weight_map" of files; fetch the file again')
             files: dict[Path, list[str] | None] = {}
-            for name, file in places["weight_map"].items():
+            for name, file in weight_map.items():
                 names = files.setdefault(self.path / file, [])
                 assert names is not None
                 names.append(name)

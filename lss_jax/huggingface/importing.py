@@ -11,7 +11,7 @@ from flax import traverse_util
 
 from lss_jax.config.schema import Config, ConfigError
 from lss_jax.huggingface.families import FAMILIES, Family, Theirs
-from lss_jax.huggingface.folder import CONFIG, FLOATS, Folder
+from lss_jax.huggingface.folder import CONFIG, FLOATS, GENERATION, Folder
 from lss_jax.huggingface.keys import family_of
 from lss_jax.huggingface.tensors import LAYERS, Shape, ours, their_shape, whole_slices
 from lss_jax.models import Model
@@ -37,6 +37,11 @@ class Import:
         """Their `config.json`."""
         return self._folder.config
 
+    @property
+    def generation_files(self) -> list[Path]:
+        """Their defaults for generation, if they have some."""
+        return [file for file in [self._folder.path / GENERATION] if file.is_file()]
+
     def layers(self, name: str) -> Iterator[np.ndarray]:
         """One of our parameters, a layer at a time."""
         count, *rest = whole_slices(self._shapes[name])
@@ -52,21 +57,20 @@ class Import:
         return name in self.family.tensors
 
     def array(self, name: str, like: jax.ShapeDtypeStruct) -> jax.Array:
-        """One of our parameters, global, sharded like `like` and of its dtype."""
-
-        def part(index: Any) -> np.ndarray:
-            return self.read(name, index).astype(like.dtype, copy=False)
-
-        return jax.make_array_from_callback(like.shape, like.sharding, part)
+        """One of our parameters, global, sharded like `like`."""
+        return jax.make_array_from_callback(like.shape, like.sharding, lambda index: self.read(name, index or ()))
 
     def read(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
-        """A part of one of our parameters, in the dtype of the file."""
+        """A part of one of our parameters, in float32, as all parameters are."""
         shape, theirs = self._shapes[name], self.family.tensors[name]
         part = tuple(slice(*cut.indices(size)[:2]) for cut, size in zip(index, shape, strict=True))
+        found = np.empty([cut.stop - cut.start for cut in part], np.float32)
         if LAYERS not in theirs.name:
-            return self._part(theirs.name, theirs, shape, part)
-        layers = range(part[0].start, part[0].stop)
-        return np.stack([self._part(theirs.name.format(layer), theirs, shape[1:], part[1:]) for layer in layers])
+            found[...] = self._part(theirs.name, theirs, shape, part)
+            return found
+        for at, layer in enumerate(range(part[0].start, part[0].stop)):
+            found[at] = self._part(theirs.name.format(layer), theirs, shape[1:], part[1:])
+        return found
 
     def _part(self, tensor: str, theirs: Theirs, shape: Shape, part: tuple[slice, ...]) -> np.ndarray:
         return ours(partial(self._folder.read, _located(self._folder, tensor)), theirs, shape, part)

@@ -67,10 +67,12 @@ def our_keys(theirs: Mapping[str, Any], file: Path) -> dict[str, Any]:
             problems.append(f"{file}: {key}={theirs[key]!r} is not built here for {name}, only {built!r}")
     ours = dict(family.ours)
     for key, their_key in family.keys.items():
-        if their_key in theirs or their_key in family.defaults:
-            ours[key] = theirs.get(their_key, family.defaults.get(their_key))
-        else:
+        if their_key not in theirs and their_key not in family.defaults:
             problems.append(f"{file} has no {their_key!r}, which says {key}; add it")
+            continue
+        ours[key] = value = theirs.get(their_key, family.defaults.get(their_key))
+        if not (value is None and their_key in family.defaults) and not _is_possible(value, their_key):
+            problems.append(f"{file}: {their_key}={value!r} cannot be {key}; it must be a number above 0, or a boolean")
     if problems:
         raise ConfigError("\n".join(problems))
     ours |= {"model.kv_heads": ours.get("model.kv_heads") or ours["model.heads"]}
@@ -78,6 +80,13 @@ def our_keys(theirs: Mapping[str, Any], file: Path) -> dict[str, Any]:
     ours |= {"model.mlp_width": ours["model.mlp_width"] or 4 * ours["model.width"]}
     ours |= {"attention.window": _window(theirs, family, file)}
     return ours | (_our_rope(theirs, file) if family.rotary else {})
+
+
+def _is_possible(value: Any, their_key: str) -> bool:
+    if their_key == "tie_word_embeddings":
+        return isinstance(value, bool)
+    kinds = (int, float) if their_key.endswith(("eps", "epsilon")) else (int,)
+    return isinstance(value, kinds) and not isinstance(value, bool) and value > 0
 
 
 def _window(theirs: Mapping[str, Any], family: Family, file: Path) -> int:
@@ -97,7 +106,7 @@ def _window(theirs: Mapping[str, Any], family: Family, file: Path) -> int:
 
 def _our_rope(theirs: Mapping[str, Any], file: Path) -> dict[str, Any]:
     found = theirs.get("rope_parameters") or {**(theirs.get("rope_scaling") or {})}
-    base = found.get("rope_theta", theirs.get("rope_theta", 10_000.0))
+    base = found.get("rope_theta") or theirs.get("rope_theta") or 10_000.0
     kind = found.get("rope_type", found.get("type", "default"))
     if kind not in ROPE:
         raise ConfigError(f"{file}: rope_type={kind!r} is not known; known are {', '.join(map(repr, ROPE))}")
@@ -164,6 +173,8 @@ def their_config(config: Config, name: str, imported: Mapping[str, Any] | None) 
     if family.rotary:
         theirs |= _their_rope(config)
         theirs[LONGEST] = max(config.data.seq_len, (imported or {}).get(LONGEST, 0))
+        if config.model.rope_scaling == "yarn":  # transformers 4 divides this by the original length, for the factor
+            theirs[LONGEST] = round(config.model.rope_factor * config.model.rope_original)
     return theirs
 
 

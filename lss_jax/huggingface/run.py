@@ -3,7 +3,8 @@
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,16 +16,15 @@ from lss_jax.data.text import BYTES
 from lss_jax.data.tokenizer import load_tokenizer
 from lss_jax.huggingface.exporting import DTYPES, Merged, Source, files_of, groups_of, write_file, write_index
 from lss_jax.huggingface.families import FAMILIES
-from lss_jax.huggingface.folder import CONFIG, TOKENIZER, Folder
+from lss_jax.huggingface.folder import BESIDE, CONFIG, OTHER_TOKENIZERS, TOKENIZER, Folder
 from lss_jax.huggingface.importing import Import, shapes_by_name
 from lss_jax.huggingface.keys import expressing, family_of, their_config
 from lss_jax.models import Model, build_model
-from lss_jax.runtime.distributed import after_first
+from lss_jax.runtime.distributed import after_first, is_first
 from lss_jax.storage.arrays import StoredArrays
 from lss_jax.storage.checkpoint import newest_step
-from lss_jax.storage.workdir import keep_config
+from lss_jax.storage.workdir import IMPORTED, keep_config
 
-IMPORTED = "imported"  # within the folder of a run: the folder that it starts from
 UNFINISHED = ".unfinished"
 
 
@@ -41,36 +41,52 @@ def imported(workdir: Path, model: Model) -> Import | None:
 def import_run(source: Path, workdir: Path, config: Config) -> None:
     """Makes a run at step 0 whose parameters, and whose tokenizer if it has one, are those of a Hugging Face folder.
 
-    Its files become files of the run, without copying where the file system can link them.
+    Its tensors become files of the run without copying, where the file system can link them.
 
     Raises:
-      ConfigError: the folder is not that of the config's model, or its tokenizer has tokens that the model has not, or
-        the run cannot be written, or is there already.
+      ConfigError: the folder is not that of the config's model, or its tokenizer cannot be used, or the run cannot be
+        written, or is there already.
     """
-    if (workdir / "config.json").exists() or (workdir / IMPORTED).exists():
+    if (workdir / "config.json").exists():
         raise ConfigError(f"workdir {workdir} holds a run already; choose another --workdir")
     Import(source, build_model(config))
-    if (source / TOKENIZER[0]).is_file() and config.data.tokenizer == BYTES:
-        _check_vocabulary(source / TOKENIZER[0], config)
-        config = with_value(config, "data.tokenizer", str(workdir / IMPORTED / TOKENIZER[0]))
+    if config.data.tokenizer == BYTES:
+        config = with_value(config, "data.tokenizer", _own_tokenizer(source, workdir, config))
+    multihost_utils.sync_global_devices("all have checked")
 
     def place() -> None:
-        unfinished = _made_anew(workdir / f"{IMPORTED}{UNFINISHED}")
-        for file in Folder(source).files:
-            _link_or_copy(file.resolve(), unfinished / file.name)
-        os.replace(unfinished, workdir / IMPORTED)
+        shutil.rmtree(workdir / IMPORTED, ignore_errors=True)  # of a command that was killed
+        with _writing(workdir / IMPORTED) as unfinished:
+            _made_anew(unfinished)
+            folder = Folder(source)
+            for file in folder.tensor_files:
+                _link_or_copy(file.resolve(), unfinished / file.name)
+            for file in folder.other_files:
+                shutil.copy(file, unfinished / file.name)
+            os.replace(unfinished, workdir / IMPORTED)
+        keep_config(config, workdir)
 
-    after_first(lambda: _writing(workdir, place))
-    after_first(lambda: keep_config(config, workdir))
+    after_first(place)
 
 
-def _check_vocabulary(tokenizer: Path, config: Config) -> None:
+def _own_tokenizer(source: Path, workdir: Path, config: Config) -> str:
+    """The tokenizer that comes with a folder, as `data.tokenizer`."""
+    tokenizer = source / TOKENIZER
+    if not tokenizer.is_file():
+        other = next((name for name in OTHER_TOKENIZERS if (source / name).is_file()), None)
+        if other:
+            raise ConfigError(
+                f"{source} has {other}, but no {TOKENIZER}; save the tokenizer by transformers' AutoTokenizer, which "
+                f"writes one, or give another as --config.data.tokenizer"
+            )
+        return BYTES
     vocab = load_tokenizer(str(tokenizer)).vocab
     if vocab > config.model.vocab:
         raise ConfigError(
             f"{tokenizer} has {vocab} tokens, more than the model's model.vocab={config.model.vocab}; give the "
-            f"tokenizer that the model was trained with"
+            f"tokenizer that the model was trained with as --config.data.tokenizer"
         )
+    return str(workdir / IMPORTED / TOKENIZER)
 
 
 def export_run(config: Config, workdir: Path, out: Path, family: str | None, dtype: str) -> str:
@@ -86,31 +102,27 @@ def export_run(config: Config, workdir: Path, out: Path, family: str | None, dty
     start = imported(workdir, model)
     came_as = family_of(start.config, workdir / IMPORTED / CONFIG) if start else None
     name = expressing(config, family, preferred=came_as)
+    source, shapes = _source(workdir, start, model), shapes_by_name(model)
+    kept = start.config if start and name == came_as else None
+    theirs = their_config(config, name, kept) | _ends(config, kept) | {"torch_dtype": dtype}
+    beside = _tokenizer_files(config) | ({file.name: file for file in start.generation_files} if start else {})
     if out.exists():
         raise ConfigError(f"--to-hf={out} is there already; give the name of a folder that is not")
-    source, shapes = _source(workdir, start, model), shapes_by_name(model)
     groups = groups_of(FAMILIES[name].tensors, shapes)
     _, numpy_dtype = DTYPES[dtype]
     files = files_of(groups, numpy_dtype.itemsize)
-    kept = start.config if start and name == came_as else None
-    unfinished = out.with_name(f"{out.name}{UNFINISHED}")
-    after_first(lambda: _writing(out, lambda: _made_anew(unfinished)))
-
-    def write_own() -> None:
+    multihost_utils.sync_global_devices("all have checked")
+    with _writing(out) as unfinished:
+        after_first(lambda: _made_anew(unfinished))
         for file, held in list(files.items())[jax.process_index() :: jax.process_count()]:
             write_file(unfinished / file, held, source, dtype)
-
-    def finish() -> None:
-        write_index(unfinished, files, numpy_dtype.itemsize)
-        theirs = their_config(config, name, kept) | {"torch_dtype": dtype}
-        (unfinished / CONFIG).write_text(json.dumps(theirs, indent=2) + "\n")
-        for file, copied in zip(_tokenizer_files(config), TOKENIZER, strict=False):
-            shutil.copy(file, unfinished / copied)
-        os.replace(unfinished, out)
-
-    _writing(out, write_own)
-    multihost_utils.sync_global_devices("all files are written")
-    after_first(lambda: _writing(out, finish))
+        if is_first():
+            write_index(unfinished, files, numpy_dtype.itemsize)
+            (unfinished / CONFIG).write_text(json.dumps(theirs, indent=2) + "\n")
+            for file, place in beside.items():
+                shutil.copy(place, unfinished / file)
+        multihost_utils.sync_global_devices("all files are written")
+        after_first(lambda: os.replace(unfinished, out))
     return name
 
 
@@ -126,30 +138,42 @@ def _source(workdir: Path, start: Import | None, model: Model) -> Source:
     return start
 
 
-def _tokenizer_files(config: Config) -> list[Path]:
-    """The run's tokenizer, with what lies beside it."""
+def _ends(config: Config, kept: dict[str, Any] | None) -> dict[str, Any]:
+    """The keys of the tokens that begin and end texts, unless they are kept from a `config.json` that came in."""
+    if kept is not None:
+        return {}
+    tokenizer = load_tokenizer(config.data.tokenizer)
+    first = tokenizer.first.tolist()
+    return {"bos_token_id": first[0] if first else None, "eos_token_id": tokenizer.end}
+
+
+def _tokenizer_files(config: Config) -> dict[str, Path]:
+    """The run's tokenizer and what lies beside it, by their names in a folder of theirs."""
     if config.data.tokenizer == BYTES:
-        return []
-    folder = Path(config.data.tokenizer).expanduser().parent
-    beside = [folder / name for name in TOKENIZER[1:]]
-    return [Path(config.data.tokenizer).expanduser(), *(file for file in beside if file.is_file())]
+        return {}
+    tokenizer = Path(config.data.tokenizer).expanduser()
+    if not tokenizer.is_file():
+        raise ConfigError(f"data.tokenizer={config.data.tokenizer!r} is not a file; put it back, to be exported, too")
+    beside = {name: tokenizer.parent / name for name in BESIDE}
+    return {TOKENIZER: tokenizer, **{name: file for name, file in beside.items() if file.is_file()}}
 
 
-def _writing(place: Path, write: Callable[[], Any]) -> None:
-    """Writes something; where that fails, what is unfinished is removed."""
+@contextmanager
+def _writing(folder: Path) -> Iterator[Path]:
+    """Yields the name that the folder has until it is complete; where that fails, what was written is removed."""
+    unfinished = folder.with_name(f"{folder.name}{UNFINISHED}")
     try:
-        write()
-    except OSError as error:
-        raise ConfigError(f"{place} cannot be written ({error.strerror}); make room, or choose another") from error
-    except BaseException:
-        shutil.rmtree(place.with_name(f"{place.name}{UNFINISHED}"), ignore_errors=True)
-        raise
+        yield unfinished
+    except BaseException as error:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        if not isinstance(error, OSError):
+            raise
+        raise ConfigError(f"{folder} cannot be written ({error.strerror}); make room, or choose another") from error
 
 
-def _made_anew(folder: Path) -> Path:
+def _made_anew(folder: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    return folder
 
 
 def _link_or_copy(file: Path, to: Path) -> None:

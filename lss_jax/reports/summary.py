@@ -10,12 +10,12 @@ from lss_jax.config.schema import ConfigError
 from lss_jax.config.units import shown_size
 from lss_jax.generation.decode import Generation
 from lss_jax.generation.sampling import Sampling
-from lss_jax.huggingface.run import IMPORTED
 from lss_jax.models import shown_count
 from lss_jax.parallel.layout import layout_on
 from lss_jax.parallel.mesh import has_host_memory
 from lss_jax.reports.by_position import binned, shown_bin, sums_by_position
 from lss_jax.storage.metrics import read_records
+from lss_jax.storage.workdir import IMPORTED
 from lss_jax.training.host import host_bytes
 from lss_jax.training.trainer import Trainer
 

@@ -15,6 +15,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
 import orbax.checkpoint as ocp
 
 from lss_jax.config.schema import ConfigError, RunError
@@ -172,7 +173,7 @@ class CheckpointWriter:
             return
         manifest = {"step": step, "checksums": checksums(items), **notes}
         manifest["seal"] = _seal(manifest)
-        trees = {name: ocp.args.StandardSave(tree) for name, tree in items.items()}
+        trees = {name: ocp.args.StandardSave(tree, _in_layers(tree)) for name, tree in items.items()}
         with self._failing_clearly():
             self._manager.save(step, args=ocp.args.Composite(manifest=ocp.args.JsonSave(manifest), **trees))
 
@@ -212,6 +213,11 @@ class CheckpointWriter:
                 f"a checkpoint cannot be written to {self._folder} ({' '.join(str(error).split())[:200]}); "
                 f"{self.newest()}; make room or make the folder writable, then the same command goes on from there"
             ) from error
+
+
+def _in_layers(tree: Any) -> Any:
+    """How the arrays of a tree are stored: those of three axes and more, which are stacked, in chunks of one layer."""
+    return jax.tree.map(lambda leaf: ocp.SaveArgs(shard_axes=(0,) if leaf.ndim > 2 else ()), tree)
 
 
 def _remove_unfinished(folder: Path) -> None:

@@ -12,6 +12,8 @@ from ml_collections import ConfigDict
 from lss_jax.config.loading import load_config_file, set_keys
 from lss_jax.config.schema import Config, ConfigError, from_dict
 
+IMPORTED = "imported"  # within the folder of a run: the Hugging Face folder that it starts from
+
 
 def load_config(path: Path | str, overrides: Mapping[str, Any] | None = None) -> Config:
     """The config of a Python file such as `configs/default.py`, or of a run's folder, with some keys changed.
@@ -41,7 +43,8 @@ def saved_config(workdir: Path) -> dict:
     """
     path = workdir / "config.json"
     try:
-        return dataclasses.asdict(from_dict(json.loads(path.read_text())))  # JSON knows no tuples
+        values = dataclasses.asdict(from_dict(json.loads(path.read_text())))  # JSON knows no tuples
+        return _with_own_tokenizer(values, workdir)
     except OSError as error:
         raise ConfigError(f"{path} cannot be read ({error.strerror}); give the --workdir of a training run") from error
     except ValueError as error:
@@ -50,6 +53,15 @@ def saved_config(workdir: Path) -> dict:
         raise ConfigError(f"{path} is not valid JSON ({error}); restore it or choose another --workdir") from error
     except AttributeError as error:
         raise ConfigError(_foreign(path, error)) from error
+
+
+def _with_own_tokenizer(values: dict, workdir: Path) -> dict:
+    """A saved config whose tokenizer, if it came in with the run, is the one in its folder, wherever that is now."""
+    named = Path(values["data"]["tokenizer"])
+    own = workdir / IMPORTED / named.name
+    if named.parent.name == IMPORTED and own.is_file():
+        values["data"]["tokenizer"] = str(own)
+    return values
 
 
 def _foreign(path: Path, error: Exception) -> str:

@@ -6,9 +6,8 @@ from pathlib import Path
 from jax.sharding import Mesh
 
 from lss_jax.config.schema import Config, ConfigError, from_dict
-from lss_jax.huggingface.run import IMPORTED
 from lss_jax.models import Model, Params, build_model
-from lss_jax.storage.workdir import saved_config
+from lss_jax.storage.workdir import IMPORTED, saved_config
 from lss_jax.training.compatibility import shapes_of, shaping
 from lss_jax.training.evaluation import restore_params
 from lss_jax.training.imported import imported_params

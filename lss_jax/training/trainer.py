@@ -15,13 +15,12 @@ from lss_jax.config.schema import Config, ConfigError, RunError, gather_problems
 from lss_jax.data.corpus import check_files
 from lss_jax.data.loader import prefetched
 from lss_jax.data.sources import fingerprint
-from lss_jax.huggingface.run import IMPORTED
 from lss_jax.models import build_model
 from lss_jax.runtime.distributed import after_first, is_first
 from lss_jax.runtime.interrupt import held_back
 from lss_jax.storage.checkpoint import CheckpointWriter, Restored, newest_step, restore_newest_sound
 from lss_jax.storage.metrics import MetricsWriter, Record
-from lss_jax.storage.workdir import check_writable, keep_config
+from lss_jax.storage.workdir import IMPORTED, check_writable, keep_config
 from lss_jax.tasks import make_task
 from lss_jax.tasks.task import values_of
 from lss_jax.training.checkpointing import converted, natural_like
