@@ -133,7 +133,7 @@ def plain_inputs(windows, config):
 
 
 def _document_of_tokens(windows, separator):
-    """Of each token, and of the one after the last: the number of its document, and whether it is given."""
+    """The number of the document of each token, and of the one after the last, and whether each is given."""
     if isinstance(windows, Windows):
         number = document_of_bytes(windows.data.tobytes(), separator)
         return number, np.zeros(len(number), bool)

@@ -7,7 +7,7 @@ import pytest
 
 from lss_jax.config.schema import ConfigError
 from lss_jax.data import documents
-from lss_jax.data.documents import Documents, Fields, files_of, find_files
+from lss_jax.data.documents import Documents, Fields, files_of
 
 TEXT = Fields("text", "", "")
 DIALOGUE = Fields("", "question", "answer")
@@ -55,30 +55,30 @@ def names(folder, files):
 
 
 def test_a_folder_gives_its_documents_at_any_depth_but_nothing_hidden(folder):
-    assert names(folder, find_files(str(folder))) == ["a/c.md", "a/deep/d.jsonl.gz", "a/deep/e.NDJSON", "b.txt"]
+    assert names(folder, files_of([str(folder)])) == ["a/c.md", "a/deep/d.jsonl.gz", "a/deep/e.NDJSON", "b.txt"]
 
 
 def test_globs_and_files_give_what_they_name_sorted_and_each_once(folder):
-    assert names(folder, find_files(f"{folder}/**/*.py, {folder}/a/*")) == ["a/c.md", "a/f.py"]
+    assert names(folder, files_of([f"{folder}/**/*.py", f"{folder}/a/*"])) == ["a/c.md", "a/f.py"]
     assert names(folder, files_of([f"{folder}/b.txt", f"{folder}/a/../b.txt", f"{folder}/*.gz"])) == ["b.txt", "i.gz"]
     (folder / "link.txt").symlink_to(folder / "b.txt")
-    assert len(find_files(f"{folder}/b.txt,{folder}/link.txt")) == 1
+    assert len(files_of([f"{folder}/b.txt", f"{folder}/link.txt"])) == 1
 
 
 def test_a_file_may_have_the_name_of_a_glob(folder):
     (folder / "a[1].txt").write_text("x")
-    assert names(folder, find_files(f"{folder}/a[1].txt")) == ["a[1].txt"]
+    assert names(folder, files_of([f"{folder}/a[1].txt"])) == ["a[1].txt"]
 
 
 def test_every_pattern_that_matches_nothing_is_named(folder):
     with pytest.raises(ConfigError) as refused:
-        find_files(f"{folder}/*.txt, nothing, {folder}/a/.hidden/*.md")
+        files_of([f"{folder}/*.txt", "nothing", f"{folder}/a/.hidden/*.md"])
     assert [line.split(" matches")[0] for line in str(refused.value).split("\n")] == [
         "'nothing'",
         f"'{folder}/a/.hidden/*.md'",
     ]
     with pytest.raises(ConfigError, match="there are no files"):
-        find_files(" , ")
+        files_of([])
 
 
 # Which documents

@@ -171,7 +171,7 @@ CURVES = [
 
 @pytest.mark.parametrize("case", sampled(CURVES, [CURVES[0], CURVES[2]]), ids=str)
 def test_steps_follow_the_oracle_and_leave_what_is_frozen_bit_for_bit(case):
-    """Of a gradient that is clipped, too: what is frozen has no share in its norm."""
+    """The gradient is clipped, too: what is frozen has no share in its norm."""
     name, options = case
     changes, learns = TUNED[name]
     common = {**LLAMA, **changes, "optim__learning_rate": 1e-2, "optim__clip_norm": 0.1}
@@ -293,7 +293,7 @@ def test_operations_are_those_that_are_predicted(case):
 
 
 def test_nothing_frozen_is_summed_or_scattered():
-    """Of sharded weights only gathers are left; the sums are of adapters, and of the loss and its count."""
+    """Only gathers of sharded weights are left; the sums are of adapters, and of the loss and its count."""
     model, _, found = compiled_step(1, 8, 1, **LLAMA, **LORA, mesh__shard="all")
     sums = [one.elements for one in found if one.kind == "all-reduce" and one.elements > contract.SCALARS]
     assert sums == [trained_count(model) + 2]

@@ -16,7 +16,7 @@ from helpers import (
 )
 from token_files import GIVEN, LENGTHS, VOCAB, documents_of, whole, write_tokenizer, write_tokens
 
-from lss_jax.config.schema import ConfigError, RunError
+from lss_jax.config.schema import ConfigError
 from lss_jax.data.batch import IGNORED
 from lss_jax.data.corpus import is_packed, open_corpus
 from lss_jax.data.packing import documents_between, split_ends
@@ -184,11 +184,18 @@ def test_each_split_has_its_documents(corpus, data, seq):
         ([870, 65, 65], [0, 0, 0], [900, 935, 1000]),  # more
         ([870, 65, 65], [0, 5, 5], [870, 935, 1000]),  # but not between a prompt and its answer
         ([870, 65, 65], [0, 1, 0], [900, 935, 1000]),  # what is given anyway is no prompt
+        ([125] * 8, [5] * 8, [750, 875, 1000]),  # each split has a document
     ],
 )
 def test_splits_end_between_documents_that_are_short(tmp_path, lengths, given, ends):
     file = write_tokens(tmp_path / "tokens", documents_of(lengths, given, 256), np.ones(256), None)
     assert split_ends(TokenFile(file)) == ends
+
+
+def test_two_documents_with_prompts_are_too_few_for_three_splits(tmp_path):
+    file = write_tokens(tmp_path / "tokens", documents_of([500, 500], [5, 5], 256), np.ones(256), None)
+    with pytest.raises(ConfigError, match=r"2 documents are too few for three splits that cut no prompt from its answ"):
+        split_ends(TokenFile(file))
 
 
 def test_a_part_of_a_document_keeps_its_prompt(tmp_path):
@@ -232,16 +239,14 @@ def test_a_vocabulary_too_small_is_refused(corpus):
         make_task(config).splits(mesh_of(1, 1))
 
 
-def test_a_token_beyond_the_vocabulary_is_found_when_it_is_read(corpus, tmp_path):
+def test_a_token_beyond_the_vocabulary_is_found(corpus, tmp_path):
     documents = documents_of([2000], [0])
     documents[0][0][500] = VOCAB + 7
     token_bytes = load_tokenizer(str(corpus["tokenizer"])).token_bytes
     file = write_tokens(tmp_path / "tokens", documents, token_bytes, corpus["tokenizer"])
     config = small_config(**data_of(corpus) | {"data__path": str(file)}, model__vocab=VOCAB)
-    split = make_task(config).splits(mesh_of(1, 1))["train"]
-    with pytest.raises(RunError, match=f"has token {VOCAB + 7} in"):
-        for number in range(split.batches):
-            split.evaluation_batch(number)
+    with pytest.raises(ConfigError, match=f"there is a token {VOCAB + 7}, of a vocabulary of {VOCAB}; encode it again"):
+        make_task(config).splits(mesh_of(1, 1))
 
 
 def test_restarting_without_documents_is_refused(tmp_path):

@@ -8,6 +8,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from lss_jax.config.schema import ConfigError, RunError
+from lss_jax.data import token_file
 from lss_jax.data.token_file import FORMAT, About, Column, TokenFile, dtype_of, is_token_file, write_token_file
 
 TOKENS = np.arange(1000, 1017)
@@ -102,6 +103,7 @@ CONTRADICTIONS = {
     "increase from 1 or more to the 17": {"document_ends": column([5, 6, 18], "<i8")},
     "first_targets are not behind the first token of their": {"first_targets": column([1, 5, 9], "<i8")},
     "or beyond the last": {"first_targets": column([1, 7, 9], "<i8")},
+    "there is a token 1016, of a vocabulary of 1010": {"token_bytes": column(np.ones(1010), "<u2")},
     "tokens are uint32, but a vocabulary of 2000 has uint16": {"tokens": column(TOKENS, "<u4")},
     "tokens is .*'I64'.*, not one of": {"tokens": column(TOKENS, "<i8")},
 }
@@ -113,7 +115,8 @@ def test_parts_that_contradict_one_another_are_refused(tmp_path, told):
         written(tmp_path / "file", **CONTRADICTIONS[told])
 
 
-def test_tokens_beyond_the_vocabulary_are_found_when_they_are_read(tmp_path):
+def test_tokens_beyond_the_vocabulary_are_found_when_a_long_file_is_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(token_file, "LOOKED_AT", 5)
     file = written(tmp_path / "file", 1010, token_bytes=column(np.ones(1010), "<u2"))
     assert file.read(0, 10).tolist() == TOKENS[:10].tolist()
     with pytest.raises(RunError, match="has token 1010 in 9 to 11, of a vocabulary of 1010"):
@@ -129,7 +132,7 @@ def test_a_file_that_changes_ends_the_run(tmp_path):
     os.truncate(tmp_path / "file", file.mapped().size - 2 * (2000 + 5))
     with pytest.raises(RunError, match="bytes now"):
         file.check()
-    with pytest.raises(RunError, match=r"had .* bytes when the run started, and ends before token 17"):
+    with pytest.raises(RunError, match=r"had .* bytes when the run started, and ends before byte"):
         file.read(12, 17)
 
 

@@ -39,11 +39,6 @@ class Block(NamedTuple):
     where: str  # where the document begins, for messages
 
 
-def find_files(patterns: str) -> list[Path]:
-    """The files of a comma-separated list of files, folders and globs, sorted and each once; see `files_of`."""
-    return files_of([pattern.strip() for pattern in patterns.split(",") if pattern.strip()])
-
-
 def files_of(patterns: Iterable[str]) -> list[Path]:
     """The files that any of the patterns names, sorted by name and each once.
 

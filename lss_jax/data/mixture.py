@@ -59,7 +59,7 @@ def allotted(count: int, shares: Sequence[Fraction]) -> list[int]:
 
 @functools.lru_cache(maxsize=4)
 def _block(seed: int, block: int, shares: tuple[Fraction, ...]) -> tuple[np.ndarray, np.ndarray]:
-    """Of each window of a block: its source, and how many windows of that source came before in the whole run."""
+    """The source of each window of a block, and how many windows of that source came before in the whole run."""
     before, after = (np.array(allotted(blocks * BLOCK, shares)) for blocks in (block, block + 1))
     in_turn = np.repeat(np.arange(len(shares)), after - before)
     source = np.random.default_rng((seed, block, 0, 1)).permutation(in_turn)  # as no permutation of windows is seeded
@@ -70,6 +70,6 @@ def _block(seed: int, block: int, shares: tuple[Fraction, ...]) -> tuple[np.ndar
     return source, turn
 
 
-@functools.lru_cache(maxsize=16)  # two epochs of eight sources
+@functools.lru_cache(maxsize=64)  # two epochs of 32 sources
 def _permutation(seed: int, epoch: int, source: int, windows: int) -> np.ndarray:
     return np.random.default_rng((seed, epoch, source)).permutation(windows)

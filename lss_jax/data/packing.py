@@ -94,13 +94,33 @@ def split_ends(file: TokenFile) -> list[int]:
 
     A border moves to the nearest end of a document if that is nearer than half of the smaller splits; in a long
     document it stays. Between a prompt and its answer it never stays.
+
+    Raises:
+      ConfigError: there are too few documents for that.
     """
-    return [_border(file, file.size * percent // 100) for percent in (90, 95)] + [file.size]
+    first = _border(file, file.size * 90 // 100, after=0, documents_behind=2)
+    second = _border(file, file.size * 95 // 100, after=first, documents_behind=1)
+    return [first, second, file.size]
 
 
-def _border(file: TokenFile, wanted: int) -> int:
-    number = int(np.searchsorted(file.document_ends, wanted, side="left"))
-    start = int(file.document_ends[number - 1]) if number else 0
-    nearest = min(start, int(file.document_ends[number]), key=lambda end: abs(end - wanted))
-    has_prompt = file.first_targets[number] > start + 1
-    return nearest if has_prompt or abs(nearest - wanted) * NEAR < file.size else wanted
+def _border(file: TokenFile, wanted: int, after: int, documents_behind: int) -> int:
+    """The border next to `wanted` that comes after another, and leaves so many documents behind it."""
+    ends = file.document_ends
+    number = int(np.searchsorted(ends, wanted, side="left"))
+    start = int(ends[number - 1]) if number else 0
+    possible = ends[int(np.searchsorted(ends, after, side="right")) : len(ends) - documents_behind]
+    nearest = min(_neighbours(possible, wanted), key=lambda end: abs(end - wanted), default=None)
+    if file.first_targets[number] <= start + 1 and (nearest is None or abs(nearest - wanted) * NEAR >= file.size):
+        return wanted
+    if nearest is None:
+        raise ConfigError(
+            f"{file.path}: {len(ends)} documents are too few for three splits that cut no prompt from its answer; "
+            f"encode more of them, at least 3 of much the same length"
+        )
+    return nearest
+
+
+def _neighbours(ends: np.ndarray, wanted: int) -> list[int]:
+    """The last of these ends before a place, and the first behind it."""
+    number = int(np.searchsorted(ends, wanted, side="left"))
+    return [int(end) for end in ends[max(number - 1, 0) : number + 1]]

@@ -12,7 +12,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from lss_jax.config.schema import ConfigError, DataConfig, RunError
+from lss_jax.config.schema import ConfigError, DataConfig
+from lss_jax.data.files import ReadInParts
 from lss_jax.data.token_file import LENGTH_BYTES, TokenFile
 
 WHOLE = 2**28  # bytes; of a longer file this many are hashed, in evenly spaced blocks
@@ -66,42 +67,15 @@ class MemorySource:
         pass
 
 
-class FileSource:
-    """A source in a file, which the loader reads unmapped: reading a mapped file that has shrunk is a SIGBUS."""
+class FileSource(ReadInParts):
+    """A source in a file."""
 
     def __init__(self, path: Path):
-        self.path = path
-        self._file = path.open("rb", buffering=0)
-        self._seen = os.fstat(self._file.fileno())
+        super().__init__(path, f"data.path={str(path)!r}")
         self.size = self.text_bytes = self._seen.st_size
 
     def read(self, start: int, stop: int) -> np.ndarray:
-        try:
-            found = os.pread(self._file.fileno(), stop - start, start)
-        except OSError as error:
-            raise self._changed(f"cannot be read any more ({error.strerror})") from error
-        if len(found) < stop - start:
-            raise self._changed(f"ends before byte {stop}")
-        return np.frombuffer(found, np.uint8)
-
-    def mapped(self) -> np.ndarray:
-        return np.memmap(self.path, dtype=np.uint8, mode="r")
-
-    def check(self) -> None:
-        try:
-            now = os.stat(self.path)
-        except OSError as error:
-            raise self._changed(f"cannot be found any more ({error.strerror})") from error
-        if now.st_size != self._seen.st_size:
-            raise self._changed(f"has {now.st_size} bytes now")
-        if (now.st_mtime_ns, now.st_ino) != (self._seen.st_mtime_ns, self._seen.st_ino):
-            raise self._changed("was written to")
-
-    def _changed(self, what: str) -> RunError:
-        return RunError(
-            f"data.path={str(self.path)!r} had {self.size} bytes when the run started, and {what}; put the file back "
-            f"as it was, then the same command goes on from the last checkpoint"
-        )
+        return np.frombuffer(self.bytes_at(start, stop), np.uint8)
 
 
 class Part:

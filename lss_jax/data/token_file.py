@@ -16,11 +16,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from lss_jax.config.schema import ConfigError, RunError
+from lss_jax.config.schema import ConfigError
+from lss_jax.data.files import ReadInParts
 
 FORMAT = "lss_jax tokens 1"
 MAGIC = b'"lss_jax tokens'  # near the start of every version's header
 LONGEST_HEADER = 100_000_000  # bytes; the library `safetensors` reads no longer one
+LOOKED_AT = 2**28  # tokens of which the largest is found when a file is opened, in a fraction of a second
 LENGTH_BYTES = 8  # of the header's length, with which the file begins
 DTYPES: dict[str, np.dtype] = {
     "U8": np.dtype("<u1"),
@@ -61,8 +63,8 @@ class _Place(NamedTuple):
     offset: int  # in the file, in bytes
 
 
-class TokenFile:
-    """A source of tokens in a file, read like any other source: unmapped, since a file may shrink.
+class TokenFile(ReadInParts):
+    """A source of tokens in a file.
 
     Attributes:
       size: the number of tokens, T.
@@ -75,10 +77,8 @@ class TokenFile:
     """
 
     def __init__(self, path: Path | str):
-        self.path = Path(path)
         try:
-            self._file = self.path.open("rb", buffering=0)
-            self._seen = os.fstat(self._file.fileno())
+            super().__init__(Path(path), f"token file {str(path)!r}")
             header, start = _header(self.path, self._seen.st_size)
             self._places = _places(self.path, header, start, self._seen.st_size)
             self.document_ends, self.first_targets, self.token_bytes = (
@@ -98,42 +98,19 @@ class TokenFile:
         Raises:
           RunError: the file has changed, or a token is none of the vocabulary.
         """
-        count, width = max(stop - start, 0), self.dtype.itemsize
-        try:
-            found = os.pread(self._file.fileno(), count * width, self._start + start * width)
-        except OSError as error:
-            raise self._changed(f"cannot be read any more ({error.strerror})") from error
-        if len(found) < count * width:
-            raise self._changed(f"ends before token {stop}")
-        tokens = np.frombuffer(found, self.dtype)
-        if count and tokens.max() >= self.vocab:
-            raise self._changed(f"has token {tokens.max()} in {start} to {stop}, of a vocabulary of {self.vocab}")
+        width = self.dtype.itemsize
+        tokens = np.frombuffer(self.bytes_at(self._start + start * width, self._start + stop * width), self.dtype)
+        if len(tokens) and tokens.max() >= self.vocab:
+            raise self.changed(f"has token {tokens.max()} in {start} to {stop}, of a vocabulary of {self.vocab}")
         return tokens
 
-    def mapped(self) -> np.ndarray:
-        """The bytes of the whole file, memory-mapped: for its fingerprint."""
-        return np.memmap(self.path, dtype=np.uint8, mode="r")
-
-    def check(self) -> None:
-        """Raises a RunError if the file has changed since it was opened."""
-        try:
-            now = os.stat(self.path)
-        except OSError as error:
-            raise self._changed(f"cannot be found any more ({error.strerror})") from error
-        if now.st_size != self._seen.st_size:
-            raise self._changed(f"has {now.st_size} bytes now")
-        if (now.st_mtime_ns, now.st_ino) != (self._seen.st_mtime_ns, self._seen.st_ino):
-            raise self._changed("was written to")
+    def largest(self) -> int:
+        """The largest of the first `LOOKED_AT` tokens."""
+        return int(np.memmap(self.path, self.dtype, "r", self._start, min(self.size, LOOKED_AT)).max(initial=0))
 
     def _array(self, name: str) -> np.ndarray:
         dtype, size, offset = self._places[name]
         return np.fromfile(self.path, dtype, size, offset=offset)
-
-    def _changed(self, what: str) -> RunError:
-        return RunError(
-            f"token file {str(self.path)!r} had {self._seen.st_size} bytes when the run started, and {what}; put the "
-            f"file back as it was, then the same command goes on from the last checkpoint"
-        )
 
 
 def is_token_file(path: Path | str) -> bool:
@@ -270,6 +247,8 @@ def _check(file: TokenFile) -> None:
         problems.append(f"document_ends do not increase from 1 or more to the {file.size} tokens")
     elif np.any(firsts <= np.concatenate(([0], ends[:-1]))) or np.any(firsts > ends):
         problems.append("first_targets are not behind the first token of their documents, or beyond the last")
+    if (largest := file.largest()) >= file.vocab:
+        problems.append(f"there is a token {largest}, of a vocabulary of {file.vocab}")
     if file.dtype != dtype_of(file.vocab):
         problems.append(f"tokens are {file.dtype}, but a vocabulary of {file.vocab} has {dtype_of(file.vocab)}")
     if problems:

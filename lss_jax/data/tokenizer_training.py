@@ -1,6 +1,8 @@
 """Trains a byte-level BPE on documents, in the form that `tokenizers` and `transformers` read."""
 
+import errno
 import json
+import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -36,6 +38,7 @@ def train_tokenizer(blocks: Iterable[Block], size: int, out: Path, *, progress: 
         raise ConfigError(f"--train={size} must be from {SMALLEST} (all bytes, and {END}) to {LARGEST} tokens")
     config, written = out.with_name("tokenizer_config.json"), json.dumps(CONFIG, indent=2) + "\n"
     _check_free(config, written)
+    _check_writable(out)
     tokenizer = tokenizers.Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -51,7 +54,7 @@ def train_tokenizer(blocks: Iterable[Block], size: int, out: Path, *, progress: 
         for path, content in ((config, written), (out, tokenizer.to_str(pretty=True) + "\n")):
             write_whole(path, content)
     except OSError as error:
-        raise ConfigError(f"{out} cannot be written ({error.strerror}); choose another --out") from error
+        raise _unwritable(out, error.strerror) from error
     return tokenizer.get_vocab_size()
 
 
@@ -68,3 +71,17 @@ def _check_free(config: Path, written: str) -> None:
         taken = True
     if taken:
         raise ConfigError(f"{config} is there already, of another tokenizer; choose an --out in another folder")
+
+
+def _check_writable(out: Path) -> None:
+    """Raises a ConfigError for a place that cannot be written to: before the work, and not after it."""
+    if out.is_dir():
+        raise _unwritable(out, os.strerror(errno.EISDIR))
+    if not out.parent.is_dir():
+        raise _unwritable(out, os.strerror(errno.ENOENT))
+    if not os.access(out.parent, os.W_OK):
+        raise _unwritable(out, os.strerror(errno.EACCES))
+
+
+def _unwritable(out: Path, why: str | None) -> ConfigError:
+    return ConfigError(f"{out} cannot be written ({why}); choose another --out")

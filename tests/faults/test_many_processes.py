@@ -143,7 +143,7 @@ def packed(folder: Path) -> dict:
 @pytest.mark.faults
 @pytest.mark.parametrize(("processes", "meshes"), [(2, [(1, 4), (2, 2)]), (4, [(1, 8), (2, 4)])])
 def test_processes_read_their_own_segments_of_packed_documents(tmp_path, monkeypatch, processes, meshes):
-    """Of token files, too, and what has to be encoded is encoded once, by one of them."""
+    """Token files are read so, too, and what has to be encoded is encoded once, by one of them."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     check_same_losses(processes, meshes, tmp_path, **packed(tmp_path))
     made = [file for file in (tmp_path / "cache" / "lss_jax" / "tokens").iterdir() if not file.suffix]

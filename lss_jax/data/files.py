@@ -1,0 +1,53 @@
+"""A file that is read in parts, unmapped: reading a mapped file that has shrunk is a SIGBUS."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+
+from lss_jax.config.schema import RunError
+
+
+class ReadInParts:
+    """An open file; `shown` is how errors call it. Raises OSError where it cannot be opened."""
+
+    def __init__(self, path: Path, shown: str):
+        self.path, self._shown = path, shown
+        self._file = path.open("rb", buffering=0)
+        self._seen = os.fstat(self._file.fileno())
+
+    def bytes_at(self, start: int, stop: int) -> bytes:
+        """The bytes from `start` to `stop`, no others.
+
+        Raises:
+          RunError: they cannot be read any more.
+        """
+        try:
+            found = os.pread(self._file.fileno(), stop - start, start)
+        except OSError as error:
+            raise self.changed(f"cannot be read any more ({error.strerror})") from error
+        if len(found) < stop - start:
+            raise self.changed(f"ends before byte {stop}")
+        return found
+
+    def mapped(self) -> np.ndarray:
+        """All bytes of the file, memory-mapped."""
+        return np.memmap(self.path, dtype=np.uint8, mode="r")
+
+    def check(self) -> None:
+        """Raises a RunError if the file has changed since it was opened."""
+        try:
+            now = os.stat(self.path)
+        except OSError as error:
+            raise self.changed(f"cannot be found any more ({error.strerror})") from error
+        if now.st_size != self._seen.st_size:
+            raise self.changed(f"has {now.st_size} bytes now")
+        if (now.st_mtime_ns, now.st_ino) != (self._seen.st_mtime_ns, self._seen.st_ino):
+            raise self.changed("was written to")
+
+    def changed(self, what: str) -> RunError:
+        """The error for a file that is not what it was."""
+        return RunError(
+            f"{self._shown} had {self._seen.st_size} bytes when the run started, and {what}; put the file back as it "
+            f"was, then the same command goes on from the last checkpoint"
+        )
