@@ -124,7 +124,8 @@ def test_a_frozen_table_of_positions_equals_the_oracle_and_sends_no_rows_back(se
 
 @pytest.mark.grid
 def test_adapters_beside_biases_in_bfloat16_stay_near_the_oracle():
-    check_against_oracle(2, 2, 2, bound=5e-2, model__dtype="bfloat16", **LORA, learns=is_adapter)
+    """With a scale of 1: much larger adapters than kernels, which the perturbed ones would be, round more."""
+    check_against_oracle(2, 2, 2, bound=5e-2, model__dtype="bfloat16", **LORA, lora__alpha=3.0, learns=is_adapter)
 
 
 # Training
