@@ -75,7 +75,7 @@ def their_text(folder: Path) -> tuple[str, int]:
     ids = tokenizer(PROMPT, return_tensors="pt").input_ids
     with torch.no_grad():
         found = model.generate(ids, max_new_tokens=TOKENS, do_sample=False)
-    return tokenizer.decode(found[0], skip_special_tokens=True), model.num_parameters()
+    return str(tokenizer.decode(found[0], skip_special_tokens=True)), model.num_parameters()
 
 
 def of_tokens(run: Commands, scratch: Path, data: Path) -> dict[str, Any]:

@@ -34,11 +34,11 @@ class Merged:
 
     def layers(self, name: str) -> Iterator[np.ndarray]:
         """One of our parameters, a layer at a time."""
-        factors = [f"{name.rpartition('/')[0]}/{factor}" for factor in ADAPTER]
-        if not name.endswith("/kernel") or factors[0] not in self._names:
+        a, b = (f"{name.rpartition('/')[0]}/{factor}" for factor in ADAPTER)
+        if not name.endswith("/kernel") or a not in self._names:
             return self._source.layers(name)
-        layers = zip(*map(self._source.layers, (name, *factors)), strict=True)
-        return (merged(*layer, self._scale) for layer in layers)
+        kernels, a_layers, b_layers = map(self._source.layers, (name, a, b))
+        return (merged(*layer, self._scale) for layer in zip(kernels, a_layers, b_layers, strict=True))
 
     def whole(self, name: str) -> np.ndarray:
         """One of our parameters that is not stacked, and so has no adapter."""
