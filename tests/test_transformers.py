@@ -9,10 +9,12 @@ from flax import traverse_util
 from helpers import batch_on, mesh_of, small_config, windows_of
 from jax.sharding import PartitionSpec as P
 from oracle import learning_rate, plain_inputs
+from tokenizer_cases import CORPUS, trained
 
 from lss_jax.attention.placement import setting_on
 from lss_jax.attention.strategies import make_attend
 from lss_jax.config.schema import flat_keys
+from lss_jax.generation.generate import generate_text
 from lss_jax.huggingface.exporting import groups_of
 from lss_jax.huggingface.families import FAMILIES
 from lss_jax.huggingface.folder import CONFIG, read_config
@@ -267,3 +269,23 @@ def test_a_run_that_was_never_theirs_goes_out(tmp_path):
     ours = our_logits(trainer.model, trainer.mesh, trainer.state.params, tokens())
     np.testing.assert_allclose(their_logits(loaded(tmp_path / "out"), tokens()), ours, atol=1e-4)
     assert flat_keys(config)["model.rope_scaling"] == "ntk"
+
+
+def test_a_run_with_a_tokenizer_writes_the_same_text_there(tmp_path):
+    """Greedily, token by token, and up to the same end token."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    shape = {"model__norm": "rms", "model__mlp": "swiglu", "model__bias": False, "model__positions": "rope"}
+    (tmp_path / "text").write_text(CORPUS * 20)
+    data = {"data__source": "text", "data__path": str(tmp_path / "text"), "data__tokenizer": trained(tmp_path)}
+    sizes = {"model__vocab": 401, "optim__steps": 40, "optim__learning_rate": 1e-2, "mesh__seq": 4, "mesh__data": 2}
+    trainer = Trainer(small_config(**shape, **data, **sizes), tmp_path / "run")
+    list(trainer.fit())
+    trainer.save()
+    trainer.close()
+    export_run(trainer.config, tmp_path / "run", tmp_path / "out", None, "float32")
+    ours = generate_text(tmp_path / "run", "one ", tokens=24, temperature=0)
+    model, tokenizer = (kind.from_pretrained(tmp_path / "out") for kind in (AutoModelForCausalLM, AutoTokenizer))
+    assert model.config.eos_token_id == tokenizer.eos_token_id == 0
+    found = model.generate(tokenizer("one ", return_tensors="pt").input_ids, max_new_tokens=24, do_sample=False)
+    assert tokenizer.decode(found[0], skip_special_tokens=True) == ours and len(ours) > 20
