@@ -99,17 +99,23 @@ def test_off_tpus_a_slice_of_a_sum_is_no_scatter():
     assert hlo.collectives(text)[0][:3] == ("all-reduce", 24, 48)
 
 
+QWEN3 = {"model__positions": "rope", "model__qk_norm": True, "model__heads": 8, "model__head_width": 12}
 VARIANTS = {
     "dense": ((2, 4), {"attention__kernel": "dense"}),
     "remat": ((2, 4), {"model__remat": "block", "model__kv_heads": 2}),
     "hybrid, vocabulary": ((2, 2, 2), {"model__remat": "block", "model__vocab_parallel": True}),
     "ulysses, microbatches": ((1, 4), {"attention__strategy": "ulysses", "optim__accumulate": 2}),
     "ring, padded": ((2, 3), {"attention__strategy": "ring", "data__seq_len": 47}),
+    "qwen 3, recomputed in tiles": ((1, 4), {**QWEN3, "model__remat": "block", "model__tile": 8}),
+    "qwen 3, ring, head groups": ((1, 2, 2), {**QWEN3, "attention__strategy": "ring", "attention__head_groups": 2}),
+    "qwen 3, tiles": ((1, 4), {**QWEN3, "model__tile": 8}),
     "muon, grouped queries": ((2, 4), {"optim__name": "muon", "model__kv_heads": 2}),
 }
 
 
-@pytest.mark.parametrize("variant", sampled(VARIANTS, ["dense", "hybrid, vocabulary", "ring, padded"]))
+@pytest.mark.parametrize(
+    "variant", sampled(VARIANTS, ["dense", "hybrid, vocabulary", "ring, padded", "qwen 3, recomputed in tiles"])
+)
 def test_operations_outside_attention_are_as_predicted(variant):
     sizes, changes = VARIANTS[variant]
     model, mesh = model_on(*sizes, model__layers=LAYERS, **changes)

@@ -119,7 +119,10 @@ def _linears(config: Config, mesh: Mesh | AbstractMesh) -> Iterator[_Linear]:
     in_groups = remat == "block" or groups > 1
     queries, keys = STRATEGIES[config.attention.strategy].recomputed(setting_on(config, mesh))
     for name, heads, projected in (("query", sizes.H, queries), ("key", sizes.G, keys), ("value", sizes.G, keys)):
-        width, again = heads * sizes.K, blocks + (in_groups and projected)
+        normalized = model.qk_norm and name != "value"  # by a norm whose backward pass starts from its input
+        width = heads * sizes.K
+        projected = in_groups and projected
+        again = blocks + (projected + normalized if tiled else max(projected, in_groups and normalized))
         inner = tiled or (in_groups and not projected)
         hoisted = 0 if tiled or remat == "block" else E * rank * (groups - 1)
         yield _Linear("attention", name, E * width, E * rank * groups, rank * width, again, inner, hoisted)
