@@ -7,6 +7,7 @@ globs, JSONL, gzip, any other tokenizer) is encoded into a token file in the use
 import fcntl
 import glob
 import hashlib
+import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,6 +24,8 @@ from lss_jax.data.text import BYTES
 from lss_jax.data.token_file import TokenFile, is_token_file
 from lss_jax.data.tokenizer import load_tokenizer
 from lss_jax.runtime.distributed import is_first
+
+log = logging.getLogger(__name__)
 
 
 class Corpus(NamedTuple):
@@ -115,7 +118,13 @@ def _opened(part: str, config: DataConfig) -> TokenFile | FileSource:
 
 def _check_tokenizer(file: TokenFile, config: DataConfig) -> None:
     """Raises a ConfigError for a token file that was encoded by another tokenizer than the config's."""
-    expected = load_tokenizer(config.tokenizer).fingerprint
+    tokenizer = load_tokenizer(config.tokenizer)
+    expected = tokenizer.fingerprint
+    if file.tokenizer == expected and file.end != tokenizer.end_text:
+        log.warning(
+            "documents in token file %s end with %r, but generated text ends with %r, the end token of %s",
+            *(file.path, file.end, tokenizer.end_text, config.tokenizer),
+        )
     if file.tokenizer != expected:
         maker = file.tokenizer if file.tokenizer == BYTES else f"the tokenizer with SHA-256 {file.tokenizer[:12]}"
         other = "" if expected == BYTES else f", whose SHA-256 is {expected[:12]}"

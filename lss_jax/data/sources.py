@@ -14,7 +14,8 @@ import numpy as np
 
 from lss_jax.config.schema import ConfigError, DataConfig
 from lss_jax.data.files import ReadInParts
-from lss_jax.data.token_file import LENGTH_BYTES, TokenFile
+from lss_jax.data.token_file import TokenFile
+from lss_jax.storage.tensor_files import LENGTH_BYTES
 
 WHOLE = 2**28  # bytes; of a longer file this many are hashed, in evenly spaced blocks
 BLOCK = 2**12

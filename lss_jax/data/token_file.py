@@ -18,19 +18,12 @@ import numpy as np
 
 from lss_jax.config.schema import ConfigError
 from lss_jax.data.files import ReadInParts
+from lss_jax.storage.tensor_files import DTYPES, LENGTH_BYTES, header_of
 
 FORMAT = "lss_jax tokens 1"
 MAGIC = b'"lss_jax tokens'  # near the start of every version's header
 LONGEST_HEADER = 100_000_000  # bytes; the library `safetensors` reads no longer one
 LOOKED_AT = 2**28  # tokens of which the largest is found when a file is opened, in a fraction of a second
-LENGTH_BYTES = 8  # of the header's length, with which the file begins
-DTYPES: dict[str, np.dtype] = {
-    "U8": np.dtype("<u1"),
-    "U16": np.dtype("<u2"),
-    "U32": np.dtype("<u4"),
-    "I64": np.dtype("<i8"),
-}
-CODES = {dtype: code for code, dtype in DTYPES.items()}
 ARRAYS = {
     "tokens": ("U8", "U16", "U32"),
     "document_ends": ("I64",),
@@ -165,20 +158,13 @@ def _header_of(path: Path, about: About, columns: list[tuple[str, Column]]) -> b
         "text_bytes": str(about.text_bytes),
         "files": json.dumps(about.files),
     }
-    entries: dict[str, Any] = {"__metadata__": metadata}
-    offset = 0
-    for name, column in columns:
-        stop = offset + column.size * column.dtype.itemsize
-        entries[name] = {"dtype": CODES[column.dtype], "shape": [column.size], "data_offsets": [offset, stop]}
-        offset = stop
-    header = json.dumps(entries).encode()
-    header += b" " * (-len(header) % 8)
+    header = header_of({name: (column.dtype, (column.size,)) for name, column in columns}, metadata)
     if len(header) > LONGEST_HEADER:
         raise ConfigError(
             f"{path}: the names of {len(about.files)} files make a header of {len(header)} bytes, more than the "
             f"{LONGEST_HEADER} that can be read; put the documents into fewer files, as JSONL"
         )
-    return len(header).to_bytes(LENGTH_BYTES, "little") + header
+    return header
 
 
 def _header(path: Path, size: int) -> tuple[dict[str, Any], int]:

@@ -13,8 +13,9 @@ from lss_jax.huggingface.families import Theirs
 from lss_jax.huggingface.folder import INDEX, SINGLE
 from lss_jax.huggingface.tensors import LAYERS, Shape, their_part, their_shape
 from lss_jax.models.layers import ADAPTER, merged
+from lss_jax.storage.tensor_files import header_of
 
-DTYPES = {"float32": ("F32", np.dtype("<f4")), "bfloat16": ("BF16", np.dtype(ml_dtypes.bfloat16))}
+DTYPES = {"float32": np.dtype("<f4"), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 LARGEST_FILE = 4 * 2**30  # bytes, unless one of our parameters alone takes more
 
 
@@ -85,26 +86,15 @@ def files_of(groups: list[Group], itemsize: int) -> dict[str, list[Group]]:
     return {f"model-{n:05d}-of-{len(files):05d}.safetensors": held for n, held in enumerate(files, start=1)}
 
 
-def write_file(path: Path, groups: list[Group], source: Source, dtype: str) -> None:
-    """Writes one safetensors file: the header, then tensor after tensor; only one layer is in memory.
-
-    The library `safetensors` writes files from arrays that are all in memory.
-    """
-    code, numpy_dtype = DTYPES[dtype]
-    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
-    end = 0
-    for group in groups:
-        for tensor in group.tensors:
-            start, end = end, end + math.prod(group.shape) * numpy_dtype.itemsize
-            header[tensor] = {"dtype": code, "shape": group.shape, "data_offsets": [start, end]}
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
+def write_file(path: Path, groups: list[Group], source: Source, dtype: np.dtype) -> None:
+    """Writes one safetensors file, tensor after tensor: only one layer is in memory."""
+    header = header_of({tensor: (dtype, g.shape) for g in groups for tensor in g.tensors}, {"format": "pt"})
     with path.open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
+        file.write(header)
         for group in groups:
             for array in _tensors(group, source):
                 assert array.shape == group.shape
-                file.write(np.ascontiguousarray(array.astype(numpy_dtype)).reshape(-1).view(np.uint8).data)
+                file.write(np.ascontiguousarray(array.astype(dtype)).reshape(-1).view(np.uint8).data)
 
 
 def write_index(path: Path, files: Mapping[str, list[Group]], itemsize: int) -> None:

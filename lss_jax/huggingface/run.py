@@ -109,15 +109,14 @@ def export_run(config: Config, workdir: Path, out: Path, family: str | None, dty
     if out.exists():
         raise ConfigError(f"--to-hf={out} is there already; give the name of a folder that is not")
     groups = groups_of(FAMILIES[name].tensors, shapes)
-    _, numpy_dtype = DTYPES[dtype]
-    files = files_of(groups, numpy_dtype.itemsize)
+    files = files_of(groups, DTYPES[dtype].itemsize)
     multihost_utils.sync_global_devices("all have checked")
     with _writing(out) as unfinished:
         after_first(lambda: _made_anew(unfinished))
         for file, held in list(files.items())[jax.process_index() :: jax.process_count()]:
-            write_file(unfinished / file, held, source, dtype)
+            write_file(unfinished / file, held, source, DTYPES[dtype])
         if is_first():
-            write_index(unfinished, files, numpy_dtype.itemsize)
+            write_index(unfinished, files, DTYPES[dtype].itemsize)
             (unfinished / CONFIG).write_text(json.dumps(theirs, indent=2) + "\n")
             for file, place in beside.items():
                 shutil.copy(place, unfinished / file)
