@@ -5,8 +5,8 @@
         --config.data.source=text --config.data.path=DOCUMENTS
 
 Reproduces: nothing; docs/own_llama.md begins with it, and experiments/own_llama measures it.
-Cost: by the documents; 600 steps take about four minutes on two CPU cores (8 simulated devices).
-Expected: see experiments/own_llama.
+Cost: measured on two CPU cores (8 simulated devices), 700 steps on enwik8's first 4 MB with 4,096 tokens: 4:20 minutes.
+Expected: there, 2.14 bits per byte on the whole validation split (experiments/own_llama).
 """
 
 from ml_collections import ConfigDict

@@ -197,7 +197,7 @@ def their_loss(model, windows, config):
     return torch.nn.functional.cross_entropy(logits_BLV.flatten(0, 1), targets.flatten(), ignore_index=-1)
 
 
-@pytest.mark.parametrize("name", ["llama 3", "qwen 3", "gpt-2"])
+@pytest.mark.parametrize("name", ["llama 3", "mistral", "qwen 2", "qwen 3", "gpt-2"])
 def test_ten_steps_of_adamw_are_those_of_pytorch(name, folders, tmp_path):
     import torch
 
@@ -241,7 +241,7 @@ def test_what_goes_out_is_what_came_in(name, folders, tmp_path):
     np.testing.assert_allclose(their_logits(loaded(tmp_path / "out"), tokens()), expected, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", ["llama 3", "qwen 2", "gpt-2"])
+@pytest.mark.parametrize("name", ["llama, yarn, tied", "mistral", "qwen 2", "qwen 3", "gpt-2"])
 def test_a_trained_run_goes_out_with_our_logits(name, folders, tmp_path):
     config, workdir = config_for(folders(name), (1, 4, 2), optim__steps=3, log_every=1), tmp_path / "run"
     import_run(folders(name), workdir, config)

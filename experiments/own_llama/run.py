@@ -95,7 +95,7 @@ def of_tokens(run: Commands, scratch: Path, data: Path) -> dict[str, Any]:
     run("convert", "--workdir", workdir, "--to-hf", scratch / "exported")
     theirs, counted = their_text(scratch / "exported")
     return {
-        "encoded": said.strip().splitlines(),
+        "encoded": said.strip().replace(f"{scratch}/", "").splitlines(),
         "valid": bits_of(run, workdir, "valid"),
         "test": bits_of(run, workdir, "test"),
         "parameters": parameter_count(build_model(load_config(workdir))),

@@ -94,7 +94,7 @@ def write_file(path: Path, groups: list[Group], source: Source, dtype: np.dtype)
         for group in groups:
             for array in _tensors(group, source):
                 assert array.shape == group.shape
-                file.write(np.ascontiguousarray(array.astype(dtype)).reshape(-1).view(np.uint8).data)
+                file.write(np.ascontiguousarray(array.astype(dtype, copy=False)).reshape(-1).view(np.uint8).data)
 
 
 def write_index(path: Path, files: Mapping[str, list[Group]], itemsize: int) -> None:

@@ -22,6 +22,7 @@ from lss_jax.config.schema import ConfigError, RunError
 from lss_jax.runtime.distributed import all_agree, from_first, is_first
 from lss_jax.storage.checksums import checksums
 
+LARGEST_CHUNK = 2**27  # bytes; what reads an array in parts, or on another mesh, holds little more than it needs
 UNFINISHED = ".orbax-checkpoint-tmp"  # in the names of folders that Orbax has not renamed into place
 DAMAGED = "damaged-"  # before the names of folders that were set aside
 
@@ -216,8 +217,10 @@ class CheckpointWriter:
 
 
 def _in_layers(tree: Any) -> Any:
-    """How the arrays of a tree are stored: those of three axes and more, which are stacked, in chunks of one layer."""
-    return jax.tree.map(lambda leaf: ocp.SaveArgs(shard_axes=(0,) if leaf.ndim > 2 else ()), tree)
+    """How the arrays of a tree are stored: in chunks, of one layer where there are three axes and more (stacked)."""
+    return jax.tree.map(
+        lambda leaf: ocp.SaveArgs(chunk_byte_size=LARGEST_CHUNK, shard_axes=(0,) if leaf.ndim > 2 else ()), tree
+    )
 
 
 def _remove_unfinished(folder: Path) -> None:

@@ -16,6 +16,7 @@ from jax.sharding import PartitionSpec as P
 from lss_jax.parallel.hashing import mixed
 from lss_jax.parallel.host_memory import is_on_host, to_device
 
+AT_ONCE = 2**22  # elements on the host whose checksum is computed at once
 SALTS = (0, 0x5BD1E995)
 UNSIGNED = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}  # by the size of an element
 
@@ -39,8 +40,9 @@ class Checksum:
 
     def add(self, piece: np.ndarray) -> None:
         """Adds the next piece."""
-        self._total += _flat_checksum(piece.reshape(-1), np.uint32(self._start % 2**32))
-        self._start += piece.size
+        for part in np.split(piece.reshape(-1), range(AT_ONCE, piece.size, AT_ONCE)):
+            self._total += _flat_checksum(part, np.uint32(self._start % 2**32))
+            self._start += part.size
 
     def __str__(self) -> str:
         return _hexadecimal(jax.device_get(self._total))
