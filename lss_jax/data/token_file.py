@@ -1,4 +1,6 @@
-"""The token file: a corpus encoded once, in a safetensors file that other programs open too. Its arrays::
+"""The token file: a corpus encoded once, in a safetensors file that other programs open too.
+
+Its arrays::
 
     tokens         [T] uint8, uint16 or uint32, the smallest that holds the vocabulary
     document_ends  [D] int64, the offset behind the last token of each document; the last one is T
