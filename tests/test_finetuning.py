@@ -115,7 +115,8 @@ def test_gradient_of_what_is_trained_equals_the_oracle_with_every_option(case):
     check_gradient((2, 2, 2), name, **OPTIONS[option])
 
 
-@pytest.mark.parametrize("seq_len", sampled([48, 41], {41}))
+@pytest.mark.grid
+@pytest.mark.parametrize("seq_len", [48, 41])
 def test_a_frozen_table_of_positions_equals_the_oracle_and_sends_no_rows_back(seq_len):
     changes = {"optim__frozen": "positions/*", "data__seq_len": seq_len}
     check_against_oracle(2, 4, **changes, learns=lambda name: not name.startswith("positions"))
@@ -170,7 +171,7 @@ CURVES = [
 ]
 
 
-@pytest.mark.parametrize("case", sampled(CURVES, [CURVES[0], CURVES[2]]), ids=str)
+@pytest.mark.parametrize("case", sampled(CURVES, [CURVES[0]]), ids=str)
 def test_steps_follow_the_oracle_and_leave_what_is_frozen_bit_for_bit(case):
     """The gradient is clipped, too: what is frozen has no share in its norm."""
     name, options = case
@@ -198,6 +199,7 @@ def test_only_what_is_trained_has_moments():
         assert {leaf.sharding.memory_kind for leaf in jax.tree.leaves(state.opt_state)} == {"device"}
 
 
+@pytest.mark.grid
 def test_muon_trains_some_kernels_and_leaves_the_others():
     model, mesh = model_on(2, 4, **LLAMA, optim__name="muon", optim__frozen="*/attention/*,tokens/*")
     losses, before, after = trained(model, mesh, 6)

@@ -162,6 +162,7 @@ def losses_of(config, workdir, devices, until=None):
     return found
 
 
+@pytest.mark.grid
 def test_a_mixture_is_the_same_on_any_mesh_and_after_a_resume(files, tmp_path):
     steps = {"optim__steps": 4, "optim__warmup_steps": 1}
     expected = losses_of(mixed(files, mesh__data=1, mesh__seq=2, **steps), tmp_path / "whole", 2)

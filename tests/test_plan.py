@@ -39,7 +39,7 @@ def test_the_largest_that_fits(room):
 
 
 def test_what_is_planned_fits(monkeypatch):
-    monkeypatch.setattr(planner, "meshes", lambda _: [(1, 8, 1), (2, 2, 2)])
+    monkeypatch.setattr(planner, "meshes", lambda _: [(1, 8, 1)])
     memory = parse_size("64MiB")
     candidates, impossible = plan(small_config(), 8, Room(memory, None))
     assert candidates and all(candidate.longest.memory.total <= memory for candidate in candidates)
@@ -74,6 +74,7 @@ def test_a_state_that_does_not_fit_goes_to_the_host(monkeypatch):
     assert bought["model.remat"] == 0 < bought["optim.offload"]
 
 
+@pytest.mark.grid
 def test_thousands_of_devices(tmp_path):
     few = [f"--config.{key}=1" for key in ("data.batch_size", "model.heads", "model.kv_heads")]  # meshes are possible
     done = run_plan("--devices", "4096", "--memory", "16GiB", "--json", str(tmp_path / "plan.json"), *few)

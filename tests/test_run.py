@@ -139,6 +139,7 @@ def test_host_memory_that_is_not_there_is_refused(config, tmp_path, monkeypatch)
         assert not (tmp_path / "refused").exists()
 
 
+@pytest.mark.grid
 def test_muon_goes_on_with_the_same_curve_on_another_mesh(config, tmp_path):
     config = change(config, optim__name="muon")
     run(config, tmp_path / "whole")
