@@ -10,7 +10,7 @@ from lss_jax.attention.strategies import strategy_problems
 from lss_jax.attention.strategy import Shards
 from lss_jax.config.rules import MeshSizes, optimizer_problems, problems
 from lss_jax.config.schema import Config, ConfigError
-from lss_jax.models import family_problems
+from lss_jax.models import build_model, family_problems
 from lss_jax.parallel.mesh import make_mesh
 from lss_jax.tasks import task_problems
 
@@ -29,6 +29,8 @@ def validate(config: Config, device_count: int, *, trains: bool = True) -> MeshS
     found += optimizer_problems(config, sizes) if trains else []
     if found:
         raise ConfigError("\n".join(found))
+    if config.optim.frozen or config.lora.rank:
+        build_model(config)  # which knows the names that patterns are of
     assert sizes is not None
     return sizes
 
