@@ -20,7 +20,7 @@ from lss_jax.config.schema import ConfigError, from_dict
 from lss_jax.huggingface import exporting
 from lss_jax.huggingface import run as run_module
 from lss_jax.huggingface.folder import Folder, read_config
-from lss_jax.huggingface.keys import our_keys, their_config
+from lss_jax.huggingface.keys import expressing, our_keys, their_config
 from lss_jax.huggingface.run import export_run, import_run
 from lss_jax.models import build_model
 from lss_jax.parallel.host_memory import to_device
@@ -352,6 +352,10 @@ def test_a_model_that_no_family_has_does_not_go_out(tmp_path):
     nearest = "gpt2 comes nearest: model.qkv_bias=False, and gpt2 has True; model.positions='sinusoidal', and gpt2 has "
     with pytest.raises(ConfigError, match=nearest):
         export_run(config, tmp_path / "run", tmp_path / "out", None, "float32")
+    with pytest.raises(
+        ConfigError, match=r"one of any of .*; llama comes nearest: model.family='own', and llama has 'dec"
+    ):
+        expressing(small_config(**LLAMA, model__family="own"), None)
     with pytest.raises(ConfigError, match="has no checkpoint yet; train there first"):
         export_run(small_config(**LLAMA), tmp_path / "run", tmp_path / "out", None, "float32")
     assert not list(tmp_path.iterdir())

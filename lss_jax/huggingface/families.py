@@ -98,6 +98,7 @@ LLAMA_KEYS = {
     "model.tied_head": "tie_word_embeddings",
 }
 LLAMA_OURS = {
+    "model.family": "decoder",
     "model.norm": "rms",
     "model.mlp": "swiglu",
     "model.bias": False,
@@ -162,6 +163,7 @@ FAMILIES = {
             "model.tied_head": "tie_word_embeddings",
         },
         {
+            "model.family": "decoder",
             "model.norm": "layer",
             "model.mlp": "gelu",
             "model.bias": True,
