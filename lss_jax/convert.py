@@ -15,7 +15,7 @@ from lss_jax.huggingface.families import FAMILIES
 from lss_jax.huggingface.folder import CONFIG, read_config
 from lss_jax.huggingface.keys import LONGEST, our_keys
 from lss_jax.huggingface.run import export_run, import_run
-from lss_jax.models import build_model, parameter_count
+from lss_jax.models import parameter_count
 from lss_jax.runtime import distributed
 from lss_jax.training.setup import validate
 
@@ -43,8 +43,8 @@ def main() -> int:
     with cli.start(arguments, config):
         if arguments.from_hf:
             _check(config)
-            import_run(Path(arguments.from_hf), workdir, config)
-            said = f"{workdir}: a run at step 0, with {parameter_count(build_model(config)):,} parameters"
+            model = import_run(Path(arguments.from_hf), workdir, config)
+            said = f"{workdir}: a run at step 0, with {parameter_count(model):,} parameters"
         else:
             family = export_run(config, workdir, Path(arguments.to_hf), arguments.family, arguments.dtype)
             said = f"{arguments.to_hf}: {FAMILIES[family].architecture}, {arguments.dtype}"

@@ -11,7 +11,7 @@ import numpy as np
 
 from lss_jax.huggingface.families import Theirs
 from lss_jax.huggingface.folder import INDEX, SINGLE
-from lss_jax.huggingface.tensors import LAYERS, Shape, their_part, their_shape
+from lss_jax.huggingface.tensors import LAYERS, Shape, stored_as, their_part
 from lss_jax.models.layers import ADAPTER, merged
 from lss_jax.storage.tensor_files import header_of
 
@@ -62,12 +62,11 @@ def groups_of(tensors: Mapping[str, Theirs], shapes: Mapping[str, Shape]) -> lis
         if name in tensors:
             names.setdefault(tensors[name].name, []).append(name)
     groups = []
-    for their_name, ours in names.items():
+    for ours in names.values():
         ours.sort(key=lambda name: tensors[name].third or 0)
-        theirs, shape = tensors[ours[0]], shapes[ours[0]]
-        layers = range(shape[0]) if LAYERS in their_name else range(1)
-        shape = their_shape(theirs, shape[1:] if LAYERS in their_name else shape)
-        groups.append(Group(tuple(ours), theirs, tuple(their_name.format(layer) for layer in layers), shape))
+        theirs = tensors[ours[0]]
+        stored, shape = stored_as(theirs, shapes[ours[0]])
+        groups.append(Group(tuple(ours), theirs, tuple(stored), shape))
     return groups
 
 

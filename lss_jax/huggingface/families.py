@@ -115,6 +115,38 @@ LLAMA_DEFAULTS = {
 }
 LLAMA_IGNORED = (".rotary_emb.inv_freq",)
 
+GPT2_KEYS = {
+    "model.vocab": "vocab_size",
+    "data.seq_len": "n_positions",
+    "model.layers": "n_layer",
+    "model.width": "n_embd",
+    "model.heads": "n_head",
+    "model.mlp_width": "n_inner",
+    "model.norm_epsilon": "layer_norm_epsilon",
+    "model.tied_head": "tie_word_embeddings",
+}
+GPT2_OURS = {
+    "model.family": "decoder",
+    "model.norm": "layer",
+    "model.mlp": "gelu",
+    "model.bias": True,
+    "model.qkv_bias": True,
+    "model.qk_norm": False,
+    "model.positions": "learned",
+}
+GPT2_THEIRS = {
+    "activation_function": "gelu_new",
+    "scale_attn_weights": True,
+    "scale_attn_by_inverse_layer_idx": False,
+    "add_cross_attention": False,
+}
+GPT2_DEFAULTS = {
+    "n_inner": None,  # 4 * width
+    "layer_norm_epsilon": 1e-5,
+    "tie_word_embeddings": True,
+}
+GPT2_IGNORED = (".attn.bias", ".attn.masked_bias")
+
 FAMILIES = {
     "llama": Family(
         "LlamaForCausalLM", LLAMA, LLAMA_KEYS, LLAMA_OURS, LLAMA_THEIRS, LLAMA_DEFAULTS, ignored=LLAMA_IGNORED
@@ -150,35 +182,6 @@ FAMILIES = {
         ignored=LLAMA_IGNORED,
     ),
     "gpt2": Family(
-        "GPT2LMHeadModel",
-        GPT2,
-        {
-            "model.vocab": "vocab_size",
-            "data.seq_len": "n_positions",
-            "model.layers": "n_layer",
-            "model.width": "n_embd",
-            "model.heads": "n_head",
-            "model.mlp_width": "n_inner",
-            "model.norm_epsilon": "layer_norm_epsilon",
-            "model.tied_head": "tie_word_embeddings",
-        },
-        {
-            "model.family": "decoder",
-            "model.norm": "layer",
-            "model.mlp": "gelu",
-            "model.bias": True,
-            "model.qkv_bias": True,
-            "model.qk_norm": False,
-            "model.positions": "learned",
-        },
-        {
-            "activation_function": "gelu_new",
-            "scale_attn_weights": True,
-            "scale_attn_by_inverse_layer_idx": False,
-            "add_cross_attention": False,
-        },
-        {"n_inner": None, "layer_norm_epsilon": 1e-5, "tie_word_embeddings": True},
-        rotary=False,
-        ignored=(".attn.bias", ".attn.masked_bias"),
+        "GPT2LMHeadModel", GPT2, GPT2_KEYS, GPT2_OURS, GPT2_THEIRS, GPT2_DEFAULTS, rotary=False, ignored=GPT2_IGNORED
     ),
 }

@@ -3,7 +3,6 @@
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
@@ -11,9 +10,9 @@ from flax import traverse_util
 
 from lss_jax.config.schema import Config, ConfigError
 from lss_jax.huggingface.families import FAMILIES, Family, Theirs
-from lss_jax.huggingface.folder import CONFIG, FLOATS, GENERATION, Folder
+from lss_jax.huggingface.folder import CONFIG, FLOATS, Folder
 from lss_jax.huggingface.keys import family_of
-from lss_jax.huggingface.tensors import LAYERS, Shape, ours, their_shape, whole_slices
+from lss_jax.huggingface.tensors import LAYERS, Shape, ours, stored_as
 from lss_jax.models import Model
 
 
@@ -25,32 +24,22 @@ class Import:
     """
 
     def __init__(self, path: Path, model: Model):
-        self._folder = Folder(path)
-        self.family = FAMILIES[family_of(self._folder.config, path / CONFIG)]
+        self.folder = Folder(path)
+        self.family = FAMILIES[family_of(self.folder.config, path / CONFIG)]
         self._shapes = shapes_by_name(model)
-        problems = _problems(self._folder, self.family, self._shapes, model.config)
+        problems = _problems(self.folder, self.family, self._shapes, model.config)
         if problems:
             raise ConfigError("\n".join(problems))
 
-    @property
-    def config(self) -> dict[str, Any]:
-        """Their `config.json`."""
-        return self._folder.config
-
-    @property
-    def generation_files(self) -> list[Path]:
-        """Their defaults for generation, if they have some."""
-        return [file for file in [self._folder.path / GENERATION] if file.is_file()]
-
     def layers(self, name: str) -> Iterator[np.ndarray]:
         """One of our parameters, a layer at a time."""
-        count, *rest = whole_slices(self._shapes[name])
-        for layer in range(count.stop):
-            yield self.read(name, (slice(layer, layer + 1), *rest))[0]
+        count, *rest = self._shapes[name]
+        for layer in range(count):
+            yield self.read(name, (slice(layer, layer + 1), *[slice(None)] * len(rest)))[0]
 
     def whole(self, name: str) -> np.ndarray:
         """One of our parameters."""
-        return self.read(name, whole_slices(self._shapes[name]))
+        return self.read(name, (slice(None),) * len(self._shapes[name]))
 
     def has(self, name: str) -> bool:
         """Whether one of our parameters is in the folder."""
@@ -58,7 +47,7 @@ class Import:
 
     def array(self, name: str, like: jax.ShapeDtypeStruct) -> jax.Array:
         """One of our parameters, global, sharded like `like`."""
-        return jax.make_array_from_callback(like.shape, like.sharding, lambda index: self.read(name, index or ()))
+        return jax.make_array_from_callback(like.shape, like.sharding, lambda index: self.read(name, index))
 
     def read(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
         """A part of one of our parameters, in float32, as all parameters are."""
@@ -73,7 +62,7 @@ class Import:
         return found
 
     def _part(self, tensor: str, theirs: Theirs, shape: Shape, part: tuple[slice, ...]) -> np.ndarray:
-        return ours(partial(self._folder.read, _located(self._folder, tensor)), theirs, shape, part)
+        return ours(partial(self.folder.read, _located(self.folder, tensor)), theirs, shape, part)
 
 
 def shapes_by_name(model: Model) -> dict[str, tuple[int, ...]]:
@@ -93,11 +82,8 @@ def _problems(folder: Folder, family: Family, shapes: dict[str, tuple[int, ...]]
     for name, shape in shapes.items():
         if name not in family.tensors:
             continue  # an adapter, which starts afresh
-        theirs = family.tensors[name]
-        stacked = LAYERS in theirs.name
-        expected = their_shape(theirs, shape[1:] if stacked else shape)
-        for layer in range(shape[0] if stacked else 1):
-            tensor = _located(folder, theirs.name.format(layer))
+        tensors, expected = stored_as(family.tensors[name], shape)
+        for tensor in (_located(folder, tensor) for tensor in tensors):
             used.add(tensor)
             if tensor not in folder.tensors:
                 problems.append(f"{folder.path} has no tensor {tensor!r}, which is {name} here; fetch the folder again")

@@ -161,9 +161,9 @@ def their_config(config: Config, name: str, imported: Mapping[str, Any] | None) 
     """The `config.json` of a family for the config's model; what is not said by ours is kept of the `imported` one."""
     family, values = FAMILIES[name], flat_keys(config)
     theirs = {**(imported or {}), "architectures": [family.architecture], "model_type": name}
-    for dtype in ("dtype", "torch_dtype"):
+    for dtype in ("dtype", "torch_dtype"):  # of the tensors that came in
         theirs.pop(dtype, None)
-    theirs |= {"torch_dtype": "float32", **family.theirs}
+    theirs |= family.theirs
     theirs |= {their_key: values[key] for key, their_key in family.keys.items()}
     if family.window:
         theirs |= {"sliding_window": config.attention.window or None}

@@ -16,7 +16,7 @@ from lss_jax.data.text import BYTES
 from lss_jax.data.tokenizer import load_tokenizer
 from lss_jax.huggingface.exporting import DTYPES, Merged, Source, files_of, groups_of, write_file, write_index
 from lss_jax.huggingface.families import FAMILIES
-from lss_jax.huggingface.folder import BESIDE, CONFIG, OTHER_TOKENIZERS, TOKENIZER, Folder
+from lss_jax.huggingface.folder import BESIDE, CONFIG, GENERATION, OTHER_TOKENIZERS, TOKENIZER
 from lss_jax.huggingface.importing import Import, shapes_by_name
 from lss_jax.huggingface.keys import expressing, family_of, their_config
 from lss_jax.models import Model, build_model
@@ -38,10 +38,10 @@ def imported(workdir: Path, model: Model) -> Import | None:
     return Import(folder, model) if folder.is_dir() else None
 
 
-def import_run(source: Path, workdir: Path, config: Config) -> None:
+def import_run(source: Path, workdir: Path, config: Config) -> Model:
     """Makes a run at step 0 whose parameters, and whose tokenizer if it has one, are those of a Hugging Face folder.
 
-    Its tensors become files of the run without copying, where the file system can link them.
+    Its tensors become files of the run without copying, where the file system can link them. Returns the run's model.
 
     Raises:
       ConfigError: the folder is not that of the config's model, or its tokenizer cannot be used, or the run cannot be
@@ -49,7 +49,8 @@ def import_run(source: Path, workdir: Path, config: Config) -> None:
     """
     if (workdir / "config.json").exists():
         raise ConfigError(f"workdir {workdir} holds a run already; choose another --workdir")
-    Import(source, build_model(config))
+    model = build_model(config)
+    folder = Import(source, model).folder
     if config.data.tokenizer == BYTES:
         config = with_value(config, "data.tokenizer", _own_tokenizer(source, workdir, config))
     multihost_utils.sync_global_devices("all have checked")
@@ -58,7 +59,6 @@ def import_run(source: Path, workdir: Path, config: Config) -> None:
         shutil.rmtree(workdir / IMPORTED, ignore_errors=True)  # of a command that was killed
         with _writing(workdir / IMPORTED) as unfinished:
             _made_anew(unfinished)
-            folder = Folder(source)
             for file in folder.tensor_files:
                 _link_or_copy(file.resolve(), unfinished / file.name)
             for file in folder.other_files:
@@ -67,6 +67,7 @@ def import_run(source: Path, workdir: Path, config: Config) -> None:
         keep_config(config, workdir)
 
     after_first(place)
+    return model
 
 
 def _own_tokenizer(source: Path, workdir: Path, config: Config) -> str:
@@ -100,12 +101,12 @@ def export_run(config: Config, workdir: Path, out: Path, family: str | None, dty
     """
     model = build_model(config)
     start = imported(workdir, model)
-    came_as = family_of(start.config, workdir / IMPORTED / CONFIG) if start else None
+    came_as = family_of(start.folder.config, workdir / IMPORTED / CONFIG) if start else None
     name = expressing(config, family, preferred=came_as)
     source, shapes = _source(workdir, start, model), shapes_by_name(model)
-    kept = start.config if start and name == came_as else None
+    kept = start.folder.config if start and name == came_as else None
     theirs = their_config(config, name, kept) | _ends(config, kept) | {"torch_dtype": dtype}
-    beside = _tokenizer_files(config) | ({file.name: file for file in start.generation_files} if start else {})
+    beside = _tokenizer_files(config) | ({GENERATION: start.folder.path / GENERATION} if start else {})
     if out.exists():
         raise ConfigError(f"--to-hf={out} is there already; give the name of a folder that is not")
     groups = groups_of(FAMILIES[name].tensors, shapes)
@@ -119,7 +120,8 @@ def export_run(config: Config, workdir: Path, out: Path, family: str | None, dty
             write_index(unfinished, files, DTYPES[dtype].itemsize)
             (unfinished / CONFIG).write_text(json.dumps(theirs, indent=2) + "\n")
             for file, place in beside.items():
-                shutil.copy(place, unfinished / file)
+                if place.is_file():
+                    shutil.copy(place, unfinished / file)
         multihost_utils.sync_global_devices("all files are written")
         after_first(lambda: os.replace(unfinished, out))
     return name
@@ -147,14 +149,13 @@ def _ends(config: Config, kept: dict[str, Any] | None) -> dict[str, Any]:
 
 
 def _tokenizer_files(config: Config) -> dict[str, Path]:
-    """The run's tokenizer and what lies beside it, by their names in a folder of theirs."""
+    """The run's tokenizer and what may lie beside it, by their names in a folder of theirs."""
     if config.data.tokenizer == BYTES:
         return {}
     tokenizer = Path(config.data.tokenizer).expanduser()
     if not tokenizer.is_file():
         raise ConfigError(f"data.tokenizer={config.data.tokenizer!r} is not a file; put it back, to be exported, too")
-    beside = {name: tokenizer.parent / name for name in BESIDE}
-    return {TOKENIZER: tokenizer, **{name: file for name, file in beside.items() if file.is_file()}}
+    return {TOKENIZER: tokenizer, **{name: tokenizer.parent / name for name in BESIDE}}
 
 
 @contextmanager

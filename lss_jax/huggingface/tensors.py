@@ -18,6 +18,13 @@ def their_shape(theirs: Theirs, shape: Shape) -> Shape:
     return matrix if theirs.third is None else (*matrix[:-1], 3 * matrix[-1])
 
 
+def stored_as(theirs: Theirs, shape: Shape) -> tuple[list[str], Shape]:
+    """The names of their tensors for one of our parameters with this shape, one for each layer, and their shape."""
+    if LAYERS not in theirs.name:
+        return [theirs.name], their_shape(theirs, shape)
+    return [theirs.name.format(layer) for layer in range(shape[0])], their_shape(theirs, shape[1:])
+
+
 def ours(
     read: Callable[[tuple[slice, ...]], np.ndarray], theirs: Theirs, shape: Shape, part: tuple[slice, ...]
 ) -> np.ndarray:
@@ -50,8 +57,3 @@ def their_part(theirs: Theirs, array: np.ndarray) -> np.ndarray:
     """One layer's whole parameter as their tensor, or as the third of it that it is."""
     shape = their_shape(theirs._replace(third=None), array.shape)
     return array.reshape(shape[::-1]).T if theirs.transposed else array.reshape(shape)
-
-
-def whole_slices(shape: Shape) -> tuple[slice, ...]:
-    """Slices that take all of every axis."""
-    return tuple(slice(0, size) for size in shape)
