@@ -16,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 
 from lss_jax.config.schema import ConfigError, DataConfig, gather_problems
-from lss_jax.data.documents import JSONL, Fields, files_of
+from lss_jax.data.documents import Fields, files_of, is_jsonl
 from lss_jax.data.encoding import encode
 from lss_jax.data.packing import Stream, documents_between, separated, split_ends, undivided
 from lss_jax.data.sources import SPLITS, FileSource, check_file, enwik8, open_splits, splits_of, stdlib_files, text
@@ -77,7 +77,7 @@ def _is_one_text(config: DataConfig) -> bool:
 def _is_plain(part: str) -> bool:
     """Whether a part of `data.path` is a file of plain text, or would be if it existed."""
     path = Path(part).expanduser()
-    is_other = path.name.lower().endswith((*JSONL, ".gz")) or path.is_dir() or is_token_file(path)
+    is_other = is_jsonl(path) or path.name.lower().endswith(".gz") or path.is_dir() or is_token_file(path)
     return not is_other and (path.is_file() or not glob.has_magic(part))
 
 
@@ -178,7 +178,7 @@ def _fields_and_separator(files: Sequence[Path], config: DataConfig) -> tuple[Fi
     Raises:
       ConfigError: there are prompts, and only some of the files are JSONL.
     """
-    are_jsonl = {file.name.lower().removesuffix(".gz").endswith(JSONL) for file in files}
+    are_jsonl = set(map(is_jsonl, files))
     if config.prompt_field and len(are_jsonl) == 2:
         raise ConfigError(
             f"data.path: {files[0].parent} has both JSONL and plain text, in which there is no data.prompt_field="

@@ -77,7 +77,8 @@ def _unzipped(path: Path) -> str:
     return path.name.lower().removesuffix(".gz")
 
 
-def _is_jsonl(path: Path) -> bool:
+def is_jsonl(path: Path) -> bool:
+    """Whether a file is by its name JSONL, gzipped or not."""
     return _unzipped(path).endswith(JSONL)
 
 
@@ -95,7 +96,7 @@ class Documents:
         self.position = 0
 
     def __iter__(self) -> Iterator[Block]:
-        if self._separator and all(_is_jsonl(path) for path in self._files):
+        if self._separator and all(is_jsonl(path) for path in self._files):
             raise ConfigError(
                 f"the separator {self._separator.decode()!r} has no use in JSONL files, where a line is a document; "
                 f"leave it out"
@@ -124,7 +125,7 @@ class Documents:
                 f"{path} is by its name neither plain text nor JSONL; name it .jsonl if it has an object per line, "
                 f"else .txt"
             )
-        blocks = self._of_lines(path, file) if _is_jsonl(path) else self._of_text(path, file)
+        blocks = self._of_lines(path, file) if is_jsonl(path) else self._of_text(path, file)
         empty = True
         for block in blocks:
             empty = False

@@ -5,6 +5,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import tokenizers
@@ -14,6 +15,7 @@ from lss_jax.data.text import BYTES, ByteText, Tokenizer
 from lss_jax.data.token_bytes import SPACE, bytes_of_tokens
 
 END = "<|endoftext|>"  # ends documents, unless a tokenizer_config.json names another token
+CONFIG = "tokenizer_config.json"
 LETTERS = "xA0"  # one of which every tokenizer knows, also one of genomes or of digits
 LINE_FEED = "\n"  # before a text that goes on, for tokenizers that begin each text with a space
 
@@ -113,7 +115,7 @@ class JsonTokenizer:
         return np.array(processed[: next(starts, 0)], np.int32), sum(len(self._bytes[t]) for t in plain) > 1
 
     def _end_text(self, file: Path) -> str:
-        beside = file.with_name("tokenizer_config.json")
+        beside = file.with_name(CONFIG)
         try:
             named = json.loads(beside.read_bytes()).get("eos_token") if beside.is_file() else None
         except (OSError, ValueError, AttributeError) as error:
@@ -170,10 +172,26 @@ def load_tokenizer(name: str, end: str | None = None) -> Tokenizer:
       ConfigError: as `JsonTokenizer`; or bytes are to have an end token.
     """
     if name != BYTES:
-        return JsonTokenizer(name, end)
+        file = Path(name).expanduser()
+        return _loaded(name, end, _stamp(file), _stamp(file.with_name(CONFIG)))
     if end:
         raise ConfigError(f"--end={end!r}: bytes have no special tokens; leave it out, or give a tokenizer.json")
     return ByteText()
+
+
+@functools.lru_cache(maxsize=4)
+def _loaded(name: str, end: str | None, *_stamps: Any) -> JsonTokenizer:
+    """The tokenizer of files with these stamps, read once: one of 128,256 tokens takes a second."""
+    return JsonTokenizer(name, end)
+
+
+def _stamp(file: Path) -> tuple[int, int] | None:
+    """What changes when a file is written to; None if there is none."""
+    try:
+        seen = file.stat()
+    except OSError:
+        return None
+    return seen.st_mtime_ns, seen.st_size
 
 
 def _contents(file: Path) -> bytes:

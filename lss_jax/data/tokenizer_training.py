@@ -12,12 +12,12 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 from lss_jax.config.schema import ConfigError
 from lss_jax.data.documents import Block
 from lss_jax.data.pieces import pieces
-from lss_jax.data.tokenizer import END
+from lss_jax.data.tokenizer import CONFIG, END
 from lss_jax.storage.workdir import write_whole
 
 SMALLEST = 257  # all bytes and END
 LARGEST = 2**24
-CONFIG = {  # by which AutoTokenizer of `transformers` opens the folder
+SETTINGS = {  # by which AutoTokenizer of `transformers` opens the folder
     "tokenizer_class": "PreTrainedTokenizerFast",
     "bos_token": END,
     "eos_token": END,
@@ -36,7 +36,7 @@ def train_tokenizer(blocks: Iterable[Block], size: int, out: Path, *, progress: 
     """
     if not SMALLEST <= size <= LARGEST:
         raise ConfigError(f"--train={size} must be from {SMALLEST} (all bytes, and {END}) to {LARGEST} tokens")
-    config, written = out.with_name("tokenizer_config.json"), json.dumps(CONFIG, indent=2) + "\n"
+    config, written = out.with_name(CONFIG), json.dumps(SETTINGS, indent=2) + "\n"
     _check_free(config, written)
     _check_writable(out)
     tokenizer = tokenizers.Tokenizer(models.BPE())

@@ -1,6 +1,5 @@
 """Language modelling over bytes or tokens: each next one is predicted from those that the mask shows."""
 
-import functools
 import math
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -60,7 +59,7 @@ class LanguageModel(Task):
         if self.encoded:
             self.sums, self.items, self.metrics, self.headline = EncodedLossSum, "tokens", OF_TOKENS, OF_TOKENS[1]
 
-    @functools.cached_property
+    @property
     def text(self) -> Tokenizer:
         """What the tokens stand for.
 
