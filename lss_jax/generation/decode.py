@@ -26,7 +26,7 @@ from lss_jax.data.text import Tokenizer
 from lss_jax.generation.cache import CACHE_SPECS, Cache, attend_to_cache, fill, write
 from lss_jax.generation.sampling import Sampling, sample
 from lss_jax.models import FAMILIES, Model, Params, build_model
-from lss_jax.models.layers import Segment
+from lss_jax.models.layers import AttendWithPast, Segment
 from lss_jax.parallel.layout import layout_on
 from lss_jax.parallel.mesh import DATA, MODEL, SEQ, axis_if_sharded, like, shardings
 from lss_jax.parallel.scopes import ATTENTION
@@ -61,8 +61,7 @@ def make_prefill(model: Model, mesh: Mesh, tokens: int) -> Callable[[Params, jax
         def attend(q_BlHK, k_BlGK, v_BlGK, dropout, past):
             return strategy(q_BlHK, k_BlGK, v_BlGK, dropout), stacked(k_BlGK, v_BlGK)
 
-        positions_p = own_part(positions_l, axis, 0)
-        segment = Segment(positions_l, positions_p, positions_l, attend, head_groups=1, dropout=None, model_axis=axis)
+        segment = _segment(positions_l, attend, axis)
         _, kv_n2BGlK = model.recall(params, tokens_Bl, segment, None)  # the logits are not needed
         return fill(kv_n2BGlK, positions_l, length_B - 1, more=-(-tokens // layout.devices))
 
@@ -111,8 +110,7 @@ def make_step(model: Model, mesh: Mesh, length: int) -> Step:
             )
             return o_BHK[None], own_2BGK
 
-        position_b = own_part(position_B, axis, 0)
-        segment = Segment(position_B, position_b, position_B, attend, head_groups=1, dropout=None, model_axis=axis)
+        segment = _segment(position_B, attend, axis)
         outputs, kv_n2BGK = model.recall(params, token_B[None], segment, cache.kv_n2BGcK)
         slot = length // layout.devices + number // layout.devices
         mine = seq_axis is None or number % layout.devices == jax.lax.axis_index(seq_axis)
@@ -129,6 +127,19 @@ def make_step(model: Model, mesh: Mesh, length: int) -> Step:
         return cache, logits_BV[:, : config.model.vocab]  # without padding
 
     return step
+
+
+def _segment(positions_l: jax.Array, attend: AttendWithPast, axis: str | None) -> Segment:
+    """A segment of generation: a single document, by whose own positions the model tells tokens apart."""
+    return Segment(
+        positions_l=positions_l,
+        positions_p=own_part(positions_l, axis, 0),
+        embedded_l=positions_l,
+        attend=attend,
+        head_groups=1,
+        dropout=None,
+        model_axis=axis,
+    )
 
 
 def _mask(config: Config, positions_l: jax.Array) -> Intervals:

@@ -71,7 +71,6 @@ def plan(config: Config, devices: int, room: Room) -> tuple[list[Candidate], lis
       ConfigError: the config is wrong on any mesh.
     """
     validate(dataclasses.replace(config, mesh=MeshConfig(1, 1, 1, "none")), 1)
-    build_model(config)  # which patterns of its parameters' names may forbid
     candidates, impossible = [], []
     for sizes in meshes(devices):
         for strategy in STRATEGIES if sizes[1] > 1 else [config.attention.strategy]:  # on one device they are the same

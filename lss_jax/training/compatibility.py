@@ -5,12 +5,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import jax
-
 from lss_jax.config.schema import Config, ConfigError, changes, from_dict, with_value
 from lss_jax.models import Params, build_model
 from lss_jax.storage.workdir import saved_config
 from lss_jax.training.optimizer import make_optimizer
+from lss_jax.training.state import moments_like
 
 
 def check_workdir(
@@ -25,17 +24,26 @@ def check_workdir(
     """
     saved = from_dict(saved_config(workdir))
     fixed = saved if saved_steps else dataclasses.replace(saved, lora=config.lora)
-    for what, shapes in (("parameters", shapes_of), *([("moments", moments_of)] if trains and saved_steps else [])):
-        misfits = shaping(fixed, config, shapes)
-        if misfits:
-            raise ConfigError(
-                "\n".join(
-                    f"workdir {workdir} holds a run with {key}={then!r}, not {now!r}, and its {what} do not fit; "
-                    f"choose another --workdir, or go on with --config.{key}={then}"
-                    for key, (then, now) in misfits.items()
-                )
-            )
+    run, remedy = f"workdir {workdir} holds a run", "choose another --workdir, or go on"
+    check_fit(fixed, config, shapes_of, run=run, what="parameters", remedy=remedy)
+    if trains and saved_steps:
+        check_fit(fixed, config, moments_of, run=run, what="moments", remedy=remedy)
     return changes(saved, config)
+
+
+def check_fit(
+    saved: Config, config: Config, shapes: Callable[[Config], Any], *, run: str, what: str, remedy: str
+) -> None:
+    """Raises a ConfigError if the configs have different `shapes`, with a line per key that makes the difference."""
+    misfits = shaping(saved, config, shapes)
+    if misfits:
+        raise ConfigError(
+            "\n".join(
+                f"{run} with {key}={then!r}, not {now!r}, and its {what} do not fit; "
+                f"{remedy} with --config.{key}={then}"
+                for key, (then, now) in misfits.items()
+            )
+        )
 
 
 def shaping(saved: Config, config: Config, shapes: Callable[[Config], Any]) -> dict[str, tuple[Any, Any]]:
@@ -66,6 +74,6 @@ def moments_of(config: Config) -> Any:
     """The optimizer state's global shapes and dtypes, None if no optimizer can be made of this config."""
     try:
         model = build_model(config)
-        return jax.eval_shape(make_optimizer(config.optim).init, model.only_trained(model.natural_shapes))
+        return moments_like(make_optimizer(config.optim), model, model.natural_shapes)
     except (ValueError, TypeError, ArithmeticError):  # as above
         return None

@@ -8,7 +8,7 @@ from jax.sharding import Mesh
 from lss_jax.config.schema import Config, ConfigError, from_dict
 from lss_jax.models import Model, Params, build_model
 from lss_jax.storage.workdir import IMPORTED, saved_config
-from lss_jax.training.compatibility import shapes_of, shaping
+from lss_jax.training.compatibility import check_fit, shapes_of
 from lss_jax.training.evaluation import restore_params
 from lss_jax.training.imported import imported_params
 
@@ -27,15 +27,14 @@ def check_start(config: Config, workdir: Path) -> None:
             f"that; choose another --workdir, or leave it empty"
         )
     saved = from_dict(saved_config(Path(config.start_from)))
-    misfits = shaping(saved, _with_adapters_of(saved, config), shapes_of)
-    if misfits:
-        raise ConfigError(
-            "\n".join(
-                f"start_from={config.start_from!r} is a run with {key}={then!r}, not {now!r}, and its parameters do "
-                f"not fit; start from another run, or with --config.{key}={then}"
-                for key, (then, now) in misfits.items()
-            )
-        )
+    check_fit(
+        saved,
+        _with_adapters_of(saved, config),
+        shapes_of,
+        run=f"start_from={config.start_from!r} is a run",
+        what="parameters",
+        remedy="start from another run, or",
+    )
 
 
 def params_to_start_from(config: Config, workdir: Path, model: Model, mesh: Mesh) -> Params:

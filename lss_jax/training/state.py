@@ -33,6 +33,11 @@ def state_shardings(model: Model, optimizer: optax.GradientTransformation, mesh:
     return TrainState(everywhere, param_shardings(model, mesh), moments)
 
 
+def moments_like(optimizer: optax.GradientTransformation, model: Model, params: Any) -> Any:
+    """Shapes and dtypes of the optimizer's state, which has moments of the trained ones of these parameters."""
+    return jax.eval_shape(optimizer.init, model.only_trained(params))
+
+
 def of_moments(
     optimizer: optax.GradientTransformation, model: Model, of_params: Any, of_others: Callable[[Any], Any]
 ) -> Any:
@@ -43,7 +48,7 @@ def of_moments(
     return optax.tree_map_params(
         optimizer,
         lambda moment, of_param: moment if _is_masked(moment) else of_param,
-        jax.eval_shape(optimizer.init, model.only_trained(model.shapes)),
+        moments_like(optimizer, model, model.shapes),
         model.only_trained(of_params),
         transform_non_params=of_others,
         is_leaf=_is_masked,
@@ -102,7 +107,7 @@ def param_specs(model: Model, mesh: Mesh | AbstractMesh) -> Any:
 
 def state_like(model: Model, optimizer: optax.GradientTransformation, mesh: Mesh | AbstractMesh) -> TrainState:
     """Shapes and shardings of the state."""
-    moments = jax.eval_shape(optimizer.init, model.only_trained(model.shapes))
+    moments = moments_like(optimizer, model, model.shapes)
     shapes = TrainState(jax.ShapeDtypeStruct((), jnp.int32), model.shapes, moments)
     return like(shapes, state_shardings(model, optimizer, mesh))
 

@@ -32,7 +32,7 @@ from lss_jax.training.profile import STEP, Profile
 from lss_jax.training.setup import mesh_of, validate
 from lss_jax.training.skips import Skips
 from lss_jax.training.start import check_start, params_to_start_from
-from lss_jax.training.state import TrainState, init_state, state_like
+from lss_jax.training.state import TrainState, init_state, moments_like, state_like
 from lss_jax.training.step import make_eval_step, trace_train_step
 
 log = logging.getLogger(__name__)
@@ -59,11 +59,12 @@ class Trainer:
 
     def __init__(self, config: Config, workdir: Path | str, devices: Sequence[jax.Device] | None = None):
         devices, workdir = jax.devices() if devices is None else devices, Path(workdir)
-        self.config, self.workdir = config, workdir
+        self.config, self.workdir, folder = config, workdir, workdir / "checkpoints"
+        saved_steps = newest_step(folder) is not None
         gather_problems(
             lambda: validate(config, len(devices)),
             lambda: check_files(config.data),
-            lambda: check_start(config, workdir) if newest_step(workdir / "checkpoints") is None else None,
+            lambda: None if saved_steps else check_start(config, workdir),
             lambda: check_writable(workdir),
         )
         self.mesh = mesh_of(config, devices)
@@ -74,15 +75,13 @@ class Trainer:
         self._schedule = make_schedule(config.optim)
         self.like = state_like(self.model, self._optimizer, self.mesh)
         check_hosts(self.model, self.mesh, self.like)
-        moments = jax.eval_shape(self._optimizer.init, self.model.only_trained(self.model.natural_shapes))
+        moments = moments_like(self._optimizer, self.model, self.model.natural_shapes)
         self._natural = {
             "params": natural_like(self.like.params, self.model.natural_shapes),
             "opt_state": natural_like(self.like.opt_state, moments),
         }
         self._train_step: Callable | None = None
         self._eval_step = make_eval_step(self.model, self.mesh)
-        folder = workdir / "checkpoints"
-        saved_steps = newest_step(folder) is not None
         starts = saved_steps or (workdir / IMPORTED).is_dir()
         self.changes = check_workdir(config, workdir, saved_steps=saved_steps) if starts else {}
         self.splits = self.task.splits(self.mesh)
