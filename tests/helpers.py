@@ -18,6 +18,7 @@ from lss_jax.parallel.layout import layout_on
 from lss_jax.parallel.mesh import make_mesh
 from lss_jax.training.setup import validate
 from lss_jax.training.step import make_means_and_gradient
+from lss_jax.training.trainer import Trainer
 
 MESHES = [(1, 1), (8, 1), (1, 8), (2, 4), (4, 2), (2, 3)]  # data x seq
 SMALL = {
@@ -30,6 +31,16 @@ SMALL = {
     "optim.warmup_steps": 2,
     "optim.steps": 20,
     "mesh.data": -1,
+}
+LLAMA = {
+    "model__norm": "rms",
+    "model__mlp": "swiglu",
+    "model__bias": False,
+    "model__tied_head": False,
+    "model__positions": "rope",
+    "model__heads": 16,
+    "model__kv_heads": 8,
+    "model__mlp_width": 88,
 }
 TEXT = bytes(np.random.default_rng(0).choice(list(b"abcdefgh     \n"), 6000))
 
@@ -88,6 +99,17 @@ def sampled(values, sample, rest=pytest.mark.grid, quick=()):
         pytest.param(value, marks=[pytest.mark.quick] * (value in quick) if value in sample else rest)
         for value in values
     ]
+
+
+def run(config, workdir, stop_after=None, devices=None):
+    """Trains, and stops after some step as a Ctrl-C would make it; returns the final state."""
+    trainer = Trainer(config, workdir, devices)
+    for record in trainer.fit():
+        if stop_after is not None and record["step"] >= stop_after:
+            break
+    trainer.save()
+    trainer.close()
+    return jax.tree.map(np.asarray, trainer.state)
 
 
 def random_bytes(count: int = 20_000, seed: int = 0) -> np.ndarray:

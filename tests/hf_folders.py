@@ -2,6 +2,7 @@
 
 import json
 
+import helpers
 import numpy as np
 from helpers import small_config
 from safetensors.numpy import save_file
@@ -12,10 +13,7 @@ from lss_jax.huggingface.importing import shapes_by_name
 from lss_jax.huggingface.keys import their_config
 from lss_jax.models import build_model
 
-LLAMA = {
-    **{"model__norm": "rms", "model__mlp": "swiglu", "model__bias": False, "model__positions": "rope"},
-    **{"model__tied_head": False, "model__heads": 8, "model__kv_heads": 4, "model__mlp_width": 88, "model__vocab": 263},
-}
+LLAMA = {**helpers.LLAMA, "model__heads": 8, "model__kv_heads": 4, "model__vocab": 263}
 GPT2 = {"model__qkv_bias": True}
 MODELS = {
     "llama": LLAMA,

@@ -8,6 +8,7 @@ import numpy as np
 import oracle
 import pytest
 from helpers import (
+    LLAMA,
     assert_close,
     batch_on,
     check_against_oracle,
@@ -28,16 +29,6 @@ from lss_jax.training.optimizer import make_optimizer
 from lss_jax.training.state import init_state, state_like
 from lss_jax.training.step import make_eval_step, make_train_step, trace_train_step
 
-LLAMA = {
-    "model__norm": "rms",
-    "model__mlp": "swiglu",
-    "model__bias": False,
-    "model__tied_head": False,
-    "model__positions": "rope",
-    "model__heads": 16,
-    "model__kv_heads": 8,
-    "model__mlp_width": 88,
-}
 LORA = {"lora__rank": 3, "lora__targets": "*"}
 
 

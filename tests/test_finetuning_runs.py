@@ -3,7 +3,7 @@
 import jax
 import numpy as np
 import pytest
-from helpers import TEXT, change, sampled, small_config
+from helpers import TEXT, change, run, sampled, small_config
 
 from lss_jax.config.schema import ConfigError
 from lss_jax.generation.generate import generate_text
@@ -26,17 +26,6 @@ def whole(config, tmp_path_factory):
     """The folder of an uninterrupted run, which is not to be changed, and its final state."""
     workdir = tmp_path_factory.mktemp("whole")
     return workdir, run(config, workdir)
-
-
-def run(config, workdir, stop_after=None, devices=None):
-    """Trains, and stops after some step as a Ctrl-C would make it; returns the final state."""
-    trainer = Trainer(config, workdir, devices)
-    for record in trainer.fit():
-        if stop_after is not None and record["step"] >= stop_after:
-            break
-    trainer.save()
-    trainer.close()
-    return jax.tree.map(np.asarray, trainer.state)
 
 
 def losses(workdir):

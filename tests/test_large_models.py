@@ -12,6 +12,7 @@ import numpy as np
 import oracle
 import pytest
 from helpers import (
+    LLAMA,
     assert_close,
     batch_on,
     check_against_oracle,
@@ -38,16 +39,6 @@ from lss_jax.training.optimizer import make_optimizer
 from lss_jax.training.state import init_state
 from lss_jax.training.step import make_train_step
 
-LLAMA = {
-    "model__norm": "rms",
-    "model__mlp": "swiglu",
-    "model__bias": False,
-    "model__tied_head": False,
-    "model__positions": "rope",
-    "model__heads": 16,
-    "model__kv_heads": 8,
-    "model__mlp_width": 88,
-}
 OPTIONS = {
     "block": {},
     "weights": {"mesh__shard": "all"},

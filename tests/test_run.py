@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
-from helpers import TEXT, change, small_config
+from helpers import TEXT, change, run, small_config
 
 from lss_jax.config.schema import ConfigError
 from lss_jax.generation.generate import generate_text
@@ -45,17 +45,6 @@ def stopped(config, tmp_path_factory):
 def interrupted(stopped, tmp_path):
     """The folder of a run that stopped after step 2: a copy of its own for each test."""
     return shutil.copytree(stopped, tmp_path / "interrupted")
-
-
-def run(config, workdir, stop_after=None, devices=None):
-    """Trains, and stops after some step as a Ctrl-C would make it; returns the final parameters."""
-    trainer = Trainer(config, workdir, devices)
-    for record in trainer.fit():
-        if stop_after is not None and record["step"] >= stop_after:
-            break
-    trainer.save()
-    trainer.close()
-    return jax.tree.map(np.asarray, trainer.state)
 
 
 def contents(folder):

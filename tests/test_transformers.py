@@ -61,6 +61,7 @@ THEIRS = {  # the class of the config, and its arguments
     "qwen 3": ("Qwen3Config", {**SIZES, "head_dim": 24}),
     "gpt-2": ("GPT2Config", {"vocab_size": 259, "n_positions": 48, "n_embd": 64, "n_layer": 2, "n_head": 8}),
 }
+OURS = {"model__norm": "rms", "model__mlp": "swiglu", "model__bias": False, "model__positions": "rope"}
 MESHES = [(1, 1, 1), (1, 8, 1), (2, 2, 2)]
 WAYS = [(mesh, "lss") for mesh in MESHES] + [((1, 4, 1), "ring"), ((1, 4, 1), "ulysses")]
 
@@ -258,9 +259,8 @@ def test_a_trained_run_goes_out_with_our_logits(name, folders, tmp_path):
 
 def test_a_run_that_was_never_theirs_goes_out(tmp_path):
     """A fresh Llama-class model of ours, with a larger base for longer contexts, which is a base to them."""
-    shape = {"model__norm": "rms", "model__mlp": "swiglu", "model__bias": False, "model__positions": "rope"}
     ntk = {"model__rope_scaling": "ntk", "model__rope_factor": 4.0}
-    config = small_config(**shape, **ntk, optim__steps=2, mesh__seq=4, mesh__data=1)
+    config = small_config(**OURS, **ntk, optim__steps=2, mesh__seq=4, mesh__data=1)
     trainer = Trainer(config, tmp_path / "run", jax.devices()[:4])
     list(trainer.fit())
     trainer.save()
@@ -275,11 +275,10 @@ def test_a_run_with_a_tokenizer_writes_the_same_text_there(tmp_path):
     """Greedily, token by token, and up to the same end token."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    shape = {"model__norm": "rms", "model__mlp": "swiglu", "model__bias": False, "model__positions": "rope"}
     (tmp_path / "text").write_text(CORPUS * 20)
     data = {"data__source": "text", "data__path": str(tmp_path / "text"), "data__tokenizer": trained(tmp_path)}
     sizes = {"model__vocab": 401, "optim__steps": 40, "optim__learning_rate": 1e-2, "mesh__seq": 4, "mesh__data": 2}
-    trainer = Trainer(small_config(**shape, **data, **sizes), tmp_path / "run")
+    trainer = Trainer(small_config(**OURS, **data, **sizes), tmp_path / "run")
     list(trainer.fit())
     trainer.save()
     trainer.close()
