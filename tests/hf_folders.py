@@ -6,6 +6,7 @@ import helpers
 import numpy as np
 from helpers import small_config
 from safetensors.numpy import save_file
+from tokenizer_cases import trained
 
 from lss_jax.huggingface import exporting
 from lss_jax.huggingface.families import FAMILIES
@@ -37,3 +38,10 @@ def make_folder(path, family, **changes):
 
 def file_of(folder):
     return folder / "model.safetensors"
+
+
+def with_tokenizer(folder, vocab=263):
+    """A tokenizer, with what lies beside it."""
+    trained(folder, size=vocab)
+    (folder / "chat_template.jinja").write_text("{{ messages }}")
+    (folder / "generation_config.json").write_text("{}")
