@@ -47,7 +47,7 @@ class Import:
 
     def array(self, name: str, like: jax.ShapeDtypeStruct) -> jax.Array:
         """One of our parameters, global, sharded like `like`."""
-        return jax.make_array_from_callback(like.shape, like.sharding, lambda index: self.read(name, index))
+        return jax.make_array_from_callback(like.shape, like.sharding, lambda index: self.read(name, index or ()))
 
     def read(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
         """A part of one of our parameters, in float32, as all parameters are."""
