@@ -39,11 +39,11 @@ class Block(NamedTuple):
     where: str  # where the document begins, for messages
 
 
-def files_of(patterns: Iterable[str]) -> list[Path]:
+def files_of(patterns: Iterable[str], suffixes: Sequence[str] = SUFFIXES) -> list[Path]:
     """The files that any of the patterns names, sorted by name and each once.
 
-    A pattern is a file; a folder, of which all `SUFFIXES` are taken, at any depth, but nothing hidden; or a glob, in
-    which `**` stands for any folders.
+    A pattern is a file; a folder, of which all with these suffixes are taken, at any depth, but nothing hidden; or a
+    glob, in which `**` stands for any folders.
 
     Raises:
       ConfigError: patterns that match nothing, a line each; or there is none.
@@ -51,11 +51,11 @@ def files_of(patterns: Iterable[str]) -> list[Path]:
     found: dict[Path, Path] = {}  # by where links lead
     problems = []
     for pattern in patterns:
-        files = _matches(Path(pattern).expanduser())
+        files = _matches(Path(pattern).expanduser(), tuple(suffixes))
         found = {file.resolve(): file for file in files} | found
         if not files:
             problems.append(
-                f"{pattern!r} matches no file; give files, globs, or folders with {', '.join(SUFFIXES)} files in them, "
+                f"{pattern!r} matches no file; give files, globs, or folders with {', '.join(suffixes)} files in them, "
                 f"gzipped (.gz) or not"
             )
     if problems or not found:
@@ -63,12 +63,12 @@ def files_of(patterns: Iterable[str]) -> list[Path]:
     return sorted(found.values())
 
 
-def _matches(path: Path) -> list[Path]:
+def _matches(path: Path, suffixes: tuple[str, ...]) -> list[Path]:
     if path.is_file():
         return [path]
     if path.is_dir():
         below = (file for file in path.rglob("*") if not any(p.startswith(".") for p in file.relative_to(path).parts))
-        return [file for file in below if _unzipped(file).endswith(SUFFIXES) and file.is_file()]
+        return [file for file in below if _unzipped(file).endswith(suffixes) and file.is_file()]
     return [Path(name) for name in glob.glob(str(path), recursive=True) if Path(name).is_file()]
 
 

@@ -1,0 +1,124 @@
+"""What needs no training steps: k-mer models, gzip and xz on the genomes, and open reading frames on the contigs.
+
+    python -m experiments.genomes.baselines --data GENOMES
+
+GENOMES is a folder with the files that the README of this folder names. The prior of the k-mer models is chosen by
+counting on all training genomes but one and measuring that one; the shortest open reading frame by F1 on the training
+contigs. Takes about four minutes on one core. Writes `baselines.json` and `baselines.md` beside this file.
+"""
+
+import argparse
+import gzip
+import json
+import lzma
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from experiments.genomes.genomes import HELD_OUT, TRAIN, bases_in, contigs_in, letters
+from experiments.genomes.kmers import bits_per_base, both_strands, probabilities
+from experiments.genomes.orfs import coding_bases
+
+HERE = Path(__file__).parent
+ORDERS = (4, 8, 12, 16)
+PRIORS = (0.25, 1.0, 4.0, 16.0, 64.0)
+CHOSEN_ON = "hpylori-G27"  # of the training genomes
+LENGTHS = (60, 90, 120, 150, 200, 250, 300, 400, 500)  # bases of the shortest ORF
+DICTIONARY = 2**26  # bytes that xz looks back: both strands of all training genomes
+
+
+def k_mers(folder: Path) -> dict[str, Any]:
+    """Bits per base of each order on each held-out genome, and how the prior was chosen."""
+    genomes = {name: bases_in(folder, name) for name in (*TRAIN, *HELD_OUT)}
+    others = [genomes[name] for name in TRAIN if name != CHOSEN_ON]
+    left_out = {CHOSEN_ON: genomes[CHOSEN_ON]}
+    choice = {}
+    for prior in PRIORS:
+        *_, (_, found) = probabilities(others, left_out, max(ORDERS), prior)
+        choice[prior] = bits_per_base(found[CHOSEN_ON])
+        print(f"prior {prior}: {choice[prior]:.4f} bits per base of {CHOSEN_ON}", flush=True)
+    prior = min(choice, key=lambda one: choice[one])
+    tested_on = {name: genomes[name] for name in HELD_OUT}
+    by_order = {
+        order: {name: bits_per_base(found) for name, found in of_order.items()}
+        for order, of_order in probabilities([genomes[name] for name in TRAIN], tested_on, max(ORDERS), prior)
+    }
+    return {"priors": choice, "prior": prior, "bits": {order: by_order[order] for order in ORDERS}}
+
+
+def compressed(folder: Path) -> dict[str, dict[str, float]]:
+    """Bits per base of gzip and xz on each held-out genome's letters; xz also behind both strands of the others."""
+    before = b"".join(map(letters, both_strands([bases_in(folder, name) for name in TRAIN])))
+    filters = [{"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME, "dict_size": DICTIONARY}]
+
+    def xz(text: bytes) -> int:
+        return len(lzma.compress(text, filters=filters))
+
+    alone, found = xz(before), {}
+    for name in HELD_OUT:
+        text = letters(bases_in(folder, name))
+        sizes = {"gzip": len(gzip.compress(text, 9)), "xz": xz(text), "xz behind": xz(before + text) - alone}
+        found[name] = {program: 8 * size / len(text) for program, size in sizes.items()}
+        print(name, found[name], flush=True)
+    return found
+
+
+def f1(coding: list[np.ndarray], labels: list[np.ndarray]) -> float:
+    """2 TP / (predicted + true) over the bases of all contigs."""
+    predicted, true = np.concatenate(coding), np.concatenate(labels)
+    known = true <= 1
+    hits = np.count_nonzero(predicted & (true == 1) & known)
+    return 2 * hits / (np.count_nonzero(predicted & known) + np.count_nonzero((true == 1) & known))
+
+
+def open_frames(folder: Path) -> dict[str, Any]:
+    """F1 of the rule, by length on the training contigs, and with the best length on the held-out ones."""
+    contigs = contigs_in(folder)
+
+    def f1_of(split: str, shortest: int) -> float:
+        bases, labels = zip(*contigs[split], strict=True)
+        return f1([coding_bases(one, shortest) for one in bases], list(labels))
+
+    by_length = {length: f1_of("train", length) for length in LENGTHS}
+    best = max(by_length, key=lambda length: by_length[length])
+    everything = {
+        split: f1([b < 4 for b, _ in contigs[split]], [one for _, one in contigs[split]]) for split in contigs
+    }
+    sizes = {split: {"contigs": len(of), "bases": sum(len(b) for b, _ in of)} for split, of in contigs.items()}
+    found = {split: f1_of(split, best) for split in contigs}
+    return {"lengths": by_length, "length": best, "f1": found, "all coding": everything, "splits": sizes}
+
+
+def table(found: dict[str, Any]) -> str:
+    names = list(HELD_OUT)
+    rows = [f"order-{order} k-mers" for order in ORDERS]
+    cells = [[found["k-mers"]["bits"][order][name] for name in names] for order in ORDERS]
+    for program, shown in (("gzip", "gzip -9"), ("xz", "xz -9e"), ("xz behind", "xz -9e behind the training genomes")):
+        rows.append(shown)
+        cells.append([found["compressed"][name][program] for name in names])
+    lines = ["| bits per base | " + " | ".join(names) + " |", "| --- |" + " --- |" * len(names)]
+    lines += [
+        f"| {row} | " + " | ".join(f"{c:.3f}" for c in cell) + " |" for row, cell in zip(rows, cells, strict=True)
+    ]
+    frames = found["open frames"]
+    splits = list(frames["f1"])
+    lines += ["", "| F1 of coding bases | " + " | ".join(splits) + " |", "| --- |" + " --- |" * len(splits)]
+    shown = f"open reading frames of {frames['length']} bases or more"
+    for row, key in ((shown, "f1"), ("all bases called coding", "all coding")):
+        lines.append(f"| {row} | " + " | ".join(f"{frames[key][split]:.4f}" for split in splits) + " |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", required=True, metavar="GENOMES", type=Path, help="the folder of the genomes")
+    folder = parser.parse_args().data
+    found = {"open frames": open_frames(folder), "compressed": compressed(folder), "k-mers": k_mers(folder)}
+    (HERE / "baselines.json").write_text(json.dumps(found, indent=2) + "\n")
+    (HERE / "baselines.md").write_text(table(found) + "\n")
+    print(table(found))
+
+
+if __name__ == "__main__":
+    main()
