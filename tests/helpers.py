@@ -10,8 +10,9 @@ import pytest
 from configs import base
 from lss_jax.config.schema import Config, from_dict
 from lss_jax.data.batch import Batch
-from lss_jax.data.loader import read_batch, windows_at
+from lss_jax.data.loader import next_tokens, read_batch
 from lss_jax.data.packing import separated
+from lss_jax.data.windows import windows_at
 from lss_jax.models import Model, build_model, resized
 from lss_jax.parallel.host_memory import to_device, to_host
 from lss_jax.parallel.layout import layout_on
@@ -137,8 +138,8 @@ def batch_on(
 ) -> Batch:
     """The same windows as the loader reads them."""
     data, starts_B = windows_of(config, seed, data, starts_B)
-    windows = windows_at(data, starts_B, separated(data, config.data.separator))
-    return read_batch(windows, config.data.seq_len, mesh, layout_on(config, mesh))
+    windows = windows_at(data, starts_B, config.data.seq_len, separated(data, config.data.separator))
+    return read_batch(windows, config.data.seq_len, mesh, layout_on(config, mesh), read=next_tokens)
 
 
 def relative_error(found, expected) -> float:
