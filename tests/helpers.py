@@ -142,6 +142,24 @@ def batch_on(
     return read_batch(windows, config.data.seq_len, mesh, layout_on(config, mesh), read=next_tokens)
 
 
+def placed(mesh: jax.sharding.Mesh, config: Config, like, **natural):
+    """A batch like `like` of arrays in natural order and without padding, by their names; padding is -1, or 0."""
+    layout = layout_on(config, mesh)
+    L = config.data.seq_len
+    position_L = layout.positions(layout.padded(L))
+
+    def of(name, shape):
+        values = {"positions": position_L, "rows": np.arange(config.data.batch_size, dtype=np.int32)} | natural
+        array = np.asarray(values[name], shape.dtype)
+        if name != "positions" and array.shape != shape.shape:
+            fill = -1 if name == "targets" else 0
+            array = np.pad(array, [(0, 0)] * (array.ndim - 1) + [(0, len(position_L) - L)], constant_values=fill)
+        ordered = array[..., position_L] if name != "positions" and shape.shape[-1:] == position_L.shape else array
+        return jax.device_put(ordered, shape.sharding)
+
+    return type(like)(*(shape and of(name, shape) for name, shape in like._asdict().items()))
+
+
 def relative_error(found, expected) -> float:
     """The largest difference over the largest expected value."""
     found, expected = np.asarray(found, np.float64), np.asarray(expected, np.float64)
