@@ -90,11 +90,15 @@ def get_config() -> ConfigDict:
     model.scan_layers = True  # scan over the layers, which compiles one block; False: unrolled
 
     config.data = data = ConfigDict()
-    data.source = "stdlib"  # Python's own source files; "enwik8"; or "text", the files at data.path
+    data.source = "stdlib"  # Python's own source files; "enwik8"; "text", the files at data.path; or "fasta", genomes
     # "text": files, folders, globs, .jsonl, .gz or token files, comma-separated, each a source of its own; "enwik8":
-    # the raw file or a prefix of it, empty to download it.
+    # the raw file or a prefix of it, empty to download it; "fasta": FASTA and GenBank files, gzipped or not, as "text".
     data.path = ""
-    data.tokenizer = "bytes"  # each byte is a token; or the path of a tokenizer.json
+    data.valid_path = ""  # "fasta": files held out for validation, such as another strain; empty: whole records are
+    data.test_path = ""  # files held out for the test, such as another species; both of these, or none
+    data.annotation = ""  # "fasta": GFF3 files with the coding sequences of FASTA files, for labels
+    data.reverse_complement = False  # "fasta": each training window is read on either strand
+    data.tokenizer = "bytes"  # each byte is a token; "bases", A, C, G, T, N; or the path of a tokenizer.json
     data.weights = ()  # how often windows come from each source at data.path; empty: by size
     data.separator = ""  # string that ends a document of plain text; empty: a file is one
     data.field = "text"  # of JSONL objects: the document

@@ -94,7 +94,7 @@ BAD = {
     "model.width=30": r"model.width=30 is not divisible by model.heads=4; use model.width=32",
     "model.kv_heads=3": r"model.heads=4 is not divisible by model.kv_heads=3; .* use model.kv_heads=4 or a divisor",
     "model.positions='rope' model.width=12": r"head width model.head_width=3 is odd, but rope rotates pairs",
-    "model.vocab=100": r"model.vocab=100 is less than 256, which byte-level data needs; use model.vocab=256",
+    "model.vocab=100": r"model.vocab=100 is less than 256, which data of bytes needs; use model.vocab=256",
     "model.dropout=1.0": r"model.dropout=1.0 must be at least 0 and less than 1",
     "model.positions='sinus'": r"model.positions='sinus' is not known; choose one of 'learned', 'sinusoidal', 'rope', ",
     "model.rope_factor=2.0": r'model.rope_factor=2.0 has no use with model.rope_scaling="none"; use "linear", "ntk",',

@@ -18,6 +18,11 @@ HELD_OUT = {  # what each is to those
     "ecoli-DH1": "nearly a copy",
     "vcholerae-O395": "a species",
 }
+STANDS_FOR = {  # a training genome that is to the others what a held-out one is to all, to choose by
+    "hpylori-SJM180": "hpylori-G27",
+    "ecoli-DH1": "hpylori-G27",
+    "vcholerae-O395": "saureus-N315",
+}
 CONTIGS = "annotated-contigs.gbk.gz"
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 
+from lss_jax.config.genome_rules import genome_problems
 from lss_jax.config.schema import (
     AttentionConfig,
     Config,
@@ -148,6 +149,7 @@ def _cross_field(config: Config) -> Iterator[str]:
 
 
 def _data_problems(data: DataConfig) -> Iterator[str]:
+    yield from genome_problems(data)
     if data.source == "text" and not data.path:
         yield 'data.source="text" needs a file; give data.path, or use data.source="stdlib", which needs none'
     elif data.source == "text" and "" in data.parts:
@@ -161,7 +163,7 @@ def _data_problems(data: DataConfig) -> Iterator[str]:
             f"data.prompt_field={data.prompt_field!r} and data.answer_field={data.answer_field!r} go together; name "
             f"both fields, or none and data.field"
         )
-    if data.weights and data.source != "text":
+    if data.weights and data.source not in ("text", "fasta"):
         yield f"data.weights={data.weights} has no use with data.source={data.source!r}, which is one; use ()"
     elif data.weights and len(data.weights) != len(data.parts):
         yield (

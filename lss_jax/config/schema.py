@@ -96,8 +96,12 @@ class ModelConfig:
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-    source: Literal["stdlib", "enwik8", "text"]
+    source: Literal["stdlib", "enwik8", "text", "fasta"]
     path: str
+    valid_path: str
+    test_path: str
+    annotation: str
+    reverse_complement: bool
     tokenizer: str
     weights: tuple[float, ...]
     separator: str

@@ -5,12 +5,15 @@ from collections.abc import Sequence
 import numpy as np
 
 from lss_jax.config.schema import ConfigError
-from lss_jax.data.packing import ENDLESS, Packing, Stream, Tokens
+from lss_jax.data.packing import Stream, Tokens
+from lss_jax.data.windows import Window
+from lss_jax.parallel.hashing import hashed_on_host
 
 BASES = "bases"
 LETTERS = b"ACGTN"
 UNKNOWN = LETTERS.index(b"N")  # the token of N: it is seen, and never a target
 NO_BASE = 255
+STRAND = 3  # a draw of a row; those of masked tokens are 0 to 2
 READ_AS = (b"A", b"C", b"G", b"TU", b"NRYSWKMBDHV")  # by token; the last are all that IUPAC knows for several bases
 COMPLEMENT = np.array([LETTERS.index(letter) for letter in b"TGCAN"], np.uint8)
 
@@ -41,8 +44,9 @@ def tokens_of(text: bytes, without: bytes = b"") -> bytes:
 class BaseText:
     """Each base is a token: A, C, G, T, and N for an unknown one; in lower case too, which says nothing here."""
 
-    name = fingerprint = BASES
+    name = fingerprint = items = BASES
     vocab = len(LETTERS)
+    unlearned: int | None = UNKNOWN
     end: int | None = None
     end_text = ""
     first = np.zeros(0, np.int32)
@@ -94,18 +98,21 @@ class _OtherStrand(_Backwards):
 
 
 def other_strand(stream: Stream) -> Stream:
-    """The reverse complement of a stream of bases: its documents end where they began, and labels go with their base.
-
-    Bases at the offsets from `start` to `stop` are there at `len - stop` to `len - start`.
-    """
+    """The reverse complement of a stream of bases: documents end where they began, and labels go with their bases."""
     documents, labels = stream.documents, stream.labels
     return Stream(
         _OtherStrand(stream.tokens),
-        None if documents is None else _mirrored(documents, len(stream.tokens)),
+        None if documents is None else documents.mirrored(len(stream.tokens)),
         None if labels is None else _Backwards(labels),
     )
 
 
-def _mirrored(documents: Packing, length: int) -> Packing:
-    starts = np.array([documents[number][0] for number in range(len(documents))], np.int64)
-    return Packing(np.append(length - starts[:0:-1], ENDLESS))
+def on_either_strand(windows: Sequence[Window], seed: int, turn: int) -> list[Window]:
+    """Windows of which each is, with probability one half, the reverse complement: a hash of seed, turn and row."""
+    turned = hashed_on_host(seed, turn, np.arange(len(windows)), STRAND) % 2
+    return [_on_other_strand(window) if turn else window for window, turn in zip(windows, turned, strict=True)]
+
+
+def _on_other_strand(window: Window) -> Window:
+    stream, length = window.stream, len(window.stream.tokens)
+    return Window(other_strand(stream), length - window.stop, length - window.start)

@@ -16,8 +16,11 @@ from typing import NamedTuple
 import numpy as np
 
 from lss_jax.config.schema import ConfigError, DataConfig, gather_problems
+from lss_jax.data.annotation import NAMES as LABELS_OF_BASES
+from lss_jax.data.bases import BASES
 from lss_jax.data.documents import Fields, files_of, is_jsonl
 from lss_jax.data.encoding import encode
+from lss_jax.data.genome_splits import genome_files, open_genomes
 from lss_jax.data.packing import Stream, documents_between, separated, split_ends, undivided
 from lss_jax.data.sources import SPLITS, FileSource, check_file, enwik8, open_splits, splits_of, stdlib_files, text
 from lss_jax.data.text import BYTES
@@ -42,9 +45,14 @@ class Kind(NamedTuple):
     packed: bool  # whether windows say which documents they hold
     classes: tuple[str, ...]  # of the labels of its tokens; empty: the config names them
     items: str  # what a token is, in the plural
+    check: Callable[[DataConfig], object]  # raises a ConfigError for files that are not there
 
 
-KINDS: dict[str, Kind] = {}
+def _genomes(config: DataConfig) -> Corpus:
+    return Corpus(open_genomes(config), None)
+
+
+KINDS: dict[str, Kind] = {"fasta": Kind(_genomes, True, LABELS_OF_BASES, BASES, genome_files)}
 
 
 def is_packed(config: DataConfig) -> bool:
@@ -56,6 +64,9 @@ def is_packed(config: DataConfig) -> bool:
 
 def check_files(config: DataConfig) -> None:
     """Raises a ConfigError for files that are not there, a line each; opens nothing."""
+    if config.source in KINDS:
+        KINDS[config.source].check(config)
+        return
     gather_problems(*(lambda part=part: _check(part, config) for part in _named(config)), lambda: _check_name(config))
 
 

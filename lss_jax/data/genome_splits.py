@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 from lss_jax.config.schema import ConfigError, DataConfig, gather_problems
-from lss_jax.data.annotation import Gff, annotated, check_known, labels_of, read_gff
+from lss_jax.data.annotation import Gff, Span, annotated, check_known, labels_of, read_gff
 from lss_jax.data.documents import files_of
 from lss_jax.data.genomes import SUFFIXES, Record, read_genome
 from lss_jax.data.packing import Packing, Stream
@@ -106,11 +106,17 @@ def open_genomes(config: DataConfig) -> dict[str, list[Stream]]:
 
 
 def _labelled(part: GenomeFiles, annotations: Sequence[Gff]) -> list[LabelledRecord]:
-    return [_with_labels(record, annotations) for file in part.files for record in read_genome(file)]
+    return [record for file in part.files for record in _of_file(list(read_genome(file)), annotations)]
 
 
-def _with_labels(record: Record, annotations: Sequence[Gff]) -> LabelledRecord:
-    name, bases, coding, where = record
+def _of_file(records: Sequence[Record], annotations: Sequence[Gff]) -> list[LabelledRecord]:
+    """The records of a file; one in which no coding sequence is annotated says nothing about any."""
+    is_annotated = any(record.coding for record in records)
+    return [_with_labels(record, record.coding if is_annotated else None, annotations) for record in records]
+
+
+def _with_labels(record: Record, coding: list[Span] | None, annotations: Sequence[Gff]) -> LabelledRecord:
+    name, bases, _, where = record
     if coding is None and annotations:
         coding = annotated(name, len(bases), annotations)
     labels, digest = None if coding is None else labels_of(bases, coding), hashlib.sha256(bases.data).digest()
@@ -161,14 +167,12 @@ def dealt(parts: Records, shown: str) -> dict[str, Records]:
 
 
 def _stream(records: Sequence[LabelledRecord]) -> Stream:
-    bases = np.concatenate([record.bases for record in records])
-    ends = np.cumsum([len(record.bases) for record in records])
-    labels = [record.labels for record in records if record.labels is not None]
-    return Stream(
-        Part(MemorySource(bases), 0, len(bases)),
-        Packing(ends.astype(np.int64)),
-        np.concatenate(labels) if len(labels) == len(records) else None,
-    )
+    """The records one after the other, in a source that holds all bases and, behind them, their labels."""
+    ends = np.cumsum([len(record.bases) for record in records]).astype(np.int64)
+    bases, labels = [record.bases for record in records], [r.labels for r in records if r.labels is not None]
+    has_labels, length = len(labels) == len(records), int(ends[-1])
+    source = MemorySource(np.concatenate(bases + labels if has_labels else bases))
+    return Stream(Part(source, 0, length), Packing(ends), Part(source, length, 2 * length) if has_labels else None)
 
 
 def _check_lengths(records: dict[str, Records], train: Sequence[GenomeFiles], seq_len: int) -> None:

@@ -102,6 +102,16 @@ def own_tokens(window: Window, run: range, _row: int) -> np.ndarray:
     return np.stack((_filled(found, len(run), 0), _filled(found, len(run), IGNORED)))
 
 
+def without_target(read: Read, token: int) -> Read:
+    """Tokens and targets as `read` gives them, but with this token never a target."""
+
+    def found(window: Window, run: range, row: int) -> np.ndarray:
+        tokens, targets = read(window, run, row)
+        return np.stack((tokens, np.where(targets == token, IGNORED, targets)))
+
+    return found
+
+
 def labelled(window: Window, run: range, _row: int) -> np.ndarray:
     """Tokens and, as targets, their labels."""
     tokens, _, labels = window.stream

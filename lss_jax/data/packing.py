@@ -46,6 +46,11 @@ class Packing:
         """Where in the stream the tokens of a document begin that count as targets."""
         return self[number][0] + 1 if self._first_targets is None else int(self._first_targets[number]) - self._origin
 
+    def mirrored(self, length: int) -> "Packing":
+        """The documents of the stream of this length, read backwards."""
+        assert self._first_targets is None, "prompts are read forwards"
+        return Packing(np.append(length + self._origin - self._borders[::-1], ENDLESS))
+
     def bounds(self, offsets: np.ndarray) -> np.ndarray:
         """Where in the stream the documents of the tokens at these offsets start and end, `[2, *offsets.shape]`."""
         number = self.number(offsets)

@@ -15,12 +15,14 @@ class Tokenizer(Protocol):
     """
 
     name: str  # as in `data.tokenizer`
+    items: str  # what a token is, in the plural
     vocab: int  # further tokens of a model's vocabulary stand for no text
     fingerprint: str  # "bytes", or the SHA-256 of the file
     end: int | None  # the token that ends documents
     end_text: str  # how it is written; empty if there is none
     first: np.ndarray  # int32, the tokens with which each text begins
     token_bytes: np.ndarray  # uint16 `[V]`, the length of `bytes_of`
+    unlearned: int | None  # a token that is seen, and never a target
 
     def tokens_of(self, text: bytes) -> np.ndarray:
         """The tokens of a text, int32, from its `first` ones on."""
@@ -38,8 +40,9 @@ class Tokenizer(Protocol):
 class ByteText:
     """Each byte is a token."""
 
-    name = fingerprint = BYTES
+    name = fingerprint = items = BYTES
     vocab = 256
+    unlearned: int | None = None
     end: int | None = None
     end_text = ""
     first = np.zeros(0, np.int32)

@@ -11,12 +11,14 @@ import numpy as np
 import tokenizers
 
 from lss_jax.config.schema import ConfigError
+from lss_jax.data.bases import BASES, BaseText
 from lss_jax.data.text import BYTES, ByteText, Tokenizer
 from lss_jax.data.token_bytes import SPACE, bytes_of_tokens
 
 END = "<|endoftext|>"  # ends documents, unless a tokenizer_config.json names another token
 CONFIG = "tokenizer_config.json"
 LETTERS = "xA0"  # one of which every tokenizer knows, also one of genomes or of digits
+OF_LETTERS: dict[str, Tokenizer] = {BYTES: ByteText(), BASES: BaseText()}  # by name, those that need no file
 LINE_FEED = "\n"  # before a text that goes on, for tokenizers that begin each text with a space
 
 
@@ -34,6 +36,9 @@ class JsonTokenizer:
     Raises:
       ConfigError: the file cannot be read, is of a kind whose tokens do not stand for bytes, or has no such end.
     """
+
+    items = "tokens"
+    unlearned: int | None = None
 
     def __init__(self, path: str, end: str | None = None):
         self.name, file = path, Path(path).expanduser()
@@ -166,17 +171,17 @@ class JsonTokenizer:
 
 
 def load_tokenizer(name: str, end: str | None = None) -> Tokenizer:
-    """The tokenizer that `data.tokenizer` names: "bytes", or the path of a tokenizer.json.
+    """The tokenizer that `data.tokenizer` names: "bytes", "bases", or the path of a tokenizer.json.
 
     Raises:
       ConfigError: as `JsonTokenizer`; or bytes are to have an end token.
     """
-    if name != BYTES:
+    if name not in OF_LETTERS:
         file = Path(name).expanduser()
         return _loaded(name, end, _stamp(file), _stamp(file.with_name(CONFIG)))
     if end:
-        raise ConfigError(f"--end={end!r}: bytes have no special tokens; leave it out, or give a tokenizer.json")
-    return ByteText()
+        raise ConfigError(f"--end={end!r}: {name} have no special tokens; leave it out, or give a tokenizer.json")
+    return OF_LETTERS[name]
 
 
 @functools.lru_cache(maxsize=4)

@@ -25,10 +25,14 @@ def _bits(means: Means) -> Any:
     return means["loss"] / math.log(2) / means["bytes"] if means["bytes"] else math.nan
 
 
-OF_BYTES = (
-    Metric("loss", "nats/byte", "nats per byte", lambda means: means["loss"]),
-    Metric("bits_per_byte", "bits/byte", "bits per byte", lambda means: means["loss"] / math.log(2)),
-)
+def _of_letters(letter: str) -> tuple[Metric, Metric]:
+    """The metrics where each token is a letter: a byte, or a base."""
+    return (
+        Metric("loss", f"nats/{letter}", f"nats per {letter}", lambda means: means["loss"]),
+        Metric(f"bits_per_{letter}", f"bits/{letter}", f"bits per {letter}", lambda means: means["loss"] / math.log(2)),
+    )
+
+
 OF_TOKENS = (
     Metric("loss", "nats/token", "nats per token", lambda means: means["loss"]),
     Metric("bits_per_byte", "bits/byte", "bits per byte", _bits),
@@ -44,14 +48,14 @@ class LanguageModel(TokenTask):
     needs = "next_token"
     by_position = True
     sums: Any = LossSum
-    metrics = OF_BYTES
-    headline = OF_BYTES[1]
 
     def __init__(self, config: Config):
         super().__init__(config)
         self.counts_bytes = self.encoded
+        self.metrics = OF_TOKENS if self.encoded else _of_letters(self.items.removesuffix("s"))
+        self.headline = self.metrics[1]
         if self.encoded:
-            self.sums, self.metrics, self.headline = EncodedLossSum, OF_TOKENS, OF_TOKENS[1]
+            self.sums = EncodedLossSum
 
     def counted(self) -> dict[str, Any]:
         prompts = self.config.data.prompt_field
@@ -66,7 +70,7 @@ class LanguageModel(TokenTask):
         return EqualWindows(stream, self.config.data.seq_len, ahead=1)
 
     def reading(self, turn: int) -> Read:
-        return next_tokens
+        return self.learned(next_tokens)
 
     def check(self, corpus: Corpus) -> None:
         """Raises a ConfigError if there are more tokens than the model has, or nothing to predict behind the prefix."""

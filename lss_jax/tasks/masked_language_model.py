@@ -15,7 +15,6 @@ from lss_jax.config.schema import ConfigError
 from lss_jax.data.batch import IGNORED, Batch
 from lss_jax.data.corpus import Corpus
 from lss_jax.data.loader import Read, own_tokens
-from lss_jax.data.text import ByteText
 from lss_jax.data.windows import Window
 from lss_jax.models.losses import LossSum
 from lss_jax.parallel.hashing import hashed_on_host
@@ -51,7 +50,7 @@ class MaskedLanguageModel(BidirectionalTask):
         yield from super().problems()
         yield from no_classes(self.config)
         if not self.encoded:
-            yield from self.too_few_tokens(ByteText.vocab + 1, "byte-level data with a mask token")
+            yield from self.too_few_tokens(self.text.vocab + 1, f"data of {self.items} with a mask token")
 
     def check(self, corpus: Corpus) -> None:
         super().check(corpus)
@@ -72,7 +71,7 @@ class MaskedLanguageModel(BidirectionalTask):
             behind = np.where(is_random, what % vocab, np.where(is_kept, tokens, vocab))
             return np.stack((np.where(is_hidden, behind, tokens), np.where(is_hidden, targets, IGNORED)))
 
-        return masked
+        return self.learned(masked)
 
     def losses(self, outputs: jax.Array, batch: Batch, axis: str | None) -> LossSum:
         return self.cross_entropy(outputs, batch.targets, axis)

@@ -4,9 +4,9 @@ from collections.abc import Iterator
 
 import jax
 
-from lss_jax.config.schema import Config
+from lss_jax.config.schema import Config, ConfigError
 from lss_jax.data.batch import Batch
-from lss_jax.data.corpus import KINDS
+from lss_jax.data.corpus import KINDS, Corpus
 from lss_jax.data.loader import Read, labelled
 from lss_jax.parallel.tensor_parallel import own_part
 from lss_jax.tasks.labels import LabelSums, class_problems, label_metrics, label_sums
@@ -41,6 +41,16 @@ class TokenLabels(BidirectionalTask):
             )
         else:
             yield from class_problems(self.config, self.names, pooling="none")
+
+    def check(self, corpus: Corpus) -> None:
+        """Raises a ConfigError if there are more tokens than the model has, or not all data has labels."""
+        super().check(corpus)
+        for split, streams in corpus.streams.items():
+            if any(stream.labels is None for stream in streams):
+                raise ConfigError(
+                    f"data.path={self.config.data.path!r}: {self.items} of the split {split!r} have no labels, which "
+                    f"task={self.config.task!r} needs; give annotated files (GenBank), or their data.annotation (GFF3)"
+                )
 
     def reading(self, turn: int) -> Read:
         return labelled

@@ -10,13 +10,14 @@ from jax.sharding import AbstractMesh, Mesh
 from lss_jax.attention.mask import Intervals, bidirectional, documents, neighbours
 from lss_jax.attention.traffic import Traffic, sizes_of
 from lss_jax.config.schema import Config, ConfigError
+from lss_jax.data.bases import on_either_strand
 from lss_jax.data.batch import Batch, batch_like, batch_specs
 from lss_jax.data.corpus import Corpus, is_packed, open_corpus
-from lss_jax.data.loader import Read, read_batch
+from lss_jax.data.loader import Read, read_batch, without_target
 from lss_jax.data.packing import Stream, undivided
-from lss_jax.data.split import WindowSplit
-from lss_jax.data.text import BYTES, ByteText, Tokenizer
-from lss_jax.data.tokenizer import load_tokenizer
+from lss_jax.data.split import EVALUATION, WindowSplit
+from lss_jax.data.text import Tokenizer
+from lss_jax.data.tokenizer import OF_LETTERS, load_tokenizer
 from lss_jax.data.windows import EqualWindows, Window, Windows
 from lss_jax.models.losses import LossSum, cross_entropy, vocab_parallel_cross_entropy
 from lss_jax.models.tiles import tiles_on
@@ -28,19 +29,17 @@ from lss_jax.tasks.task import Task
 
 
 class TokenTask(Task):
-    """A task on windows of `data.seq_len` tokens, which are bytes, or what a tokenizer makes of the text."""
+    """A task on windows of `data.seq_len` tokens, which are letters (bytes, bases) or what a tokenizer makes of text."""
 
-    items = "bytes"
     by_position = False
     sees_documents: bool  # whether batches say which documents their windows hold, be it only one
     counts_bytes = False  # whether they say how many bytes of text each target stands for
 
     def __init__(self, config: Config):
         super().__init__(config)
-        self.encoded = config.data.tokenizer != BYTES
+        letters = OF_LETTERS.get(config.data.tokenizer)
+        self.encoded, self.items = letters is None, letters.items if letters else "tokens"
         self.sees_documents = self.packed = is_packed(config.data)
-        if self.encoded:
-            self.items = "tokens"
 
     @property
     def text(self) -> Tokenizer:
@@ -67,7 +66,7 @@ class TokenTask(Task):
     def problems(self) -> Iterator[str]:
         data = self.config.data
         if not self.encoded:
-            yield from self.too_few_tokens(ByteText.vocab, "byte-level data")
+            yield from self.too_few_tokens(self.text.vocab, f"data of {self.items}")
         if data.restart_positions and not self.packed:
             yield (
                 f"data.restart_positions=True has no use with data.source={data.source!r}, data.path={data.path!r}, "
@@ -105,6 +104,8 @@ class TokenTask(Task):
 
     def read(self, windows: Sequence[Window], turn: int, mesh: Mesh, corpus: Corpus) -> Any:
         """The global batch of some windows; see `WindowSplit` for its turn."""
+        if self.config.data.reverse_complement and turn < EVALUATION:
+            windows = on_either_strand(windows, self.config.seed, turn)
         token_bytes = corpus.token_bytes if self.counts_bytes else None
         layout, reading = layout_on(self.config, mesh), self.reading(turn)
         return read_batch(windows, self.config.data.seq_len, mesh, layout, read=reading, token_bytes=token_bytes)
@@ -116,6 +117,11 @@ class TokenTask(Task):
     @abc.abstractmethod
     def reading(self, turn: int) -> Read:
         """How tokens and targets are read from the windows of a batch."""
+
+    def learned(self, read: Read) -> Read:
+        """How tokens and targets are read where these are tokens: without the one that is never learned."""
+        unlearned = self.text.unlearned
+        return read if unlearned is None else without_target(read, unlearned)
 
     def check(self, corpus: Corpus) -> None:
         """Raises a ConfigError if there are more tokens than the model has."""

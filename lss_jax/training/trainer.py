@@ -37,7 +37,8 @@ from lss_jax.training.step import make_eval_step, trace_train_step
 
 log = logging.getLogger(__name__)
 
-NEW_DATA = {f"data.{key}" for key in ("source", "path", "separator", "field", "prompt_field", "answer_field")}
+PATHS = ("path", "valid_path", "test_path", "annotation")
+NEW_DATA = {f"data.{key}" for key in ("source", *PATHS, "separator", "field", "prompt_field", "answer_field")}
 
 
 class Trainer:
@@ -85,7 +86,8 @@ class Trainer:
         starts = saved_steps or (workdir / IMPORTED).is_dir()
         self.changes = check_workdir(config, workdir, saved_steps=saved_steps) if starts else {}
         self.splits = self.task.splits(self.mesh)
-        self._sources = self.splits["train"].sources
+        sources = (source for split in self.splits.values() for source in split.sources)
+        self._sources = list(dict.fromkeys(sources))  # splits may be parts of one
         self._data = fingerprint(*self._sources)
         found = self._restored(folder)
         self.step = found.step if found else 0
