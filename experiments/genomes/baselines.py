@@ -29,7 +29,7 @@ DICTIONARY = 2**26  # bytes that xz looks back: both strands of all training gen
 
 
 def k_mers(folder: Path) -> dict[str, Any]:
-    """Bits per base of each order on each held-out genome, with the prior that is best on the genome that stands for it.
+    """Bits per base of each order on each held-out genome, with the prior that is best on the one that stands for it.
 
     That one, of the training genomes, is then left out of the counts.
     """
@@ -70,7 +70,7 @@ def f1(coding: list[np.ndarray], labels: list[np.ndarray]) -> float:
     predicted, true = np.concatenate(coding), np.concatenate(labels)
     known = true <= 1
     hits = np.count_nonzero(predicted & (true == 1) & known)
-    return 2 * hits / (np.count_nonzero(predicted & known) + np.count_nonzero((true == 1) & known))
+    return float(2 * hits / (np.count_nonzero(predicted & known) + np.count_nonzero((true == 1) & known)))
 
 
 def open_frames(folder: Path) -> dict[str, Any]:

@@ -35,8 +35,8 @@ def genome_problems(data: DataConfig) -> Iterator[str]:
 def _of_other_data(data: DataConfig) -> Iterator[str]:
     if data.tokenizer == BASES:
         yield (
-            f'data.tokenizer="{BASES}" is for data.source="{FASTA}", not {data.source!r}; use "bytes", or the path of a '
-            f"tokenizer.json"
+            f'data.tokenizer="{BASES}" is for data.source="{FASTA}", and has no use with {data.source!r}; use "bytes", '
+            f"or the path of a tokenizer.json"
         )
     for key in ("valid_path", "test_path", "annotation", "reverse_complement"):
         if getattr(data, key):

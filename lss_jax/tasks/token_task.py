@@ -29,7 +29,7 @@ from lss_jax.tasks.task import Task
 
 
 class TokenTask(Task):
-    """A task on windows of `data.seq_len` tokens, which are letters (bytes, bases) or what a tokenizer makes of text."""
+    """A task on windows of `data.seq_len` tokens, which are letters (bytes, bases) or those of a tokenizer."""
 
     by_position = False
     sees_documents: bool  # whether batches say which documents their windows hold, be it only one
