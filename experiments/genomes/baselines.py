@@ -5,7 +5,7 @@
 GENOMES is a folder with the files that the README of this folder names. The prior of the k-mer models is chosen on a
 like question: by counting on all training genomes but one, a strain or a species, and measuring that one. The length of
 the shortest open reading frame is chosen by F1 on the training contigs. Takes about eight minutes on one core. Writes
-`baselines.json` and `baselines.md` beside this file.
+`baselines.json` beside this file; `run` puts it into its tables.
 """
 
 import argparse
@@ -17,9 +17,10 @@ from typing import Any
 
 import numpy as np
 
-from experiments.genomes.genomes import HELD_OUT, STANDS_FOR, TRAIN, bases_in, contigs_in, letters
+from experiments.genomes.genomes import HELD_OUT, STANDS_FOR, TRAIN, bases_in, contigs_in, held_out, letters
 from experiments.genomes.kmers import bits_per_base, both_strands, probabilities
 from experiments.genomes.orfs import coding_bases
+from experiments.genomes.report import tables
 
 HERE = Path(__file__).parent
 ORDERS = (4, 8, 12, 16)
@@ -41,7 +42,7 @@ def k_mers(folder: Path) -> dict[str, Any]:
         choices[left_out] = {prior: bits_per_base(found[left_out, prior]) for prior in PRIORS}
         print(f"{left_out} by prior: {choices[left_out]}", flush=True)
     best = {name: min(PRIORS, key=lambda prior, name=name: choices[STANDS_FOR[name]][prior]) for name in HELD_OUT}
-    tested_on, bits = {name: bases_in(folder, name) for name in HELD_OUT}, {}
+    tested_on, bits = {name: held_out(folder, name) for name in HELD_OUT}, {}
     for order, found in probabilities(list(train.values()), tested_on, max(ORDERS), sorted(set(best.values()))):
         bits[order] = {name: bits_per_base(found[name, best[name]]) for name in HELD_OUT}
         print(f"order {order}: {bits[order]}", flush=True)
@@ -58,8 +59,12 @@ def compressed(folder: Path) -> dict[str, dict[str, float]]:
 
     alone, found = xz(before), {}
     for name in HELD_OUT:
-        text = letters(bases_in(folder, name))
-        sizes = {"gzip": len(gzip.compress(text, 9)), "xz": xz(text), "xz behind": xz(before + text) - alone}
+        text = letters(held_out(folder, name))
+        sizes = {
+            "gzip -9": len(gzip.compress(text, 9)),
+            "xz -9e": xz(text),
+            "xz -9e behind the training genomes": xz(before + text) - alone,
+        }
         found[name] = {program: 8 * size / len(text) for program, size in sizes.items()}
         print(name, found[name], flush=True)
     return found
@@ -91,34 +96,13 @@ def open_frames(folder: Path) -> dict[str, Any]:
     return {"lengths": by_length, "length": best, "f1": found, "all coding": everything, "splits": sizes}
 
 
-def table(found: dict[str, Any]) -> str:
-    names = list(HELD_OUT)
-    rows = [f"order-{order} k-mers" for order in ORDERS]
-    cells = [[found["k-mers"]["bits"][order][name] for name in names] for order in ORDERS]
-    for program, shown in (("gzip", "gzip -9"), ("xz", "xz -9e"), ("xz behind", "xz -9e behind the training genomes")):
-        rows.append(shown)
-        cells.append([found["compressed"][name][program] for name in names])
-    lines = ["| bits per base | " + " | ".join(names) + " |", "| --- |" + " --- |" * len(names)]
-    lines += [
-        f"| {row} | " + " | ".join(f"{c:.3f}" for c in cell) + " |" for row, cell in zip(rows, cells, strict=True)
-    ]
-    frames = found["open frames"]
-    splits = list(frames["f1"])
-    lines += ["", "| F1 of coding bases | " + " | ".join(splits) + " |", "| --- |" + " --- |" * len(splits)]
-    shown = f"open reading frames of {frames['length']} bases or more"
-    for row, key in ((shown, "f1"), ("all bases called coding", "all coding")):
-        lines.append(f"| {row} | " + " | ".join(f"{frames[key][split]:.4f}" for split in splits) + " |")
-    return "\n".join(lines)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", required=True, metavar="GENOMES", type=Path, help="the folder of the genomes")
     folder = parser.parse_args().data
     found = {"open frames": open_frames(folder), "compressed": compressed(folder), "k-mers": k_mers(folder)}
     (HERE / "baselines.json").write_text(json.dumps(found, indent=2) + "\n")
-    (HERE / "baselines.md").write_text(table(found) + "\n")
-    print(table(found))
+    print(tables({}, json.loads((HERE / "baselines.json").read_text())))
 
 
 if __name__ == "__main__":

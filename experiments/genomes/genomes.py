@@ -23,6 +23,7 @@ STANDS_FOR = {  # a training genome that is to the others what a held-out one is
     "ecoli-DH1": "hpylori-G27",
     "vcholerae-O395": "saureus-N315",
 }
+EVALUATED = 2**19  # bases of each held-out genome
 CONTIGS = "annotated-contigs.gbk.gz"
 
 
@@ -33,6 +34,11 @@ def file_of(folder: Path, name: str) -> Path:
 def bases_in(folder: Path, name: str) -> np.ndarray:
     """All bases of a genome; of several records one after the other."""
     return np.concatenate([record.bases for record in read_genome(file_of(folder, name))])
+
+
+def held_out(folder: Path, name: str) -> np.ndarray:
+    """The bases of a held-out genome that are evaluated: its first ones."""
+    return bases_in(folder, name)[:EVALUATED]
 
 
 def letters(bases: np.ndarray) -> bytes:

@@ -1,0 +1,43 @@
+"""Which bases are coding: an encoder with a label per base, on annotated genomes of your own, or of a package on PyPI.
+
+    pip install pyrodigal && python -m experiments.genomes.example --out genomes
+    python -m lss_jax.train --config configs/genes.py --config.data.path=genomes/train.fna \
+        --config.data.valid_path=genomes/valid.fna --config.data.test_path=genomes/test.fna \
+        --config.data.annotation=genomes/genes.gff
+
+With contigs in a GenBank file, its path alone: --config.data.path=annotated-contigs.gbk.gz.
+
+Reproduces: nothing; experiments/genomes measures such models beside open reading frames.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import base
+
+
+def get_config() -> ConfigDict:
+    config = base.get_config()
+    config.task = "token_labels"
+    config.log_every = 20
+    config.eval_every = 100
+    config.mesh.data = 1
+    config.mesh.seq = -1
+    config.model.family = "encoder"
+    config.model.classes = 2  # other, coding
+    config.model.vocab = 5
+    config.model.layers = 3
+    config.model.width = 64
+    config.model.heads = 4
+    config.model.positions = "rope"
+    config.data.source = "fasta"
+    config.data.tokenizer = "bases"
+    config.data.reverse_complement = True
+    config.data.seq_len = 1024
+    config.data.batch_size = 8
+    config.optim.name = "muon"
+    config.optim.steps = 300
+    config.optim.learning_rate = 8e-3
+    config.optim.warmup_steps = 20
+    config.optim.beta1 = 0.95
+    config.optim.beta2 = 0.99
+    return config

@@ -1,0 +1,38 @@
+"""A small model of the next base, on a genome: FASTA or GenBank files of your own, or those of a package on PyPI.
+
+    pip install pyrodigal && python -m experiments.genomes.example --out genomes
+    python -m lss_jax.train --config configs/genome.py --config.data.path=genomes/train.fna \
+        --config.data.valid_path=genomes/valid.fna --config.data.test_path=genomes/test.fna
+
+Reproduces: nothing; experiments/genomes measures such models beside k-mers.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import base
+
+
+def get_config() -> ConfigDict:
+    config = base.get_config()
+    config.log_every = 20
+    config.eval_every = 100
+    config.sample_prompt = "ATGACCGAAATC"
+    config.mesh.data = 1
+    config.mesh.seq = -1
+    config.model.vocab = 5
+    config.model.layers = 2
+    config.model.width = 64
+    config.model.heads = 2
+    config.model.positions = "rope"
+    config.data.source = "fasta"
+    config.data.tokenizer = "bases"
+    config.data.reverse_complement = True
+    config.data.seq_len = 1024
+    config.data.batch_size = 8
+    config.optim.name = "muon"
+    config.optim.steps = 300
+    config.optim.learning_rate = 8e-3
+    config.optim.warmup_steps = 20
+    config.optim.beta1 = 0.95
+    config.optim.beta2 = 0.99
+    return config
