@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from lss_jax import cli
+from lss_jax.config.genome_rules import BASES
 from lss_jax.config.schema import ConfigError
 from lss_jax.data.documents import Documents, Fields, files_of
 from lss_jax.data.encoding import encode
@@ -73,6 +74,8 @@ def _problems(arguments: argparse.Namespace) -> Iterator[str]:
         yield f"--field={field} is of a text, --prompt-field and --answer-field are of two; give one or the other"
     if arguments.train is not None and arguments.end:
         yield f"--end={arguments.end} is for encoding; a tokenizer that is trained here has <|endoftext|>"
+    if arguments.tokenizer == BASES:
+        yield '--tokenizer=bases: genomes are trained on as they are; give their files to data.source="fasta"'
     if arguments.workers is not None and arguments.workers < 1:
         yield f"--workers={arguments.workers} must be at least 1"
 

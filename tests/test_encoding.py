@@ -299,6 +299,7 @@ REFUSED = {
     "--tokenizer bytes --end x": "--end='x': bytes have no special tokens",
     "--train 300 --end x": "--end=x is for encoding",
     "--tokenizer bytes --workers 0": "--workers=0 must be at least 1",
+    "--tokenizer bases": "--tokenizer=bases: genomes are trained on as they are; give their files to data.source",
     "--tokenizer none.json": "data.tokenizer='none.json' cannot be read",
     "--tokenizer bytes nothing/*": "'nothing/*' matches no file",
     "--tokenizer bytes --out {folder}": "is a folder; choose another",

@@ -4,12 +4,12 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from lss_jax.config.genome_rules import BASES
 from lss_jax.config.schema import ConfigError
 from lss_jax.data.packing import Stream, Tokens
 from lss_jax.data.windows import Window
 from lss_jax.parallel.hashing import hashed_on_host
 
-BASES = "bases"
 LETTERS = b"ACGTN"
 UNKNOWN = LETTERS.index(b"N")  # the token of N: it is seen, and never a target
 NO_BASE = 255

@@ -15,9 +15,9 @@ from typing import NamedTuple
 
 import numpy as np
 
+from lss_jax.config.genome_rules import BASES, FASTA
 from lss_jax.config.schema import ConfigError, DataConfig, gather_problems
 from lss_jax.data.annotation import NAMES as LABELS_OF_BASES
-from lss_jax.data.bases import BASES
 from lss_jax.data.documents import Fields, files_of, is_jsonl
 from lss_jax.data.encoding import encode
 from lss_jax.data.genome_splits import genome_files, open_genomes
@@ -52,7 +52,7 @@ def _genomes(config: DataConfig) -> Corpus:
     return Corpus(open_genomes(config), None)
 
 
-KINDS: dict[str, Kind] = {"fasta": Kind(_genomes, True, LABELS_OF_BASES, BASES, genome_files)}
+KINDS: dict[str, Kind] = {FASTA: Kind(_genomes, True, LABELS_OF_BASES, BASES, genome_files)}
 
 
 def is_packed(config: DataConfig) -> bool:

@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 import tokenizers
 
+from lss_jax.config.genome_rules import BASES
 from lss_jax.config.schema import ConfigError
-from lss_jax.data.bases import BASES, BaseText
+from lss_jax.data.bases import BaseText
 from lss_jax.data.text import BYTES, ByteText, Tokenizer
 from lss_jax.data.token_bytes import SPACE, bytes_of_tokens
 

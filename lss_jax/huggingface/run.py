@@ -13,7 +13,7 @@ from jax.experimental import multihost_utils
 
 from lss_jax.config.schema import Config, ConfigError, with_value
 from lss_jax.data.text import BYTES
-from lss_jax.data.tokenizer import load_tokenizer
+from lss_jax.data.tokenizer import OF_LETTERS, load_tokenizer
 from lss_jax.huggingface.exporting import DTYPES, Merged, Source, files_of, groups_of, write_file, write_index
 from lss_jax.huggingface.families import FAMILIES
 from lss_jax.huggingface.folder import BESIDE, CONFIG, GENERATION, OTHER_TOKENIZERS, TOKENIZER
@@ -150,7 +150,7 @@ def _ends(config: Config, kept: dict[str, Any] | None) -> dict[str, Any]:
 
 def _tokenizer_files(config: Config) -> dict[str, Path]:
     """The run's tokenizer and what may lie beside it, by their names in a folder of theirs."""
-    if config.data.tokenizer == BYTES:
+    if config.data.tokenizer in OF_LETTERS:
         return {}
     tokenizer = Path(config.data.tokenizer).expanduser()
     if not tokenizer.is_file():
