@@ -67,6 +67,9 @@ def get_config() -> ConfigDict:
     model.rope_low = 1.0  # "yarn", "llama3": slowed down is what rotates less often than this over that context
     model.rope_high = 32.0  # left alone is what rotates more often; of Llama 3: 4
     model.rope_attention_factor = 0.0  # of rotated queries and keys; 0: 1, for "yarn" 0.1 ln(rope_factor) + 1
+    model.rope_columns = (
+        0  # tokens per row of an image: half of each head rotates by row, half by column; 0: by position
+    )
     model.tied_head = True  # the head is the transpose of the token embedding
     model.vocab_parallel = False  # shard the token embedding and the head over mesh.model, for large vocabularies
     model.dropout = 0.0  # on embeddings, attention weights and both residual branches; the same on every mesh

@@ -74,6 +74,7 @@ def _out_of_range(config: Config) -> Iterator[str]:
         "model.tile": model.tile,
         "model.rope_original": model.rope_original,
         "model.rope_attention_factor": model.rope_attention_factor,
+        "model.rope_columns": model.rope_columns,
         "attention.window": attention.window,
         "attention.prefix": attention.prefix,
         "optim.warmup_steps": optim.warmup_steps,
@@ -115,6 +116,7 @@ def _cross_field(config: Config) -> Iterator[str]:
             f'use an even head width or model.positions="learned"'
         )
     yield from _rope_problems(model)
+    yield from _rope_columns_problems(model)
     if 0.99 < model.dropout < 1:
         yield f"model.dropout={model.dropout} leaves next to nothing; use at most 0.99"
     yield from _remat_problems(model)
@@ -188,6 +190,28 @@ def _rope_problems(model: ModelConfig) -> Iterator[str]:
         yield (
             f"model.rope_high={model.rope_high} must be finite and greater than model.rope_low={model.rope_low}; "
             f"usual are 1 and 32 for yarn, 1 and 4 for llama3"
+        )
+
+
+def _rope_columns_problems(model: ModelConfig) -> Iterator[str]:
+    """Errors in rotation by row and column."""
+    columns = model.rope_columns
+    if columns == 0:
+        return
+    if model.positions != "rope":
+        yield (
+            f"model.rope_columns={columns} has no use with model.positions={model.positions!r}; "
+            f'use model.positions="rope" or model.rope_columns=0'
+        )
+    if model.rope_scaling != "none":
+        yield (
+            f"model.rope_scaling={model.rope_scaling!r} is for positions of one dimension, but model.rope_columns="
+            f'{columns} gives two; use model.rope_scaling="none"'
+        )
+    if model.head_width % 4 == 2:
+        yield (
+            f"the head width model.head_width={model.head_width} is not divisible by 4, but model.rope_columns="
+            f"{columns} rotates half of the pairs by row and half by column; use a multiple of 4"
         )
 
 

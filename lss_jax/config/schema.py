@@ -60,6 +60,7 @@ class ModelConfig:
     rope_low: float
     rope_high: float
     rope_attention_factor: float
+    rope_columns: int
     tied_head: bool
     vocab_parallel: bool
     dropout: float
