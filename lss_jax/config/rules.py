@@ -12,6 +12,7 @@ from lss_jax.config.schema import (
     OptimConfig,
 )
 
+IMAGE_SOURCES = ("mri", "mosaics", "images")
 MeshSizes = tuple[int, int, int]
 LARGEST_BETA2 = 0.99  # of moments in bfloat16: what changes by less than 2**-8 stays as it is
 
@@ -57,7 +58,7 @@ def _out_of_range(config: Config) -> Iterator[str]:
             f"model.{k}": getattr(model, k)
             for k in ("vocab", "layers", "width", "heads", "kv_heads", "mlp_width", "remat_every")
         },
-        **{f"data.{k}": getattr(data, k) for k in ("seq_len", "batch_size")},
+        **{f"data.{k}": getattr(data, k) for k in ("seq_len", "batch_size", "downsample", "grid")},
         **{f"optim.{k}": getattr(optim, k) for k in ("steps", "accumulate", "max_skipped")},
         **{f"attention.{k}": getattr(attention, k) for k in ("block_queries", "block_keys", "head_groups")},
         "profile.start": config.profile.start,
@@ -75,6 +76,7 @@ def _out_of_range(config: Config) -> Iterator[str]:
         "model.rope_original": model.rope_original,
         "model.rope_attention_factor": model.rope_attention_factor,
         "model.rope_columns": model.rope_columns,
+        "data.patch": data.patch,
         "attention.window": attention.window,
         "attention.prefix": attention.prefix,
         "optim.warmup_steps": optim.warmup_steps,
@@ -140,6 +142,7 @@ def _cross_field(config: Config) -> Iterator[str]:
     if data.restart_positions and model.positions == "none":
         yield 'data.restart_positions=True has no use with model.positions="none"; use another, or False'
     yield from _data_problems(data)
+    yield from _image_problems(config)
 
 
 def _data_problems(data: DataConfig) -> Iterator[str]:
@@ -165,6 +168,24 @@ def _data_problems(data: DataConfig) -> Iterator[str]:
         )
     if not all(0 < weight < float("inf") for weight in data.weights):
         yield f"data.weights={data.weights} must each be greater than 0 and finite; leave out what is not to be used"
+
+
+def _image_problems(config: Config) -> Iterator[str]:
+    """Errors in the keys of images, also where the data is something else."""
+    data, model, shown = config.data, config.model, f"data.source={config.data.source!r}"
+    if data.source == "images" and not data.path:
+        yield f"{shown} needs a file; give the .npz file of your images as data.path"
+    if data.source in ("mri", "mosaics") and data.path:
+        yield f'data.path={data.path!r} has no use with {shown}; use data.source="images" for a file of your own'
+    if data.downsample > 1 and data.source not in ("mri", "mosaics"):
+        yield f"data.downsample={data.downsample} has no use with {shown}; use data.downsample=1"
+    if data.patch > 0 and data.source not in IMAGE_SOURCES:
+        yield f"data.patch={data.patch} is for images, but data is from {shown}; use data.patch=0"
+    if data.patch > 0 and model.vocab_parallel:
+        yield (
+            f"model.vocab_parallel=True has no use with data.patch={data.patch}, whose tokens are no vocabulary; "
+            f"use model.vocab_parallel=False"
+        )
 
 
 def _rope_problems(model: ModelConfig) -> Iterator[str]:

@@ -77,7 +77,7 @@ class ModelConfig:
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-    source: Literal["stdlib", "enwik8", "text"]
+    source: Literal["stdlib", "enwik8", "text", "mri", "mosaics", "images"]
     path: str
     tokenizer: str
     weights: tuple[float, ...]
@@ -86,6 +86,9 @@ class DataConfig:
     prompt_field: str
     answer_field: str
     restart_positions: bool
+    patch: int
+    downsample: int
+    grid: int
     seq_len: int
     batch_size: int
 
@@ -93,6 +96,11 @@ class DataConfig:
     def parts(self) -> list[str]:
         """The comma-separated parts of `path`, each of which is a source."""
         return [part.strip() for part in self.path.split(",")]
+
+    @property
+    def pixels(self) -> int:
+        """The number of pixels in a token of an image."""
+        return max(self.patch, 1) ** 2
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,0 +1,142 @@
+"""Images as streams of tokens: a pixel is a token, or a patch of `p x p` pixels is; row by row, image after image.
+
+A window is an image, or some whole rows of one. An image that windows do not divide is filled up at its lower edge, and
+one that patches do not divide at the right one too, with pixels of grey level 0 without a label.
+"""
+
+import itertools
+from typing import NamedTuple
+
+import numpy as np
+
+from lss_jax.config.schema import Config, ConfigError, DataConfig
+from lss_jax.data.image_sources import IMAGES
+from lss_jax.data.packing import IGNORED_LABEL, Stream
+from lss_jax.data.sources import SPLITS, Part
+
+
+class Grid(NamedTuple):
+    """How the pixels of an image lie in its tokens."""
+
+    height: int  # of an image, in pixels
+    width: int
+    patch: int  # pixels on the side of a token; 0: a token is a pixel, and not a vector of one
+    window_rows: int  # of tokens in a window
+
+    @property
+    def shown(self) -> str:
+        """The images, for errors."""
+        patches = f" in patches of {self.patch} x {self.patch}" if self.patch else ""
+        return f"images of {self.height} x {self.width} pixels{patches}"
+
+    @property
+    def columns(self) -> int:
+        """Tokens in a row."""
+        return -(-self.width // max(self.patch, 1))
+
+    @property
+    def rows(self) -> int:
+        """Rows of tokens in an image, with those that fill it up to whole windows."""
+        return -(-self.image_rows // self.window_rows) * self.window_rows
+
+    @property
+    def image_rows(self) -> int:
+        """Rows of tokens in an image."""
+        return -(-self.height // max(self.patch, 1))
+
+    def tokens_of(self, images_nHW: np.ndarray, fill: int) -> np.ndarray:
+        """Images as tokens, `[n * rows * columns]`, or with patches `[n * rows * columns, p * p]`."""
+        n, H, W = images_nHW.shape
+        p, rows, columns = max(self.patch, 1), self.rows, self.columns
+        filled = np.pad(images_nHW, ((0, 0), (0, rows * p - H), (0, columns * p - W)), constant_values=fill)
+        tokens = filled.reshape(n, rows, p, columns, p).swapaxes(2, 3).reshape(-1, p * p)
+        return np.ascontiguousarray(tokens if self.patch else tokens[:, 0])
+
+    def images_of(self, tokens: np.ndarray) -> np.ndarray:
+        """The opposite: images `[n, H, W]`, without what filled them up."""
+        p, rows, columns = max(self.patch, 1), self.rows, self.columns
+        filled = tokens.reshape(-1, rows, columns, p, p).swapaxes(2, 3).reshape(-1, rows * p, columns * p)
+        return filled[:, : self.height, : self.width]
+
+
+class PixelSource:
+    """The pixels of all splits as tokens, in memory; of the labels only the fingerprint is taken here."""
+
+    def __init__(self, grid: Grid, tokens: np.ndarray, labels: np.ndarray):
+        self.grid, self.size, self.text_bytes = grid, len(tokens), tokens.size
+        self._tokens, self._labels = tokens, labels
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        return self._tokens[start:stop]
+
+    def mapped(self) -> np.ndarray:
+        return np.concatenate((self._tokens.ravel(), self._labels.ravel()))
+
+    def check(self) -> None:
+        pass
+
+
+def open_images(data: DataConfig) -> dict[str, Stream]:
+    """The configured images as tokens with labels, a stream per split.
+
+    Raises:
+      ConfigError: they cannot be opened, or windows are not whole rows of them.
+    """
+    images = IMAGES[data.source](data)
+    grid = _grid(data, *images.pixels["train"].shape[1:])
+    tokens = {name: grid.tokens_of(images.pixels[name], 0) for name in SPLITS}
+    labels = {name: grid.tokens_of(images.labels[name], IGNORED_LABEL) for name in SPLITS}
+    source = PixelSource(grid, *(np.concatenate([*of_split.values()]) for of_split in (tokens, labels)))
+    ends = np.cumsum([len(tokens[name]) for name in SPLITS]).tolist()
+    borders = zip(SPLITS, itertools.pairwise([0, *ends]), strict=True)
+    return {name: Stream(Part(source, *at), None, labels[name]) for name, at in borders}
+
+
+def _grid(data: DataConfig, H: int, W: int) -> Grid:
+    """How images of this size become tokens.
+
+    Raises:
+      ConfigError: windows are not whole rows of them.
+    """
+    image = Grid(H, W, data.patch, 1)
+    rows, columns = image.rows, image.columns
+    if data.seq_len % columns or data.seq_len > rows * columns:
+        part = min(max(data.seq_len // columns, 1), rows)
+        raise ConfigError(
+            f"data.seq_len={data.seq_len} is no number of whole rows of {image.shown}, {rows} rows of {columns} tokens; "
+            f"use data.seq_len={rows * columns} for all of an image, or {part * columns} for {part} rows of it"
+        )
+    return image._replace(window_rows=data.seq_len // columns)
+
+
+def grid_of(stream: Stream) -> Grid | None:
+    """How the images of a stream lie in its tokens; None: it has no images."""
+    source = stream.tokens.source if isinstance(stream.tokens, Part) else None
+    return source.grid if isinstance(source, PixelSource) else None
+
+
+def check_images(name: str, stream: Stream, config: Config) -> None:
+    """Checks that the images of a split fit the model, if these are images.
+
+    Raises:
+      ConfigError: a label is none of the classes, or rotary positions have rows of another length.
+    """
+    grid, classes, columns = grid_of(stream), config.model.classes, config.model.rope_columns
+    if grid is None:
+        return
+    if columns not in (0, grid.columns):
+        raise ConfigError(
+            f"model.rope_columns={columns}, but {grid.shown} have {grid.columns} tokens in a row; use "
+            f"model.rope_columns={grid.columns}, or 0 for positions of one dimension"
+        )
+    labels = stream.labels
+    assert isinstance(labels, np.ndarray)
+    outside = (labels >= classes) & (labels != IGNORED_LABEL)
+    if outside.any():
+        number, row, column = np.argwhere(grid.images_of(outside))[0]
+        label = grid.images_of(labels)[number, row, column]
+        raise ConfigError(
+            f"data.path={config.data.path!r}: the label in image {number} of the split {name!r}, row {row}, column "
+            f"{column} is {label}, but model.classes={classes}, so that labels go up to {classes - 1}; use more "
+            f"classes, or {IGNORED_LABEL} for a pixel without a label"
+        )
