@@ -24,6 +24,24 @@ class MeshConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class MaskingConfig:
+    rate: float
+    random: float
+    kept: float
+
+
+@dataclasses.dataclass(frozen=True)
+class LabelsConfig:
+    names: str
+    weights: tuple[float, ...]
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """The names of the classes."""
+        return tuple(name.strip() for name in self.names.split(",")) if self.names else ()
+
+
+@dataclasses.dataclass(frozen=True)
 class AttentionConfig:
     strategy: str  # one of `attention.strategies.STRATEGIES`
     layout: Literal["contiguous", "zigzag"]
@@ -61,6 +79,8 @@ class ModelConfig:
     rope_high: float
     rope_attention_factor: float
     rope_columns: int
+    classes: int
+    pooling: Literal["none", "mean"]
     tied_head: bool
     vocab_parallel: bool
     dropout: float
@@ -139,6 +159,8 @@ class Config:
     task: str
     start_from: str
     mesh: MeshConfig
+    masking: MaskingConfig
+    labels: LabelsConfig
     attention: AttentionConfig
     model: ModelConfig
     data: DataConfig
