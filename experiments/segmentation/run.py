@@ -2,13 +2,13 @@
 
     pip install -r requirements-images.txt
     python -m experiments.segmentation.run            # goes on where it stopped
-    python -m experiments.segmentation.run --quick    # one seed and few steps; prints its table and writes nothing
+    python -m experiments.segmentation.run --quick    # one seed, few steps; prints a table
     python -m experiments.segmentation.run --full     # slices of 45,901 pixels; for accelerators
 
 Trains `configs/mri.py` and `configs/mosaics.py` with each of these views, from three seeds, all for the same number of
-steps on the same number of pixels per step, and evaluates on the whole test split. A window in view is a number of whole
-rows, which is a quarter or a sixteenth rounded up. Beside them stands what grey levels alone tell: each pixel gets the
-class that is most frequent for its grey level in the training split.
+steps on the same number of pixels per step, and evaluates on the whole test split. A window is a number of whole rows,
+which is a quarter or a sixteenth rounded up. Beside them stands what grey levels alone tell: each pixel gets the class
+that is most frequent for its grey level in the training split.
 
 Adds each finished run to `results.json`, and writes `results.md` and the pictures of the first seed beside this file.
 """

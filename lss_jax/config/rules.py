@@ -184,6 +184,11 @@ def _image_problems(config: Config) -> Iterator[str]:
         yield f"{shown} needs a file; give the .npz file of your images as data.path"
     if data.source in ("mri", "mosaics") and data.path:
         yield f'data.path={data.path!r} has no use with {shown}; use data.source="images" for a file of your own'
+    of_text = {"tokenizer": "bytes", "separator": "", "prompt_field": "", "answer_field": ""}
+    for key, default in of_text.items():
+        value = getattr(data, key)
+        if data.source in IMAGE_SOURCES and value != default:
+            yield f"data.{key}={value!r} has no use with {shown}, which has no text; use data.{key}={default!r}"
     if data.downsample > 1 and data.source not in ("mri", "mosaics"):
         yield f"data.downsample={data.downsample} has no use with {shown}; use data.downsample=1"
     if data.patch > 0 and data.source not in IMAGE_SOURCES:

@@ -18,6 +18,8 @@ import numpy as np
 from lss_jax.config.schema import ConfigError, DataConfig, gather_problems
 from lss_jax.data.documents import Fields, files_of, is_jsonl
 from lss_jax.data.encoding import encode
+from lss_jax.data.image_sources import DIGITS, TISSUES
+from lss_jax.data.images import open_images
 from lss_jax.data.packing import Stream, documents_between, separated, split_ends, undivided
 from lss_jax.data.sources import SPLITS, FileSource, check_file, enwik8, open_splits, splits_of, stdlib_files, text
 from lss_jax.data.text import BYTES
@@ -44,7 +46,15 @@ class Kind(NamedTuple):
     items: str  # what a token is, in the plural
 
 
-KINDS: dict[str, Kind] = {}
+def _of_images(config: DataConfig) -> Corpus:
+    return Corpus({name: [stream] for name, stream in open_images(config).items()}, None)
+
+
+KINDS: dict[str, Kind] = {
+    "mri": Kind(_of_images, False, TISSUES, "pixels"),
+    "mosaics": Kind(_of_images, False, DIGITS, "pixels"),
+    "images": Kind(_of_images, False, (), "pixels"),
+}
 
 
 def is_packed(config: DataConfig) -> bool:

@@ -47,8 +47,8 @@ def mri(config: DataConfig) -> Images:
       ConfigError: the package nilearn, which the template comes with, is not installed.
     """
     t1, grey, white = (np.asarray(map_.get_fdata(), np.float32) for map_ in _mni152())
-    outside = (t1 == 0) & (grey + white == 0)
-    tissues = np.stack((outside, 1 - outside - grey - white, grey, white))
+    rest = 1 - grey - white
+    tissues = np.stack((np.where(t1 == 0, rest, 0), np.where(t1 == 0, 0, rest), grey, white))
     tissues = _means(_as_pictures(tissues), config.downsample)
     pixels = np.rint(255 * _means(_as_pictures(t1), config.downsample)).astype(np.uint8)
     labels = np.argmax(tissues, axis=0).astype(np.uint8)
@@ -146,8 +146,8 @@ def of_file(config: DataConfig) -> Images:
     shown = f"data.path={config.path!r}"
     gather_problems(lambda: _check_images(images, shown), lambda: _check_labels(labels, images, shown))
     ends = [len(images) * 80 // 100, len(images) * 90 // 100]
-    parts = {"pixels": np.split(images, ends), "labels": np.split(labels.astype(np.uint8), ends)}
-    return Images(*(dict(zip(SPLITS, parts[which], strict=True)) for which in ("pixels", "labels")), ())
+    pixels = dict(zip(SPLITS, np.split(images, ends), strict=True))
+    return Images(pixels, dict(zip(SPLITS, np.split(labels.astype(np.uint8), ends), strict=True)), ())
 
 
 def _arrays(path: str) -> tuple[np.ndarray, np.ndarray]:
@@ -160,7 +160,7 @@ def _arrays(path: str) -> tuple[np.ndarray, np.ndarray]:
                     f"{', '.join(arrays.files) or 'none'}; write it by numpy.savez(path, images=..., labels=...)"
                 )
             return arrays["images"], arrays["labels"]
-    except (OSError, ValueError, AttributeError, zipfile.BadZipFile) as error:
+    except (OSError, EOFError, ValueError, AttributeError, zipfile.BadZipFile) as error:
         if isinstance(error, ConfigError):
             raise
         raise ConfigError(

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from lss_jax.config.schema import Config, ConfigError, DataConfig
+from lss_jax.config.schema import ConfigError, DataConfig
 from lss_jax.data.image_sources import IMAGES
 from lss_jax.data.packing import IGNORED_LABEL, Stream
 from lss_jax.data.sources import SPLITS, Part
@@ -103,7 +103,7 @@ def _grid(data: DataConfig, H: int, W: int) -> Grid:
     if data.seq_len % columns or data.seq_len > rows * columns:
         part = min(max(data.seq_len // columns, 1), rows)
         raise ConfigError(
-            f"data.seq_len={data.seq_len} is no number of whole rows of {image.shown}, {rows} rows of {columns} tokens; "
+            f"data.seq_len={data.seq_len} is no number of whole rows of {image.shown}, {rows} of {columns} tokens; "
             f"use data.seq_len={rows * columns} for all of an image, or {part * columns} for {part} rows of it"
         )
     return image._replace(window_rows=data.seq_len // columns)
@@ -115,28 +115,29 @@ def grid_of(stream: Stream) -> Grid | None:
     return source.grid if isinstance(source, PixelSource) else None
 
 
-def check_images(name: str, stream: Stream, config: Config) -> None:
-    """Checks that the images of a split fit the model, if these are images.
-
-    Raises:
-      ConfigError: a label is none of the classes, or rotary positions have rows of another length.
-    """
-    grid, classes, columns = grid_of(stream), config.model.classes, config.model.rope_columns
-    if grid is None:
-        return
-    if columns not in (0, grid.columns):
+def check_columns(stream: Stream, columns: int) -> None:
+    """Raises a ConfigError if rotary positions have rows of other lengths than the images of a stream."""
+    grid = grid_of(stream)
+    if grid is not None and columns not in (0, grid.columns):
         raise ConfigError(
             f"model.rope_columns={columns}, but {grid.shown} have {grid.columns} tokens in a row; use "
             f"model.rope_columns={grid.columns}, or 0 for positions of one dimension"
         )
-    labels = stream.labels
-    assert isinstance(labels, np.ndarray)
+
+
+def check_labels(name: str, stream: Stream, classes: int) -> None:
+    """Raises a ConfigError for a label of a split that is none of so many classes; of images it says where."""
+    assert stream.labels is not None
+    labels = stream.labels[:]
     outside = (labels >= classes) & (labels != IGNORED_LABEL)
-    if outside.any():
+    if not outside.any():
+        return
+    grid, place = grid_of(stream), f"token {int(np.argmax(outside.ravel()))}"
+    label = labels.ravel()[np.argmax(outside.ravel())]
+    if grid is not None:
         number, row, column = np.argwhere(grid.images_of(outside))[0]
-        label = grid.images_of(labels)[number, row, column]
-        raise ConfigError(
-            f"data.path={config.data.path!r}: the label in image {number} of the split {name!r}, row {row}, column "
-            f"{column} is {label}, but model.classes={classes}, so that labels go up to {classes - 1}; use more "
-            f"classes, or {IGNORED_LABEL} for a pixel without a label"
-        )
+        label, place = grid.images_of(labels)[number, row, column], f"image {number}, row {row}, column {column}"
+    raise ConfigError(
+        f"the label of {place} in the split {name!r} is {label}, but model.classes={classes}, so that labels go up to "
+        f"{classes - 1}; use more classes, or {IGNORED_LABEL} for no label"
+    )

@@ -51,16 +51,19 @@ def picture_run(config: Config, workdir: Path, name: str, count: int) -> bytes:
     mesh = mesh_of(config, jax.devices(), trains=False)
     model, split = build_model(config, mesh), task.splits(mesh)[name]
     step, params = restore_params(model, mesh, workdir)
-    shown = pictures(split, predicted_windows(model, mesh, params, split), count)
+    shown = pictures(split, predicted_windows(task, model, mesh, params, split), count)
     return png_of_pictures(shown, task.names, f"{name} split, after {step:,} steps")
 
 
-def predicted_windows(model: Model, mesh: Mesh, params: Params, split: WindowSplit) -> Callable[[int], np.ndarray]:
+def predicted_windows(
+    task: TokenLabels, model: Model, mesh: Mesh, params: Params, split: WindowSplit
+) -> Callable[[int], np.ndarray]:
     """A function of a window's number in the split: the classes of its tokens, uint8 `[L]`, or `[L, pixels]`.
 
     Devices predict their own segments. Only then, at a byte per pixel, a batch comes together on the hosts.
     """
-    data, layout, predict = model.config.data, layout_on(model.config, mesh), make_prediction_step(model, mesh)
+    data, layout = model.config.data, layout_on(model.config, mesh)
+    predict = make_prediction_step(model, mesh, task.predictions)
 
     @functools.lru_cache(maxsize=1)  # windows of one batch are asked for one after the other
     def batch(index: int) -> np.ndarray:
