@@ -1,5 +1,6 @@
 """A class for each pixel, from windows, patches and whole images, against a dense oracle; pictures; what is refused."""
 
+import base64
 import math
 
 import jax
@@ -10,9 +11,12 @@ import pytest
 from helpers import assert_close, make_loss_and_gradient, model_on, perturbed_params, run, sampled, small_config
 
 from lss_jax.config.schema import ConfigError
+from lss_jax.data.images import open_images
+from lss_jax.data.sources import fingerprint
 from lss_jax.inspection import audit
-from lss_jax.reports import pictures
+from lss_jax.reports import pictures, run_page
 from lss_jax.reports.pictures import check_pictures, picture_run, predicted_windows
+from lss_jax.reports.runs import read_runs
 from lss_jax.tasks import make_task
 from lss_jax.tasks.task import means_of, values_of
 from lss_jax.training.evaluation import evaluate_run
@@ -182,6 +186,14 @@ def test_every_mesh_predicts_the_same_pixels(images):
         assert first.predicted.shape == first.pixels.shape == first.labels.shape == (H, W)
 
 
+def test_the_same_images_in_other_windows_are_the_same_data(images):
+    found = []
+    for view in ("images", "patches in windows"):
+        streams = open_images(small_config(**changes_of(images, view)).data)
+        found.append(fingerprint(streams["train"].tokens.source))
+    assert found[0] == found[1]
+
+
 def test_a_run_learns_its_classes_and_draws_them(images, tmp_path):
     config = small_config(**changes_of(images, "images", mesh__data=2, mesh__seq=4))
     run(config, tmp_path)
@@ -189,6 +201,10 @@ def test_a_run_learns_its_classes_and_draws_them(images, tmp_path):
     assert record["dice"] > 0.8, record
     drawn = picture_run(config, tmp_path, "test", 2)
     assert drawn.startswith(b"\x89PNG") and drawn == picture_run(config, tmp_path, "test", 2)
+    (tmp_path / "pictures_test.png").write_bytes(drawn)
+    written = run_page.report(read_runs([tmp_path]), ["it is not asked"])
+    shown = f'<img src="data:image/png;base64,{base64.b64encode(drawn).decode()}" alt="Images of the test split: labels'
+    assert shown in written
 
 
 BAD = {

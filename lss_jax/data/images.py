@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from lss_jax.config.schema import ConfigError, DataConfig
-from lss_jax.data.image_sources import IMAGES
+from lss_jax.data.image_sources import IMAGES, Images
 from lss_jax.data.packing import IGNORED_LABEL, Stream
 from lss_jax.data.sources import SPLITS, Part
 
@@ -60,17 +60,21 @@ class Grid(NamedTuple):
 
 
 class PixelSource:
-    """The pixels of all splits as tokens, in memory; of the labels only the fingerprint is taken here."""
+    """The pixels of all splits as tokens, in memory.
 
-    def __init__(self, grid: Grid, tokens: np.ndarray, labels: np.ndarray):
-        self.grid, self.size, self.text_bytes = grid, len(tokens), tokens.size
-        self._tokens, self._labels = tokens, labels
+    Its contents, of which the fingerprint is taken, are images and labels as they are in any windows and patches.
+    """
+
+    def __init__(self, grid: Grid, tokens: np.ndarray, images: Images):
+        self.grid, self.size, self._tokens = grid, len(tokens), tokens
+        self._contents = [each.ravel() for name in SPLITS for each in (images.pixels[name], images.labels[name])]
+        self.text_bytes = sum(map(len, self._contents))
 
     def read(self, start: int, stop: int) -> np.ndarray:
         return self._tokens[start:stop]
 
     def mapped(self) -> np.ndarray:
-        return np.concatenate((self._tokens.ravel(), self._labels.ravel()))
+        return np.concatenate(self._contents)
 
     def check(self) -> None:
         pass
@@ -86,7 +90,7 @@ def open_images(data: DataConfig) -> dict[str, Stream]:
     grid = _grid(data, *images.pixels["train"].shape[1:])
     tokens = {name: grid.tokens_of(images.pixels[name], 0) for name in SPLITS}
     labels = {name: grid.tokens_of(images.labels[name], IGNORED_LABEL) for name in SPLITS}
-    source = PixelSource(grid, *(np.concatenate([*of_split.values()]) for of_split in (tokens, labels)))
+    source = PixelSource(grid, np.concatenate([tokens[name] for name in SPLITS]), images)
     ends = np.cumsum([len(tokens[name]) for name in SPLITS]).tolist()
     borders = zip(SPLITS, itertools.pairwise([0, *ends]), strict=True)
     return {name: Stream(Part(source, *at), None, labels[name]) for name, at in borders}

@@ -37,7 +37,10 @@ from lss_jax.training.step import make_eval_step, trace_train_step
 
 log = logging.getLogger(__name__)
 
-NEW_DATA = {f"data.{key}" for key in ("source", "path", "separator", "field", "prompt_field", "answer_field")}
+NEW_DATA = {
+    f"data.{key}"
+    for key in ("source", "path", "separator", "field", "prompt_field", "answer_field", "downsample", "grid")
+}
 
 
 class Trainer:
