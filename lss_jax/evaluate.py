@@ -9,7 +9,8 @@ from lss_jax import cli
 from lss_jax.config.schema import ConfigError
 from lss_jax.reports.by_position import evaluate_by_position, parse_lengths, plot_of, table_of
 from lss_jax.reports.figures import png_of
-from lss_jax.reports.runs import BY_POSITION
+from lss_jax.reports.pictures import check_pictures, picture_run
+from lss_jax.reports.runs import BY_POSITION, PICTURES
 from lss_jax.runtime import distributed
 from lss_jax.storage.metrics import add_record
 from lss_jax.storage.workdir import write_whole
@@ -41,10 +42,18 @@ def main() -> int:
     parser.add_argument(
         "--lengths", metavar="L,L", help="with --by-position: windows of these lengths (default: data.seq_len)"
     )
+    parser.add_argument(
+        "--pictures",
+        type=int,
+        metavar="N",
+        help=f"draw N images of the split with labels and predictions: {PICTURES}_SPLIT.png in the workdir",
+    )
     cli.add_launch(parser)
     arguments, config = cli.parse(parser, cli.config_of_run)
     workdir, task = Path(arguments.workdir), make_task(config)
     check(arguments, task)
+    if arguments.pictures is not None:
+        check_pictures(config)
     with cli.start(arguments, config):
         if arguments.by_position:
             lengths = parse_lengths(arguments.lengths) if arguments.lengths else [config.data.seq_len]
@@ -52,6 +61,13 @@ def main() -> int:
             if distributed.is_first():
                 save(task, result, workdir)
                 print(table_of(task, result))
+            return 0
+        if arguments.pictures is not None:
+            picture = picture_run(config, workdir, arguments.split, arguments.pictures)
+            if distributed.is_first():
+                path = workdir / f"{PICTURES}_{arguments.split}.png"
+                write(path, picture)
+                print(f"wrote {path}")
             return 0
         record = evaluate_run(workdir, arguments.split, arguments.batches, config=config)
         if distributed.is_first():
@@ -67,6 +83,10 @@ def check(arguments: argparse.Namespace, task: Task) -> None:
     batches, lengths = arguments.batches, arguments.lengths
     if batches is not None and batches < 1:
         raise ConfigError(f"--batches={batches} must be at least 1; leave it out for the whole split")
+    if arguments.pictures is not None and arguments.pictures < 1:
+        raise ConfigError(f"--pictures={arguments.pictures} must be at least 1")
+    if arguments.pictures is not None and (arguments.by_position or batches is not None):
+        raise ConfigError("--pictures goes with --split alone; leave out --by-position, --lengths and --batches")
     if lengths is not None and not arguments.by_position:
         raise ConfigError(f"--lengths={lengths} has no use without --by-position; add that")
     if lengths is not None and len(parse_lengths(lengths)) > 1 and batches is not None:
@@ -79,9 +99,14 @@ def save(task: Task, result: dict[str, Any], workdir: Path) -> None:
     """Writes the result and its figure into the workdir."""
     path = workdir / f"{BY_POSITION}_{result['split']}.json"
     figure = png_of(plot_of(task, {f"windows of {window['length']:,}": window for window in result["windows"]}))
+    write(path, json.dumps(result, indent=2) + "\n")
+    write(path.with_suffix(".png"), figure)
+
+
+def write(path: Path, content: str | bytes) -> None:
+    """Writes a file into the workdir, whole or not at all."""
     try:
-        write_whole(path, json.dumps(result, indent=2) + "\n")
-        write_whole(path.with_suffix(".png"), figure)
+        write_whole(path, content)
     except OSError as error:
         raise ConfigError(f"{path} cannot be written ({error.strerror}); make room or make it writable") from error
 

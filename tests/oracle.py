@@ -308,9 +308,17 @@ def _block(p, x_BLE, seen_BLL, model, position_BL):
 def _rope(x_BLHK, model, position_BL):
     """As a product of complex numbers."""
     L, K = x_BLHK.shape[1], x_BLHK.shape[3]
-    turn_Lk = jnp.exp(1j * jnp.outer(jnp.arange(L), rope_frequencies(model, K))) * rope_length(model)
+    turn_Lk = jnp.exp(1j * _rope_angles(model, L, K)) * rope_length(model)
     z = (x_BLHK[..., : K // 2] + 1j * x_BLHK[..., K // 2 :]) * turn_Lk[position_BL][:, :, None, :]
     return jnp.concatenate((z.real, z.imag), -1)
+
+
+def _rope_angles(model, L, K):
+    """Radians by position and pair; in an image of rows of so many columns half of the pairs go by each of the two."""
+    if not model.rope_columns:
+        return np.outer(np.arange(L), rope_frequencies(model, K))
+    row, column = np.array([[place // model.rope_columns, place % model.rope_columns] for place in range(L)]).T
+    return np.hstack([np.outer(along, rope_frequencies(model, K // 2)) for along in (row, column)])
 
 
 def rope_frequencies(model, K):

@@ -155,13 +155,15 @@ def test_the_command_prints_and_keeps_what_it_found(kept):
         ((True, "16,x", None), "--lengths=16,x is no list of lengths; write different numbers"),
         ((True, "8,16", 1), "--batches=1 with --lengths=8,16 would compare different bytes; leave out --batches"),
         ((False, None, 0), "--batches=0 must be at least 1; leave it out"),
+        ((False, None, None, 0), "--pictures=0 must be at least 1"),
+        ((True, None, None, 3), "--pictures goes with --split alone; leave out --by-position, --lengths and --batches"),
     ],
 )
 def test_options_that_do_not_go_together(options, message):
     with pytest.raises(ConfigError, match=message):
-        check(
-            argparse.Namespace(**dict(zip(("by_position", "lengths", "batches"), options, strict=True))), LanguageModel
-        )
+        by_position, lengths, batches, *pictures = options
+        given = {"by_position": by_position, "lengths": lengths, "batches": batches}
+        check(argparse.Namespace(**given, pictures=pictures[0] if pictures else None), LanguageModel)
 
 
 def test_lists_of_lengths():

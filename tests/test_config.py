@@ -105,6 +105,12 @@ BAD = {
     "model.head_width=-4": r"model.head_width=-4 must be at least 0",
     "model.positions='rope' model.head_width=5": r"head width model.head_width=5 is odd",
     "model.rope_scaling='ntk'": r"model.rope_scaling='ntk' has no use with model.positions='learned'; use model.pos",
+    "model.rope_columns=8": r"model.rope_columns=8 has no use with model.positions='learned'; use model.pos",
+    "model.rope_columns=-8": r"model.rope_columns=-8 must be at least 0",
+    "model.rope_columns=8 model.positions='rope' model.rope_scaling='ntk'": r"model.rope_scaling='ntk' is for position"
+    r"s of one dimension, but model.rope_columns=8 gives two; use model.rope_scaling=\"none\"",
+    "model.rope_columns=8 model.positions='rope' model.head_width=6": r"model.head_width=6 is not divisible by 4, but "
+    r"model.rope_columns=8 rotates half of the pairs by row and half by column; use a multiple of 4",
     "model.dropout=0.999": r"model.dropout=0.999 leaves next to nothing; use at most 0.99",
     "attention.window=2**31": r"attention.window=2147483648 must be less than 2\*\*31; use 0 for all",
     "model.rope_base=0.0": r"model.rope_base=0.0 must be greater than 0 and finite",

@@ -45,6 +45,7 @@ VARIANTS = {
     "groups": {"attention__head_groups": 2},
     "linear rope": {"model__positions": "rope", "model__rope_scaling": "linear", "model__rope_factor": 4.0},
     "ntk rope": {"model__positions": "rope", "model__rope_scaling": "ntk", "model__rope_factor": 4.0},
+    "rope by row and column": {"model__positions": "rope", "model__rope_columns": 7, "model__rope_base": 100.0},
     "yarn": {
         **{"model__positions": "rope", "model__rope_scaling": "yarn", "model__rope_factor": 8.0},
         **{"model__rope_original": 40, "model__rope_high": 4.0},

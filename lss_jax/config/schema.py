@@ -78,6 +78,7 @@ class ModelConfig:
     rope_low: float
     rope_high: float
     rope_attention_factor: float
+    rope_columns: int
     classes: int
     pooling: Literal["none", "mean"]
     tied_head: bool
@@ -96,7 +97,7 @@ class ModelConfig:
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-    source: Literal["stdlib", "enwik8", "text", "fasta"]
+    source: Literal["stdlib", "enwik8", "text", "fasta", "mri", "mosaics", "images"]
     path: str
     valid_path: str
     test_path: str
@@ -109,6 +110,9 @@ class DataConfig:
     prompt_field: str
     answer_field: str
     restart_positions: bool
+    patch: int
+    downsample: int
+    grid: int
     seq_len: int
     batch_size: int
 
@@ -116,6 +120,11 @@ class DataConfig:
     def parts(self) -> list[str]:
         """The comma-separated parts of `path`, each of which is a source."""
         return [part.strip() for part in self.path.split(",")]
+
+    @property
+    def pixels(self) -> int:
+        """The number of pixels in a token of an image."""
+        return max(self.patch, 1) ** 2
 
 
 @dataclasses.dataclass(frozen=True)

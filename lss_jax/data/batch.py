@@ -20,22 +20,25 @@ class Batch(NamedTuple):
     and its segment, `l`.
     """
 
-    tokens: Any  # [B, L]
-    targets: Any  # [B, L], the next token of each, across segment borders too; or `IGNORED`
+    tokens: Any  # [B, L]; of patches of images [P, B, L], the grey levels of their pixels
+    targets: Any  # as tokens: the next token of each, across segment borders too, or a label; or `IGNORED`
     positions: Any  # [L], natural
     rows: Any  # [B], the number of each sequence in the global batch
     documents: Any  # [2, B, L], where in the window each token's document starts and ends; None if all are one
     target_bytes: Any  # [B, L], bytes of text that each target stands for; None if each is one byte
 
 
-def batch_specs(packed: bool, encoded: bool = False) -> Batch:
+def batch_specs(packed: bool, encoded: bool = False, patched: bool = False) -> Batch:
     """The specs of a batch; `packed` adds those of `documents`, `encoded` those of `target_bytes`.
+
+    With `patched`, tokens and targets have pixels on a first axis.
 
     Nothing is sharded over `model`: masks and a sharded vocabulary need the whole segment, and tokens are few bytes.
     """
     whole = P(DATA, SEQ)
     documents, target_bytes = P(None, DATA, SEQ) if packed else None, whole if encoded else None
-    return Batch(whole, whole, P(SEQ), P(DATA), documents, target_bytes)
+    tokens = P(None, *whole) if patched else whole
+    return Batch(tokens, tokens, P(SEQ), P(DATA), documents, target_bytes)
 
 
 def batch_like(
@@ -45,9 +48,14 @@ def batch_like(
     layout: Layout,
     packed: bool,
     encoded: bool = False,
+    patch_pixels: int = 0,
 ) -> Batch:
-    """Global shapes and shardings of a batch, to compile a step before there is data."""
+    """Global shapes and shardings of a batch, to compile a step before there is data.
+
+    `patch_pixels` are those of a token of an image, 0 where tokens are numbers.
+    """
     B, L = batch_size, layout.padded(seq_len)
-    shapes = Batch((B, L), (B, L), (L,), (B,), (2, B, L) if packed else None, (B, L) if encoded else None)
-    placed = shardings(batch_specs(packed, encoded), mesh)
+    tokens = (patch_pixels, B, L) if patch_pixels else (B, L)
+    shapes = Batch(tokens, tokens, (L,), (B,), (2, B, L) if packed else None, (B, L) if encoded else None)
+    placed = shardings(batch_specs(packed, encoded, patch_pixels > 0), mesh)
     return Batch(*(s and jax.ShapeDtypeStruct(s, np.int32, sharding=p) for s, p in zip(shapes, placed, strict=True)))

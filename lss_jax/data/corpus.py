@@ -21,6 +21,8 @@ from lss_jax.data.annotation import NAMES as LABELS_OF_BASES
 from lss_jax.data.documents import Fields, files_of, is_jsonl
 from lss_jax.data.encoding import encode
 from lss_jax.data.genome_splits import genome_files, open_genomes
+from lss_jax.data.image_sources import DIGITS, TISSUES
+from lss_jax.data.images import open_images
 from lss_jax.data.packing import Stream, documents_between, separated, split_ends, undivided
 from lss_jax.data.sources import SPLITS, FileSource, check_file, enwik8, open_splits, splits_of, stdlib_files, text
 from lss_jax.data.text import BYTES
@@ -52,7 +54,21 @@ def _genomes(config: DataConfig) -> Corpus:
     return Corpus(open_genomes(config), None)
 
 
-KINDS: dict[str, Kind] = {FASTA: Kind(_genomes, True, LABELS_OF_BASES, BASES, genome_files)}
+def _of_images(config: DataConfig) -> Corpus:
+    return Corpus({name: [stream] for name, stream in open_images(config).items()}, None)
+
+
+def _image_file(config: DataConfig) -> None:
+    if config.path:
+        check_file(config.path)
+
+
+KINDS: dict[str, Kind] = {
+    FASTA: Kind(_genomes, True, LABELS_OF_BASES, BASES, genome_files),
+    "mri": Kind(_of_images, False, TISSUES, "pixels", _image_file),
+    "mosaics": Kind(_of_images, False, DIGITS, "pixels", _image_file),
+    "images": Kind(_of_images, False, (), "pixels", _image_file),
+}
 
 
 def is_packed(config: DataConfig) -> bool:

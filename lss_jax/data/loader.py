@@ -21,7 +21,8 @@ from lss_jax.parallel.layout import Layout
 
 T = TypeVar("T")
 
-Read = Callable[[Window, range, int], np.ndarray]  # tokens and targets `[2, run]` of a run of positions; and its row
+# Tokens and targets `[2, run]`, or `[2, run, P]` of patches, of a run of positions in a window with this row.
+Read = Callable[[Window, range, int], np.ndarray]
 
 
 def read_batch(
@@ -32,16 +33,17 @@ def read_batch(
     *,
     read: Read,
     token_bytes: np.ndarray | None = None,
+    patch_pixels: int = 0,
 ) -> Batch:
     """The global batch of some windows, sharded over the mesh; `read` says what their tokens and targets are.
 
     Beyond the end of a stream or a window, and in the padding to a length that the mesh divides, tokens are 0 and
     targets ignored. If the streams have documents, so have the windows. With the `token_bytes` of each token of the
-    vocabulary the batch has those of its targets.
+    vocabulary the batch has those of its targets. If tokens are patches of images, they have so many `patch_pixels`.
     """
     packed = windows[0].stream.documents is not None
-    like = batch_like(len(windows), seq_len, mesh, layout, packed, token_bytes is not None)
-    (B, L), position_L = like.tokens.shape, layout.positions(like.tokens.shape[1])
+    like = batch_like(len(windows), seq_len, mesh, layout, packed, token_bytes is not None, patch_pixels)
+    (B, L), position_L = like.tokens.shape[-2:], layout.positions(like.tokens.shape[-1])
 
     @functools.cache  # tokens and targets share one read; so do devices that hold the same segment
     def segment(top: int, bottom: int, left: int, right: int) -> np.ndarray:
@@ -50,8 +52,9 @@ def read_batch(
         return np.concatenate(list(map(np.stack, zip(*rows, strict=True))), axis=2)
 
     def tokens_or_targets(which: int, index: Any) -> np.ndarray:
-        (top, bottom, _), (left, right, _) = (p.indices(n) for p, n in zip(index, (B, L), strict=True))
-        return segment(top, bottom, left, right)[:, which]
+        (top, bottom, _), (left, right, _) = (p.indices(n) for p, n in zip(index[-2:], (B, L), strict=True))
+        found = segment(top, bottom, left, right)[:, which]
+        return np.moveaxis(found, 2, 0) if patch_pixels else found
 
     def document_bounds(index: Any) -> np.ndarray:
         _, rows, columns = index
@@ -128,7 +131,8 @@ def _offsets(window: Window, run: range) -> slice:
 
 def _filled(found: np.ndarray, length: int, value: int) -> np.ndarray:
     """What was found, int32, filled up to this length."""
-    return np.pad(found.astype(np.int32), (0, length - len(found)), constant_values=value)
+    behind = [(0, length - len(found)), *[(0, 0)] * (found.ndim - 1)]
+    return np.pad(found.astype(np.int32), behind, constant_values=value)
 
 
 def _bounds(window: Window, position_l: np.ndarray) -> np.ndarray:

@@ -105,6 +105,7 @@ LLAMA_OURS = {
     "model.qkv_bias": False,
     "model.qk_norm": False,
     "model.positions": "rope",
+    "model.rope_columns": 0,
 }
 LLAMA_THEIRS = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False}
 LLAMA_DEFAULTS = {

@@ -44,7 +44,7 @@ def traffic(config: Config, mesh: Mesh | AbstractMesh, trained: Trained) -> Iter
     tiled, embeds = int(_is_tiled(config, mesh)), int(model.vocab_parallel)
     head = embeds * (not model.classes)
     layers = model.layers if reaches_layers(trained) else 0  # of the backward pass
-    features, embedding = int(_reaches_features(config, mesh, trained)), int(trained["tokens"]["table_VE"])
+    features, embedding = int(_reaches_features(config, mesh, trained)), int(any(trained["tokens"].values()))
     again = max(remat, blocks) if _attention_needs_input(config, mesh, trained) else blocks
     mlp_again = max(remat, tiled) + max(blocks - 1, 0)  # the last block that is recomputed needs no output of its MLP
     for direction, kind, of_layers, of_tiles, of_head, of_embedding in (
@@ -72,7 +72,7 @@ def _is_tiled(config: Config, mesh: Mesh | AbstractMesh) -> bool:
 
 
 def products(config: Config, mesh: Mesh | AbstractMesh, trained: Trained) -> int:
-    """Operations of projections, MLPs and head, per device.
+    """Operations of projections, MLPs, head, and the embedding of patches, per device.
 
     A kernel has one product forward, one backward for its input, and one for its own gradient, if it is trained.
     """
@@ -83,7 +83,15 @@ def products(config: Config, mesh: Mesh | AbstractMesh, trained: Trained) -> int
     head = trained["head"]["kernel_EV"] if "head" in trained else trained["tokens"]["table_VE"]
     tiled = _is_tiled(config, mesh) and model.pooling == "none"
     of_head = 1 + tiled + _reaches_features(config, mesh, trained) + head
-    return 2 * (tokens * model.layers * layer + of_head * model.width * _logits(config, mesh))
+    of_patches = tokens // mesh.shape[MODEL] * _embedded(config, trained)
+    return 2 * (tokens * model.layers * layer + of_head * model.width * _logits(config, mesh) + of_patches)
+
+
+def _embedded(config: Config, trained: Trained) -> int:
+    """The elements of matrices that a token is multiplied with where it is embedded, in both passes."""
+    if not config.data.patch:
+        return 0
+    return config.data.pixels * config.model.width * (1 + trained["tokens"]["kernel_PE"])
 
 
 def _logits(config: Config, mesh: Mesh | AbstractMesh) -> int:
@@ -94,7 +102,7 @@ def _logits(config: Config, mesh: Mesh | AbstractMesh) -> int:
         return rows * model.classes
     if model.vocab_parallel and not model.classes:
         return rows * sizes.l * -(-model.vocab // parts)
-    return rows * sizes.l // parts * (model.classes or model.vocab)
+    return rows * sizes.l // parts * (config.data.pixels * model.classes or model.vocab)
 
 
 class _Linear(NamedTuple):

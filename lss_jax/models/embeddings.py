@@ -11,6 +11,7 @@ from lss_jax.parallel.scopes import REGIONS
 from lss_jax.parallel.tensor_parallel import own_numbers, own_part, scatter_sequence
 
 INIT_STDDEV = 0.02  # Radford et al. 2019 (GPT-2)
+WHITE = 255  # the highest grey level
 SINUSOID_BASE = 10_000.0  # Vaswani et al. 2017 (arXiv 1706.03762), Sec. 3.5
 
 
@@ -35,13 +36,35 @@ class TokenEmbedding(nnx.Module):
         return logits(x_BlE, self.table_VE[...].astype(self.dtype).T)
 
 
-class Head(nnx.Module):
-    """An untied output head: `x_BlE` to logits `BlV`, float32; of classes, which are not sharded, instead of `V`."""
+class PatchEmbedding(nnx.Module):
+    """Embeds patches of images by one linear map of their grey levels, scaled to between 0 and 1.
 
-    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
+    Source: Dosovitskiy et al. 2020 (arXiv 2010.11929), Sec. 3.1. The bias is not 0 at first: a patch without light
+    would be the zero vector, and the gradient of its norm immense.
+    """
+
+    def __init__(self, config: ModelConfig, pixels: int, rngs: nnx.Rngs):
+        self.dtype = config.dtype
+        self.kernel_PE = nnx.Param(_normal(rngs, pixels, config.width), spec=P())
+        self.bias = nnx.Param(_normal(rngs, 1, config.width)[0], spec=P())
+
+    def __call__(self, pixels_PBl: jax.Array, axis: str | None) -> jax.Array:
+        """Features `x_BpE` of this device's part, from grey levels (int) of the pixels of each patch."""
+        light_PBp = own_part(pixels_PBl, axis, 2).astype(self.dtype) / WHITE
+        kernel_PE, bias_E = self.kernel_PE[...].astype(self.dtype), self.bias[...].astype(self.dtype)
+        return jnp.einsum("PBp,PE->BpE", light_PBp, kernel_PE) + bias_E
+
+
+class Head(nnx.Module):
+    """An untied output head: `x_BlE` to logits `BlV`, float32; of classes, which are not sharded, instead of `V`.
+
+    Classes are those of each of so many `parts` of a token, one part after the other.
+    """
+
+    def __init__(self, config: ModelConfig, parts: int, rngs: nnx.Rngs):
         self.dtype = config.dtype
         spec = P(None, MODEL) if config.vocab_parallel and not config.classes else P()
-        self.kernel_EV = nnx.Param(_normal(rngs, config.width, config.classes or config.vocab), spec=spec)
+        self.kernel_EV = nnx.Param(_normal(rngs, config.width, parts * config.classes or config.vocab), spec=spec)
 
     def logits(self, x_BlE: jax.Array) -> jax.Array:
         """The logits of these features."""

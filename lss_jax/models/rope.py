@@ -12,7 +12,12 @@ from lss_jax.config.schema import ModelConfig
 
 
 class Rope(NamedTuple):
-    """A rotation of the pairs `(x[i], x[i + K/2])` by the angles `position * frequency[i]`; `SCALINGS` scale these."""
+    """A rotation of the pairs `(x[i], x[i + K/2])` by the angles `position * frequency[i]`; `SCALINGS` scale these.
+
+    Tokens of an image lie in rows of so many `columns`: the first half of the pairs rotates by a token's row and the
+    second half by its column, each with the frequencies of a head of width `K/2` (Heo et al. 2024, arXiv 2403.13298,
+    who call this axial). Scores then depend on how many rows and columns a key is away.
+    """
 
     base: float
     scaling: str
@@ -21,16 +26,22 @@ class Rope(NamedTuple):
     low: float  # pairs with fewer rotations than this over the original context are slowed down by the factor
     high: float  # and those with more are left alone; between the two lies a ramp
     attention_factor: float  # of rotated queries and keys; 0: as the scaling has it
+    columns: int  # tokens per row of an image; 0: positions have one dimension
 
     def __call__(self, x_BlHK: jax.Array, positions_l: jax.Array) -> jax.Array:
         """Rotates in float32; positions are `[l]`, or `[B, l]` where rows differ in them."""
-        frequency_k = jnp.asarray(self.frequencies(x_BlHK.shape[-1]), jnp.float32)
-        angle_lk = positions_l[..., None].astype(jnp.float32) * frequency_k
+        angle_lk = self._angles(positions_l, x_BlHK.shape[-1])
         size = self.magnitude()
         cos, sin = size * jnp.cos(angle_lk)[..., None, :], size * jnp.sin(angle_lk)[..., None, :]
         first, second = jnp.split(x_BlHK.astype(jnp.float32), 2, axis=-1)
         rotated_BlHK = jnp.concatenate((first * cos - second * sin, second * cos + first * sin), axis=-1)
         return rotated_BlHK.astype(x_BlHK.dtype)
+
+    def _angles(self, positions_l: jax.Array, width: int) -> jax.Array:
+        """The angle of each pair of a head of this width at these positions: `[..., l, K/2]`, float32."""
+        axes = [positions_l // self.columns, positions_l % self.columns] if self.columns else [positions_l]
+        frequency = jnp.asarray(self.frequencies(width // len(axes)), jnp.float32)
+        return jnp.concatenate([axis_l[..., None].astype(jnp.float32) * frequency for axis_l in axes], axis=-1)
 
     def frequencies(self, width: int) -> np.ndarray:
         """Radians per token of each pair of a head of this width, float64 `[K/2]`."""
@@ -56,6 +67,7 @@ def rope_of(config: ModelConfig) -> Rope:
         config.rope_low,
         config.rope_high,
         config.rope_attention_factor,
+        config.rope_columns,
     )
 
 

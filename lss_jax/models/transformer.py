@@ -9,6 +9,7 @@ from lss_jax.config.schema import Config
 from lss_jax.models.embeddings import (
     Head,
     LearnedPositions,
+    PatchEmbedding,
     RestartedPositions,
     TokenEmbedding,
     sinusoidal,
@@ -25,37 +26,40 @@ from lss_jax.parallel.tensor_parallel import gather_sequence, own_part
 class Transformer(nnx.Module):
     """A pre-norm transformer whose attention is an argument, `Segment.attend`: the mask makes it causal or not.
 
-    Its head gives logits of the vocabulary, or of `model.classes`.
+    Its head gives logits of the vocabulary, or of `model.classes`. A token may be a patch of an image (`data.patch`),
+    and then it has these for each of its pixels.
     """
 
     def __init__(self, config: Config, rngs: nnx.Rngs):
         model = config.model
         self.model = model
-        self.tokens = TokenEmbedding(model, rngs)
+        pixels = config.data.pixels
+        self.tokens = PatchEmbedding(model, pixels, rngs) if config.data.patch else TokenEmbedding(model, rngs)
         if model.positions == "learned":
             table: Any = RestartedPositions if config.data.restart_positions else LearnedPositions
             self.positions = table(model, config.data.seq_len, rngs)
         self.stack = Stack(model, rngs)
         self.final_norm = norm(model, rngs)
         if model.classes or not model.tied_head:
-            self.head = Head(model, rngs)
+            self.head = Head(model, pixels, rngs)
 
-    def embedding(self) -> TokenEmbedding:
-        """The token embedding, gathered if it is sharded at rest: once, for both of its uses in a tied model."""
+    def embedding(self) -> Any:
+        """What embeds tokens, gathered if it is sharded at rest: once, for both of its uses in a tied model."""
         return whole(self.tokens, self.model.dtype)
 
-    def features(
-        self, embedding: TokenEmbedding, tokens_Bl: jax.Array, segment: Segment, past: Any
-    ) -> tuple[jax.Array, Any]:
-        """This device's part `x_BpE` of the residual stream after all layers, and what they add to the cache."""
-        x_BpE = self._with_positions(embedding(tokens_Bl, segment.model_axis), segment)
+    def features(self, embedding: Any, tokens: jax.Array, segment: Segment, past: Any) -> tuple[jax.Array, Any]:
+        """This device's part `x_BpE` of the residual stream after all layers, and what they add to the cache.
+
+        Tokens are those of the segment, `Bl`, or grey levels of patches, `PBl`.
+        """
+        x_BpE = self._with_positions(embedding(tokens, segment.model_axis), segment)
         return self.stack(drop(x_BpE, segment.dropout, EMBEDDING), segment, past)
 
     def logits_of(self, embedding: TokenEmbedding, x_BpE: jax.Array, segment: Segment) -> PerToken:
         """Logits of each token, float32: `BpV` for this device's part of the segment.
 
         With `model.vocab_parallel` they are `BlV`, the whole segment and this device's shard of the vocabulary. Classes
-        are not sharded: `BpC`.
+        are not sharded: `BpC`, or `Bp(PC)` for the pixels of patches.
         """
         model, axis = self.model, segment.model_axis
         if model.classes or not model.vocab_parallel:

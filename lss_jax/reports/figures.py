@@ -3,7 +3,12 @@
 import html
 import io
 import re
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from lss_jax.data.packing import IGNORED_LABEL
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -11,6 +16,7 @@ if TYPE_CHECKING:
 INK = "#101112"  # color of text and axes; on a page, the page's own
 COLORS = ("#3b82c4", "#c2661c", "#2f9460", "#9467bd", "#d64545", "#7f7f7f")  # at least 3:1 on white and on near-black
 STROKES = ("-", "--", "-.", (0, (1, 1)))  # curves differ in these too, for eyes and printers without colors
+CLASS_COLORS = ("#000000", *COLORS, "#e0c020", "#17a8bd", "#e377c2", "#8c564b")  # cycled, if there are more classes
 SIZE = (4.6, 2.9)  # inches: at the width of a phone its letters can still be read
 
 
@@ -33,6 +39,15 @@ class Plot(NamedTuple):
     marks: tuple[tuple[float, int], ...] = ()
     log_x: bool = False
     log_y: bool = False
+
+
+class Picture(NamedTuple):
+    """An image beside the classes of its pixels and those that were predicted, all `[H, W]`, uint8."""
+
+    name: str
+    pixels: np.ndarray  # grey levels
+    labels: np.ndarray  # IGNORED_LABEL where there is none
+    predicted: np.ndarray
 
 
 def png_of(plot: Plot) -> bytes:
@@ -92,3 +107,33 @@ def _drawn(plot: Plot) -> "Figure":
     if len(plot.curves) > 1:
         axes.legend(frameon=False)
     return figure
+
+
+def png_of_pictures(pictures: Sequence[Picture], classes: Sequence[str], title: str) -> bytes:
+    """A row per picture as a PNG file: its grey levels, its labels and the predictions, with the classes' colors."""
+    from matplotlib.colors import to_rgb
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Patch
+
+    height, width = pictures[0].pixels.shape
+    side = 2.4
+    figure = Figure((3 * side, len(pictures) * side * height / width + 0.9), layout="constrained")
+    palette = np.full((IGNORED_LABEL + 1, 3), to_rgb("white"))  # white: no label
+    colors = [CLASS_COLORS[number % len(CLASS_COLORS)] for number in range(len(classes))]
+    palette[: len(classes)] = [to_rgb(color) for color in colors]
+    all_axes = figure.subplots(len(pictures), 3, squeeze=False)
+    for axes in all_axes.flat:
+        axes.set(xticks=[], yticks=[])
+    for (left, middle, right), picture in zip(all_axes, pictures, strict=True):
+        left.imshow(picture.pixels, cmap="gray", vmin=0, vmax=255, interpolation="nearest")
+        left.set_ylabel(picture.name)
+        middle.imshow(palette[picture.labels], interpolation="nearest")
+        right.imshow(palette[picture.predicted], interpolation="nearest")
+    for axes, what in zip(all_axes[0], ("image", "labels", "prediction"), strict=True):
+        axes.set_title(what)
+    figure.suptitle(title)
+    keys = [Patch(color=color, label=f" {name}") for color, name in zip(colors, classes, strict=True)]
+    figure.legend(handles=keys, loc="outside lower center", ncols=6, frameon=False)
+    file = io.BytesIO()
+    figure.savefig(file, format="png", dpi=100)
+    return file.getvalue()

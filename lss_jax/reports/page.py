@@ -1,5 +1,6 @@
 """Pieces of a self-contained HTML page: it fetches nothing, and reads in light and dark, on paper and on a phone."""
 
+import base64
 from collections.abc import Iterable, Sequence
 from html import escape
 
@@ -15,6 +16,7 @@ body { margin: 0 auto; max-width: 72rem; padding: 1rem; background: var(--paper)
 h1 { font-size: 1.6rem; overflow-wrap: anywhere } h2 { font-size: 1.2rem; margin-top: 2.5rem }
 .figures { display: grid; gap: 1.5rem; grid-template-columns: repeat(auto-fit, minmax(min(100%, 26rem), 1fr)) }
 figure { margin: 0; break-inside: avoid } figcaption, .quiet { color: var(--quiet); font-size: .9rem }
+img { display: block; max-width: 100%; height: auto }
 svg { display: block; width: 100%; max-width: 44rem; height: auto } svg text { font-family: inherit !important }
 .scroll { overflow-x: auto; margin: 1rem 0 }
 table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums }
@@ -59,6 +61,12 @@ def figures(*drawn: tuple[Plot, str]) -> str:
             "</div>",
         ]
     )
+
+
+def picture(png: bytes, caption: str) -> str:
+    """A PNG file with its caption, in the page itself."""
+    source = f"data:image/png;base64,{base64.b64encode(png).decode()}"
+    return f'<figure><img src="{source}" alt="{escape(caption)}"><figcaption>{escape(caption)}</figcaption></figure>'
 
 
 def table(caption: str, header: Sequence[str], rows: Iterable[Sequence[str]], words: int = 0) -> str:

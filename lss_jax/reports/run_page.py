@@ -15,7 +15,7 @@ from lss_jax.models import build_model
 from lss_jax.parallel.mesh import AXES
 from lss_jax.reports.by_position import plot_of, shown_bin
 from lss_jax.reports.figures import Curve, Plot
-from lss_jax.reports.page import figures, page, paragraph, section, table
+from lss_jax.reports.page import figures, page, paragraph, picture, section, table
 from lss_jax.reports.runs import Run, caveats
 from lss_jax.storage.metrics import Record
 from lss_jax.tasks.task import Metric
@@ -39,6 +39,7 @@ def report(runs: Sequence[Run], audits: Sequence[dict[str, Any] | str]) -> str:
     parts = [section("Results", results(runs, audits), *map(paragraph, caveats(runs)))]
     parts.append(section("Curves", curves(runs)))
     parts += [section(f"By position, {split} split", *by_position(runs, split)) for split in _splits(runs)]
+    parts += [section("Pictures", *pictures_of(runs))] * any(run.pictures for run in runs)
     for run, audit in zip(runs, audits, strict=True):
         name = f" of {run.name}" if runs[1:] else ""
         parts.append(section(f"The compiled step{name}", *compiled_step(run, audit)))
@@ -141,6 +142,15 @@ def by_position(runs: Sequence[Run], split: str) -> list[str]:
     caption = f"{metric.label.capitalize()} of the {split} split by how many {items} came before in the window"
     drawn = plot_of(runs[0].task, {label: window for label, (_, window) in windows.items()})
     return [figures((drawn, caption + ".")), table(caption, [f"{items} before", *windows], rows)]
+
+
+def pictures_of(runs: Sequence[Run]) -> list[str]:
+    """The pictures of predictions of all runs, by split."""
+    return [
+        picture(png, f"Images of the {split} split{' in ' + run.name if runs[1:] else ''}: labels and predictions.")
+        for run in runs
+        for split, png in run.pictures.items()
+    ]
 
 
 def compiled_step(run: Run, audit: dict[str, Any] | str) -> list[str]:

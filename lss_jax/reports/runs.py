@@ -16,6 +16,7 @@ from lss_jax.tasks import make_task
 from lss_jax.tasks.task import Task
 
 BY_POSITION = "by_position"  # by_position_SPLIT.json and .png, written by `evaluate --by-position`
+PICTURES = "pictures"  # pictures_SPLIT.png, written by `evaluate --pictures`
 
 
 class Run(NamedTuple):
@@ -27,6 +28,7 @@ class Run(NamedTuple):
     records: list[Record]
     data: dict[str, Any] | None  # size and fingerprint from the newest checkpoint; None without one
     by_position: dict[str, dict[str, Any]]  # split to result
+    pictures: dict[str, bytes]  # split to PNG file
 
     @property
     def task(self) -> Task:
@@ -66,7 +68,16 @@ def _read(name: str, workdir: Path) -> Run:
     records = checked_records(workdir / "metrics.jsonl", (metric.name for metric in task.metrics))
     notes = newest_notes(workdir / "checkpoints")
     results = [_read_by_position(path, task) for path in sorted(workdir.glob(f"{BY_POSITION}_*.json"))]
-    return Run(name, workdir, config, records, notes and notes["data"], {r["split"]: r for r in results})
+    pictures = {path.stem.removeprefix(f"{PICTURES}_"): path for path in sorted(workdir.glob(f"{PICTURES}_*.png"))}
+    return Run(
+        name,
+        workdir,
+        config,
+        records,
+        notes and notes["data"],
+        {r["split"]: r for r in results},
+        {split: path.read_bytes() for split, path in pictures.items()},
+    )
 
 
 def _read_by_position(path: Path, task: Task) -> dict[str, Any]:

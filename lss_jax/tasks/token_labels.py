@@ -3,10 +3,13 @@
 from collections.abc import Iterator
 
 import jax
+import jax.numpy as jnp
 
 from lss_jax.config.schema import Config, ConfigError
 from lss_jax.data.batch import Batch
 from lss_jax.data.corpus import KINDS, Corpus
+from lss_jax.data.image_sources import IMAGES
+from lss_jax.data.images import check_labels
 from lss_jax.data.loader import Read, labelled
 from lss_jax.parallel.tensor_parallel import own_part
 from lss_jax.tasks.labels import LabelSums, class_problems, label_metrics, label_sums
@@ -14,7 +17,10 @@ from lss_jax.tasks.token_task import BidirectionalTask
 
 
 class TokenLabels(BidirectionalTask):
-    """Each token's class is predicted from all tokens; the model's outputs are logits `BpC`."""
+    """Each token's class is predicted from all tokens; the model's outputs are logits `BpC`.
+
+    If tokens are patches of images, each of their pixels has a class, and logits are `Bp(PC)`.
+    """
 
     needs = "classes"
     sums = LabelSums
@@ -55,5 +61,30 @@ class TokenLabels(BidirectionalTask):
     def reading(self, turn: int) -> Read:
         return labelled
 
+    @property
+    def has_images(self) -> bool:
+        """Whether tokens are pixels, or patches of them."""
+        return self.config.data.source in IMAGES
+
+    def check(self, corpus: Corpus) -> None:
+        """Raises a ConfigError for tokens that do not fit the model, or a label that is none of its classes."""
+        super().check(corpus)
+        for name, streams in corpus.streams.items():
+            for stream in streams:
+                check_labels(name, stream, self.config.model.classes)
+
     def losses(self, outputs: jax.Array, batch: Batch, axis: str | None) -> LabelSums:
-        return label_sums(outputs, own_part(batch.targets, axis, 1), self.config.labels.weights)
+        labels = own_part(batch.targets, axis, batch.targets.ndim - 1)
+        if not self.patch_pixels:
+            return label_sums(outputs, labels, self.config.labels.weights)
+        sums = label_sums(self._by_pixel(outputs), jnp.moveaxis(labels, 0, 2), self.config.labels.weights)
+        return jax.tree.map(lambda of_pixels: of_pixels.sum(2), sums)
+
+    def predictions(self, outputs: jax.Array) -> jax.Array:
+        """The most probable class of each token, uint8 `[B, p]`, or of each pixel of it, `[B, p, P]`."""
+        logits = self._by_pixel(outputs) if self.patch_pixels else outputs
+        return jnp.argmax(logits, axis=-1).astype(jnp.uint8)
+
+    def _by_pixel(self, logits: jax.Array) -> jax.Array:
+        """Logits of patches `[B, p, PC]` as those of their pixels, `[B, p, P, C]`."""
+        return logits.reshape(*logits.shape[:2], self.patch_pixels, -1)

@@ -13,6 +13,7 @@ from lss_jax.config.schema import Config, ConfigError
 from lss_jax.data.bases import on_either_strand
 from lss_jax.data.batch import Batch, batch_like, batch_specs
 from lss_jax.data.corpus import Corpus, is_packed, open_corpus
+from lss_jax.data.images import check_columns
 from lss_jax.data.loader import Read, read_batch, without_target
 from lss_jax.data.packing import Stream, undivided
 from lss_jax.data.split import EVALUATION, WindowSplit
@@ -40,6 +41,7 @@ class TokenTask(Task):
         letters = OF_LETTERS.get(config.data.tokenizer)
         self.encoded, self.items = letters is None, letters.items if letters else "tokens"
         self.sees_documents = self.packed = is_packed(config.data)
+        self.patch_pixels = config.data.pixels if config.data.patch else 0
 
     @property
     def text(self) -> Tokenizer:
@@ -67,6 +69,11 @@ class TokenTask(Task):
         data = self.config.data
         if not self.encoded:
             yield from self.too_few_tokens(self.text.vocab, f"data of {self.items}")
+        if data.patch and self.needs != "classes":
+            yield (
+                f"data.patch={data.patch} makes vectors of pixels of tokens, which task={self.config.task!r} cannot "
+                f"predict; use data.patch=0"
+            )
         if data.restart_positions and not self.packed:
             yield (
                 f"data.restart_positions=True has no use with data.source={data.source!r}, data.path={data.path!r}, "
@@ -80,11 +87,12 @@ class TokenTask(Task):
             yield f"model.vocab={vocab} is less than {needed}, which {what} needs; use model.vocab={needed}"
 
     def batch_specs(self) -> Any:
-        return batch_specs(self.sees_documents, self.counts_bytes)
+        return batch_specs(self.sees_documents, self.counts_bytes, self.patch_pixels > 0)
 
     def batch_like(self, mesh: Mesh | AbstractMesh) -> Any:
         data, layout = self.config.data, layout_on(self.config, mesh)
-        return batch_like(data.batch_size, data.seq_len, mesh, layout, self.sees_documents, self.counts_bytes)
+        has = self.sees_documents, self.counts_bytes, self.patch_pixels
+        return batch_like(data.batch_size, data.seq_len, mesh, layout, *has)
 
     def splits(self, mesh: Mesh) -> dict[str, WindowSplit]:
         config, corpus = self.config, open_corpus(self.config.data)
@@ -108,7 +116,8 @@ class TokenTask(Task):
             windows = on_either_strand(windows, self.config.seed, turn)
         token_bytes = corpus.token_bytes if self.counts_bytes else None
         layout, reading = layout_on(self.config, mesh), self.reading(turn)
-        return read_batch(windows, self.config.data.seq_len, mesh, layout, read=reading, token_bytes=token_bytes)
+        has: dict[str, Any] = {"token_bytes": token_bytes, "patch_pixels": self.patch_pixels}
+        return read_batch(windows, self.config.data.seq_len, mesh, layout, read=reading, **has)
 
     def windows(self, stream: Stream) -> Windows:
         """The windows of a stream."""
@@ -124,7 +133,10 @@ class TokenTask(Task):
         return read if unlearned is None else without_target(read, unlearned)
 
     def check(self, corpus: Corpus) -> None:
-        """Raises a ConfigError if there are more tokens than the model has."""
+        """Raises a ConfigError if the model has fewer tokens than there are, or rotates by rows of another length."""
+        for streams in corpus.streams.values():
+            for stream in streams:
+                check_columns(stream, self.config.model.rope_columns)
         if corpus.token_bytes is None:
             return
         for _ in self.too_few_tokens(len(corpus.token_bytes), ""):

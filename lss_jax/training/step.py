@@ -130,29 +130,33 @@ def _sums(model: Model, mesh: Mesh | AbstractMesh, over: int | tuple[int, int], 
     return jax.jit(lambda params, batch: on_segments(padded(params, model, mesh), batch))
 
 
+def make_prediction_step(
+    model: Model, mesh: Mesh | AbstractMesh, predict: Callable[[jax.Array], jax.Array]
+) -> jax.stages.Wrapped:
+    """The jitted step from global parameters and a global batch to what `predict` makes of each token's outputs.
+
+    Predictions, `[B, L]` or `[B, L, ...]`, are global, padded and in layout order, and stay sharded like the tokens.
+    """
+    in_specs, spec = on_mesh((model.specs, make_task(model.config).batch_specs()), mesh), P(DATA, (SEQ, MODEL))
+
+    @partial(jax.shard_map, mesh=mesh, in_specs=in_specs, out_specs=without_unsharded(spec, mesh))
+    def on_segments(params: Params, batch: Any) -> jax.Array:
+        outputs = local_outputs(model, mesh, in_layout_order(params, model, mesh), batch, None)
+        assert isinstance(outputs, PerToken), "the task predicts something for each token"
+        return outputs.reduced(lambda outputs, _tokens, _context: predict(outputs), None, None)
+
+    return jax.jit(lambda params, batch: on_segments(padded(params, model, mesh), batch))
+
+
 def local_losses(model: Model, mesh: Mesh | AbstractMesh, params: Params, batch: Any, dropout: Dropout | None) -> Any:
     """The task's losses on this device's part of its segment, `[B, p]` each, from local parameters and batch.
 
     Those of whole sequences are `[B, 1]`, and zero but on the first device of those that share a sequence.
     """
-    config, axis, task = model.config, axis_if_sharded(MODEL, mesh), make_task(model.config)
-    positions_l, positions_p = batch.positions, own_part(batch.positions, axis, 0)
-    mask = task.mask(batch.positions, batch)
-    attend, sees_l = make_attend(config.attention.strategy, mask, setting_on(config, mesh)), mask.start < mask.end
-    sequence_axes = tuple(axis for axis in sharded_axes(mesh) if axis != DATA)
-    segment = Segment(
-        positions_l=positions_l,
-        positions_p=positions_p,
-        embedded_l=task.positions(batch),
-        is_token_p=own_part(sees_l, axis, sees_l.ndim - 1),
-        attend=without_past(attend),
-        head_groups=config.attention.head_groups,
-        dropout=dropout and dropout._replace(position_l=positions_p),
-        model_axis=axis,
-        sequence_axes=sequence_axes,
-    )
-    outputs = model.apply(params, task.inputs(batch), segment)
+    axis, task = axis_if_sharded(MODEL, mesh), make_task(model.config)
+    outputs = local_outputs(model, mesh, params, batch, dropout)
     if isinstance(outputs, Pooled):
+        sequence_axes = _sequence_axes(mesh)
         first = jnp.array([jax.lax.axis_index(axis) == 0 for axis in sequence_axes]).all()
         whole = task.losses(outputs.logits_BC, batch, axis)
         return jax.tree.map(lambda losses_B1: jnp.where(first, losses_B1, 0.0), whole)
@@ -168,6 +172,31 @@ def local_losses(model: Model, mesh: Mesh | AbstractMesh, params: Params, batch:
         return task.losses(outputs, tile, axis)
 
     return outputs.reduced(losses, of_tokens, others)
+
+
+def local_outputs(model: Model, mesh: Mesh | AbstractMesh, params: Params, batch: Any, dropout: Dropout | None) -> Any:
+    """The model's outputs for this device's part of its segment, from local parameters and batch."""
+    config, axis, task = model.config, axis_if_sharded(MODEL, mesh), make_task(model.config)
+    positions_l, positions_p = batch.positions, own_part(batch.positions, axis, 0)
+    mask = task.mask(batch.positions, batch)
+    attend, sees_l = make_attend(config.attention.strategy, mask, setting_on(config, mesh)), mask.start < mask.end
+    segment = Segment(
+        positions_l=positions_l,
+        positions_p=positions_p,
+        embedded_l=task.positions(batch),
+        is_token_p=own_part(sees_l, axis, sees_l.ndim - 1),
+        attend=without_past(attend),
+        head_groups=config.attention.head_groups,
+        dropout=dropout and dropout._replace(position_l=positions_p),
+        model_axis=axis,
+        sequence_axes=_sequence_axes(mesh),
+    )
+    return model.apply(params, task.inputs(batch), segment)
+
+
+def _sequence_axes(mesh: Mesh | AbstractMesh) -> tuple[str, ...]:
+    """The axes that shard a sequence on this mesh."""
+    return tuple(axis for axis in sharded_axes(mesh) if axis != DATA)
 
 
 def dropout_of(config: Config, mesh: Mesh | AbstractMesh, batch: Any, step: jax.Array) -> Dropout | None:

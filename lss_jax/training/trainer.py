@@ -38,7 +38,9 @@ from lss_jax.training.step import make_eval_step, trace_train_step
 log = logging.getLogger(__name__)
 
 PATHS = ("path", "valid_path", "test_path", "annotation")
-NEW_DATA = {f"data.{key}" for key in ("source", *PATHS, "separator", "field", "prompt_field", "answer_field")}
+OF_TEXT = ("separator", "field", "prompt_field", "answer_field")
+OF_IMAGES = ("downsample", "grid")
+NEW_DATA = {f"data.{key}" for key in ("source", *PATHS, *OF_TEXT, *OF_IMAGES)}
 
 
 class Trainer:

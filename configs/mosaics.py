@@ -1,0 +1,40 @@
+"""Handwritten digits in mosaics of 4 x 4: every pixel is a token, and gets the class of its digit or the background's.
+
+    pip install -r requirements-images.txt
+    python -m lss_jax.train --config configs/mosaics.py
+
+Reproduces: nothing of the paper's; image segmentation is what it names as future work.
+Cost: TODO
+Expected: TODO
+"""
+
+from ml_collections import ConfigDict
+
+from configs import base
+
+
+def get_config() -> ConfigDict:
+    config = base.get_config()
+    config.task = "token_labels"
+    config.log_every = 20
+    config.eval_every = 100
+    config.eval_batches = 4
+    config.mesh.data = 1
+    config.mesh.seq = -1
+    config.attention.layout = "contiguous"
+    config.model.family = "encoder"
+    config.model.layers = 2
+    config.model.width = 64
+    config.model.heads = 4
+    config.model.classes = 11  # the background and ten digits
+    config.model.positions = "rope"
+    config.model.rope_base = 100.0
+    config.model.rope_columns = 56
+    config.data.source = "mosaics"
+    config.data.downsample = 2  # digits of 14 x 14 pixels, in a grid of 4 x 4
+    config.data.patch = 1
+    config.data.seq_len = 3136
+    config.data.batch_size = 2
+    config.optim.steps = 300
+    config.optim.learning_rate = 3e-3
+    return config

@@ -1,0 +1,41 @@
+"""Tissues in slices of a brain: every pixel of a slice of the template MNI152 is a token, and gets a class.
+
+    pip install -r requirements-images.txt
+    python -m lss_jax.train --config configs/mri.py
+
+Reproduces: nothing of the paper's; image segmentation is what it names as future work. At full resolution a slice is
+45,901 pixels (data.downsample=1, data.seq_len=45901, model.rope_columns=197), near the paper's 50,112 tokens.
+Cost: TODO
+Expected: TODO
+"""
+
+from ml_collections import ConfigDict
+
+from configs import base
+
+
+def get_config() -> ConfigDict:
+    config = base.get_config()
+    config.task = "token_labels"
+    config.log_every = 20
+    config.eval_every = 100
+    config.eval_batches = 4
+    config.mesh.data = 1
+    config.mesh.seq = -1
+    config.attention.layout = "contiguous"
+    config.model.family = "encoder"
+    config.model.layers = 2
+    config.model.width = 64
+    config.model.heads = 4
+    config.model.classes = 4  # outside, fluid, grey and white matter
+    config.model.positions = "rope"
+    config.model.rope_base = 100.0
+    config.model.rope_columns = 49
+    config.data.source = "mri"
+    config.data.downsample = 4  # 58 x 49 pixels
+    config.data.patch = 1
+    config.data.seq_len = 2842
+    config.data.batch_size = 2
+    config.optim.steps = 300
+    config.optim.learning_rate = 3e-3
+    return config
