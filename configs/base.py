@@ -30,6 +30,7 @@ def get_config() -> ConfigDict:
     config.attention = attention = ConfigDict()
     attention.strategy = "lss"  # the paper's; or "ring" or "ulysses"
     attention.layout = "zigzag"  # an early and a late chunk per device, for balance; or the paper's "contiguous"
+    attention.source_layout = "contiguous"  # of an encoder-decoder's source, all of which a token sees; or "zigzag"
     attention.window = 0  # a token attends to this many tokens, itself included; 0: to all before it
     attention.prefix = 0  # this many first tokens attend to one another and are not predicted (prefix-LM)
     # The kernel: "blockwise", "dense" (the paper's l x L scores), "triton" (NVIDIA GPUs) or "mosaic" (TPUs). "auto" is
@@ -46,6 +47,7 @@ def get_config() -> ConfigDict:
     model.family = "decoder"  # one of lss_jax.models.FAMILIES
     model.vocab = 256  # bytes
     model.layers = 4
+    model.encoder_layers = model.get_oneway_ref("layers")  # of an encoder-decoder; model.layers are its decoder's
     model.width = 128
     model.heads = 4
     model.kv_heads = model.get_oneway_ref("heads")  # fewer than heads: GQA; 1: MQA
@@ -91,6 +93,7 @@ def get_config() -> ConfigDict:
     data.answer_field = ""
     data.restart_positions = False  # positions count from the start of each document, not of the window
     data.seq_len = 512  # tokens per sequence
+    data.source_len = data.get_oneway_ref("seq_len")  # tokens of the source that an encoder-decoder reads for each
     data.batch_size = 16  # sequences per step, over all devices
 
     config.optim = optim = ConfigDict()

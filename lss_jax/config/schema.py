@@ -27,6 +27,7 @@ class MeshConfig:
 class AttentionConfig:
     strategy: str  # one of `attention.strategies.STRATEGIES`
     layout: Literal["contiguous", "zigzag"]
+    source_layout: Literal["contiguous", "zigzag"]
     window: int
     prefix: int
     kernel: Literal["auto", "blockwise", "dense", "triton", "mosaic"]
@@ -41,6 +42,7 @@ class ModelConfig:
     family: str
     vocab: int
     layers: int
+    encoder_layers: int
     width: int
     heads: int
     kv_heads: int
@@ -86,6 +88,7 @@ class DataConfig:
     answer_field: str
     restart_positions: bool
     seq_len: int
+    source_len: int
     batch_size: int
 
     @property

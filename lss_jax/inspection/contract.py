@@ -16,11 +16,10 @@ from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 from lss_jax.attention.placement import setting_on
 from lss_jax.attention.strategies import STRATEGIES
 from lss_jax.attention.traffic import sizes_of
-from lss_jax.config.schema import Config
 from lss_jax.inspection.hlo import Collective
 from lss_jax.models import Model, costs_of
 from lss_jax.models.stack import repeats
-from lss_jax.parallel.layout import layout_on
+from lss_jax.parallel.layout import layout_on, length_of, padded_length
 from lss_jax.parallel.mesh import DATA, MODEL, SEQ, has_host_memory, named_axes, sharded_axes
 from lss_jax.parallel.scopes import ATTENTION, ELSEWHERE, GRADIENTS, LOSS, MASK, OPTIMIZER, POSITIONS, WEIGHTS
 from lss_jax.tasks import make_task
@@ -194,16 +193,18 @@ def _positions(model: Model, mesh: Mesh | AbstractMesh) -> Part:
 
     A table whose length the mesh does not divide is replicated in the state, so its gradient is gathered.
     """
-    config, axes, sizes = model.config, _sharding_axes(mesh, SEQ, MODEL), sizes_of(model.config, mesh)
+    config, axes = model.config, _sharding_axes(mesh, SEQ, MODEL)
     trees = (model.shapes, model.row_per_position, model.trained)
-    for leaf, is_table, trained in zip(*map(jax.tree.leaves, trees), strict=True):
-        if not is_table or not axes:
+    for leaf, sequence, trained in zip(*map(jax.tree.leaves, trees), strict=True):
+        if not sequence or not axes:
             continue
-        elements = sizes.l * math.prod(leaf.shape[1:])
-        sends = (1 + trained) * layout_on(config, mesh).sends  # there and, if there is a gradient, back
-        yield Line(POSITIONS, "collective-permute", axes), sends, elements // mesh.shape[MODEL] // 2, 4
-        if _padded(config, mesh) and trained:
-            yield Line(POSITIONS, "all-gather", axes), 1, elements * mesh.shape[SEQ], 4
+        padded = padded_length(config, mesh, sequence)
+        elements = padded * math.prod(leaf.shape[1:])
+        own = elements // mesh.shape[SEQ] // mesh.shape[MODEL]
+        sends = (1 + trained) * layout_on(config, mesh, sequence).sends  # there and, if there is a gradient, back
+        yield Line(POSITIONS, "collective-permute", axes), sends, own // 2, 4
+        if padded > length_of(config, sequence) and trained:
+            yield Line(POSITIONS, "all-gather", axes), 1, elements, 4
 
 
 def _masks(model: Model, mesh: Mesh | AbstractMesh) -> Part:
@@ -219,10 +220,11 @@ def _masks(model: Model, mesh: Mesh | AbstractMesh) -> Part:
 
 def _gradients(model: Model, mesh: Mesh | AbstractMesh) -> Part:
     """The gradient law: one sum over each axis, of all that is trained and not sharded over it, and of the loss."""
-    padded = layout_on(model.config, mesh).padded
-    padded_shapes = model.with_tables(
-        lambda leaf: jax.ShapeDtypeStruct((padded(leaf.shape[0]), *leaf.shape[1:]), leaf.dtype), model.shapes
-    )
+
+    def padded(leaf: jax.ShapeDtypeStruct, sequence: str) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((padded_length(model.config, mesh, sequence), *leaf.shape[1:]), leaf.dtype)
+
+    padded_shapes = model.with_tables(padded, model.shapes)
     for axis in sharded_axes(mesh):
         elements = len(make_task(model.config).sums._fields)  # they ride along
         trees = map(model.only_trained, (padded_shapes, model.specs))
@@ -256,10 +258,6 @@ def _reaches_layers(model: Model) -> bool:
 def _shards(spec: PartitionSpec, mesh: Mesh | AbstractMesh) -> int:
     """The number of shards into which a spec divides an array."""
     return math.prod(mesh.shape[axis] for axis in named_axes(spec))
-
-
-def _padded(config: Config, mesh: Mesh | AbstractMesh) -> bool:
-    return layout_on(config, mesh).padded(config.data.seq_len) != config.data.seq_len
 
 
 def _sharding_axes(mesh: Mesh | AbstractMesh, *axes: str) -> tuple[str, ...]:

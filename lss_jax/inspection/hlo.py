@@ -10,9 +10,21 @@ from typing import NamedTuple
 
 import numpy as np
 
-from lss_jax.parallel.scopes import ATTENTION, ELSEWHERE, GRADIENTS, LOSS, MASK, OPTIMIZER, POSITIONS, REGIONS, WEIGHTS
+from lss_jax.parallel.scopes import (
+    ATTENTION,
+    CROSS_ATTENTION,
+    ELSEWHERE,
+    GRADIENTS,
+    LOSS,
+    MASK,
+    OPTIMIZER,
+    POSITIONS,
+    REGIONS,
+    WEIGHTS,
+)
 
-PLACE = re.compile(rf"\b({'|'.join((ATTENTION, REGIONS, LOSS, MASK, POSITIONS, GRADIENTS, OPTIMIZER, WEIGHTS))})\b")
+OF_PASSES = (CROSS_ATTENTION, ATTENTION, REGIONS, WEIGHTS)  # the forward and the backward pass are places of their own
+PLACE = re.compile(rf"\b({'|'.join((*OF_PASSES, LOSS, MASK, POSITIONS, GRADIENTS, OPTIMIZER))})\b")
 
 KINDS = "all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute|collective-broadcast"
 INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%(?P<name>[\w.-]+) = (?P<type>.*?) (?P<op>[\w-]+)\((?P<operands>.*)$")
@@ -48,7 +60,7 @@ class Collective(NamedTuple):
         places = PLACE.findall(self.source)
         if not places:
             return ELSEWHERE
-        if places[-1] not in (ATTENTION, REGIONS, WEIGHTS):
+        if places[-1] not in OF_PASSES:
             return places[-1]
         return places[-1] + (" backward" if "transpose(" in self.source else " forward")
 

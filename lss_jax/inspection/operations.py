@@ -81,20 +81,19 @@ def attention(model: Model, mesh: Mesh) -> int:
 
 def _scores(mask: Intervals, sizes: Sizes, setting: Setting, strategy: Strategy) -> int:
     """The number of scores that one device computes per layer."""
-    B, l, H, G, K, itemsize = (getattr(sizes, name) for name in ("B", "l", "H", "G", "K", "itemsize"))
-    layout = setting.layout
+    B, l, s, H, G, K, itemsize = (getattr(sizes, name) for name in ("B", "l", "s", "H", "G", "K", "itemsize"))
     if setting.kernel == "dense":
-        return B * H * l * l * layout.devices
+        return B * H * l * s * setting.key_layout.devices
     if setting.kernel in TARGETS:
         dtype = jnp.bfloat16 if itemsize == 2 else jnp.float32
         q_BlHK: Any = jax.ShapeDtypeStruct((B, l, H, K), dtype)
-        kv_N2BGlK = jax.ShapeDtypeStruct((layout.devices, 2, B, G, l, K), dtype)
+        kv_N2BGlK = jax.ShapeDtypeStruct((setting.key_layout.devices, 2, B, G, s, K), dtype)
         queries = Queries(q_BlHK, mask, None)  # of which the shape and the dtype are enough
         tiling = tiling_of(queries, kv_N2BGlK, setting, TARGETS[setting.kernel])
         tables, _, _ = facts(tiling, queries)
         return int((tables.stop_B - tables.first_B).sum()) * H * tiling.queries.size * tiling.key_size
-    keys = strategy.key_blocks(l, setting)
-    blocks = query_blocking((B, l, H, G), layout, (setting.block_queries, setting.block_keys), keys.size)
+    keys = strategy.key_blocks(s, setting)
+    blocks = query_blocking((B, l, H, G), setting.layout, (setting.block_queries, setting.block_keys), keys.size)
     return visits(keys, blocks, mask.start, mask.end) * blocks.block_heads * (H // G) * blocks.size * keys.size
 
 

@@ -41,6 +41,14 @@ class Segment(NamedTuple):
     head_groups: int  # for which `attend` is called one after the other
     dropout: Dropout | None  # for the part's activations; None if nothing is dropped
     model_axis: str | None  # the mesh axis over which parts, heads and columns are sharded; None if they are not
+    source: "Source | None"  # what an encoder-decoder reads besides
+
+
+class Source(NamedTuple):
+    """The context of the source that an encoder-decoder reads: for its encoder, and for attention to it."""
+
+    segment: Segment  # of the source
+    attend: AttendWithPast  # from the queries of the sequence to the keys and values of the source
 
 
 def without_past(attend: Attend) -> AttendWithPast:

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh
 
 from lss_jax.attention.mask import Intervals
+from lss_jax.attention.setting import SELF, Between
 from lss_jax.attention.traffic import Traffic
 from lss_jax.config.schema import Config
 from lss_jax.data.split import WindowSplit
@@ -99,6 +100,15 @@ class Task(abc.ABC):
 
         Without a batch the window counts as one document: to count operations, and to generate.
         """
+
+    def source_positions(self, batch: Any) -> jax.Array | None:
+        """The natural positions `[s]` of a local batch's source, which an encoder-decoder reads; or None."""
+        return None
+
+    def mask_between(self, between: Between, positions_l: jax.Array, batch: Any = None) -> Intervals:
+        """`mask` of the attention between two sequences, of queries at these natural positions of theirs."""
+        assert between == SELF, "a task with a source says what is seen of it"
+        return self.mask(positions_l, batch)
 
     @abc.abstractmethod
     def losses(self, outputs: Any, batch: Any, axis: str | None) -> Any:

@@ -11,17 +11,19 @@ from jax.sharding import AbstractMesh, Mesh
 from jax.sharding import PartitionSpec as P
 
 from lss_jax.attention.placement import setting_on
+from lss_jax.attention.setting import CROSS, IN_SOURCE, SELF, Between
 from lss_jax.attention.strategies import make_attend
 from lss_jax.config.schema import Config
 from lss_jax.models import Model, Params
-from lss_jax.models.layers import Segment, without_past
+from lss_jax.models.layers import AttendWithPast, Segment, Source, without_past
 from lss_jax.models.outputs import PerToken
-from lss_jax.parallel.dropout import Dropout
+from lss_jax.parallel.dropout import OF_SOURCE, Dropout
 from lss_jax.parallel.gradients import double_sum, varying
 from lss_jax.parallel.hashing import hashed
 from lss_jax.parallel.host_memory import elementwise, is_on_host, zeros_on_host
+from lss_jax.parallel.layout import SEQUENCE, SOURCE
 from lss_jax.parallel.mesh import DATA, MODEL, SEQ, axis_if_sharded, named_axes, sharded_axes, without_unsharded
-from lss_jax.parallel.scopes import OPTIMIZER
+from lss_jax.parallel.scopes import ATTENTION, CROSS_ATTENTION, OPTIMIZER
 from lss_jax.parallel.tensor_parallel import own_part
 from lss_jax.tasks import make_task
 from lss_jax.tasks.task import Means, means_of
@@ -132,19 +134,8 @@ def _sums(model: Model, mesh: Mesh | AbstractMesh, over: int | None, spec: P) ->
 
 def local_losses(model: Model, mesh: Mesh | AbstractMesh, params: Params, batch: Any, dropout: Dropout | None) -> Any:
     """The task's losses on this device's part of its segment, `[B, p]` each, from local parameters and batch."""
-    config, axis, task = model.config, axis_if_sharded(MODEL, mesh), make_task(model.config)
-    positions_l, positions_p = batch.positions, own_part(batch.positions, axis, 0)
-    attend = make_attend(config.attention.strategy, task.mask(batch.positions, batch), setting_on(config, mesh))
-    segment = Segment(
-        positions_l=positions_l,
-        positions_p=positions_p,
-        embedded_l=task.positions(batch),
-        attend=without_past(attend),
-        head_groups=config.attention.head_groups,
-        dropout=dropout and dropout._replace(position_l=positions_p),
-        model_axis=axis,
-    )
-    outputs = model.apply(params, task.inputs(batch), segment)
+    axis, task = axis_if_sharded(MODEL, mesh), make_task(model.config)
+    outputs = model.apply(params, task.inputs(batch), _segment(model.config, mesh, batch, dropout))
     if not isinstance(outputs, PerToken):
         return task.losses(outputs, batch, axis)
     # What has tokens goes with them in tiles, and all else but the numbers of rows, which are for dropout, to each.
@@ -157,6 +148,36 @@ def local_losses(model: Model, mesh: Mesh | AbstractMesh, params: Params, batch:
         return task.losses(outputs, tile, axis)
 
     return outputs.reduced(losses, of_tokens, others)
+
+
+def _segment(config: Config, mesh: Mesh | AbstractMesh, batch: Any, dropout: Dropout | None) -> Segment:
+    """The context of this device's segment of a local batch, and of its segment of the source, if the task has one."""
+    task, axis = make_task(config), axis_if_sharded(MODEL, mesh)
+    positions = {SEQUENCE: batch.positions, SOURCE: task.source_positions(batch)}
+
+    def attend(between: Between, scope: str) -> AttendWithPast:
+        mask = task.mask_between(between, positions[between.queries], batch)
+        return without_past(make_attend(config.attention.strategy, mask, setting_on(config, mesh, between), scope))
+
+    def segment_of(between: Between, embedded_l: jax.Array, dropout: Dropout | None) -> Segment:
+        positions_l = positions[between.queries]
+        positions_p = own_part(positions_l, axis, 0)
+        return Segment(
+            positions_l=positions_l,
+            positions_p=positions_p,
+            embedded_l=embedded_l,
+            attend=attend(between, ATTENTION),
+            head_groups=config.attention.head_groups,
+            dropout=dropout and dropout._replace(position_l=positions_p),
+            model_axis=axis,
+            source=None,
+        )
+
+    segment = segment_of(SELF, task.positions(batch), dropout)
+    if positions[SOURCE] is None:
+        return segment
+    of_source = segment_of(IN_SOURCE, positions[SOURCE], dropout and dropout.at(OF_SOURCE))
+    return segment._replace(source=Source(of_source, attend(CROSS, CROSS_ATTENTION)))
 
 
 def dropout_of(config: Config, mesh: Mesh | AbstractMesh, batch: Any, step: jax.Array) -> Dropout | None:
