@@ -52,7 +52,7 @@ def read_batch(
 
     @functools.cache  # tokens and targets share one read; so do devices that hold the same segment
     def segment(top: int, bottom: int, left: int, right: int) -> np.ndarray:
-        runs = _runs(position_L[left:right])
+        runs = runs_of(position_L[left:right])
         rows = [[_read(window, run, seq_len) for run in runs] for window in windows[top:bottom]]
         return np.concatenate(list(map(np.stack, zip(*rows, strict=True))), axis=2)
 
@@ -83,7 +83,7 @@ def read_batch(
     )
 
 
-def _runs(positions: np.ndarray) -> list[range]:
+def runs_of(positions: np.ndarray) -> list[range]:
     """Splits positions into runs of consecutive ones."""
     parts = np.split(positions, np.flatnonzero(np.diff(positions) != 1) + 1)
     return [range(int(part[0]), int(part[-1]) + 1) for part in parts]

@@ -49,6 +49,15 @@ class Packing:
             return offsets > self.bounds(offsets)[0]
         return offsets + self._origin >= self._first_targets[self._number(offsets)]
 
+    def pairs(self) -> np.ndarray:
+        """Where in the stream each document starts, has its first target, and ends: int64 `[3, D]`.
+
+        A document whose first target comes later than its second token is a pair of a prompt and an answer.
+        """
+        assert self._first_targets is not None, "the documents of a token file, which have first targets"
+        ends = self._ends - self._origin
+        return np.stack((np.concatenate(([0], ends[:-1])), self._first_targets - self._origin, ends))
+
     def _number(self, offsets: np.ndarray) -> np.ndarray:
         return np.searchsorted(self._borders, offsets + self._origin, side="right")
 
