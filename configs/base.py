@@ -27,6 +27,15 @@ def get_config() -> ConfigDict:
     # too (ZeRO-3, FSDP), gathered one layer at a time.
     mesh.shard = "none"
 
+    config.masking = masking = ConfigDict()  # of task="masked_language_model"
+    masking.rate = 0.15  # the share of tokens that are predicted, hidden behind the token after the vocabulary
+    masking.random = 0.1  # of these, the share that is hidden behind a random token instead
+    masking.kept = 0.1  # and the share that is left as it is
+
+    config.labels = labels = ConfigDict()  # of tasks that predict one of some classes
+    labels.names = ""  # of the classes, comma-separated; empty: those of the source
+    labels.weights = ()  # of each class in the loss; empty: all alike
+
     config.attention = attention = ConfigDict()
     attention.strategy = "lss"  # the paper's; or "ring" or "ulysses"
     attention.layout = "zigzag"  # an early and a late chunk per device, for balance; or the paper's "contiguous"
@@ -69,6 +78,8 @@ def get_config() -> ConfigDict:
     model.rope_low = 1.0  # "yarn", "llama3": slowed down is what rotates less often than this over that context
     model.rope_high = 32.0  # left alone is what rotates more often; of Llama 3: 4
     model.rope_attention_factor = 0.0  # of rotated queries and keys; 0: 1, for "yarn" 0.1 ln(rope_factor) + 1
+    model.classes = 0  # the head gives logits of so many classes; 0: of the vocabulary
+    model.pooling = "none"  # of families with classes: for each token; or "mean", for the whole sequence
     model.tied_head = True  # the head is the transpose of the token embedding
     model.vocab_parallel = False  # shard the token embedding and the head over mesh.model, for large vocabularies
     model.dropout = 0.0  # on embeddings, attention weights and both residual branches; the same on every mesh
@@ -81,7 +92,9 @@ def get_config() -> ConfigDict:
     model.scan_layers = True  # scan over the layers, which compiles one block; False: unrolled
 
     config.data = data = ConfigDict()
-    data.source = "stdlib"  # Python's own source files; "enwik8"; or "text", the files at data.path
+    # Python's own source files; "enwik8"; "text", the files at data.path; or "copy" or "reverse", documents of
+    # data.source_len random symbols as a prompt, and the same, or reversed, as the answer.
+    data.source = "stdlib"
     # "text": files, folders, globs, .jsonl, .gz or token files, comma-separated, each a source of its own; "enwik8":
     # the raw file or a prefix of it, empty to download it.
     data.path = ""
@@ -91,6 +104,7 @@ def get_config() -> ConfigDict:
     data.field = "text"  # of JSONL objects: the document
     data.prompt_field = ""  # or, instead, a prompt, and in the next field the answer, which alone is learned
     data.answer_field = ""
+    data.symbols = 64  # "copy", "reverse": how many there are
     data.restart_positions = False  # positions count from the start of each document, not of the window
     data.seq_len = 512  # tokens per sequence
     data.source_len = data.get_oneway_ref("seq_len")  # tokens of the source that an encoder-decoder reads for each

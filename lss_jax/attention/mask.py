@@ -35,9 +35,9 @@ def bidirectional(positions_l: jax.Array, length: int) -> Intervals:
 
 
 def first_keys(positions_l: jax.Array, length: Any, keys: Any) -> Intervals:
-    """Each of the first `length` tokens sees the first `keys` keys, of their own sequence or another; padding sees none.
+    """The first `length` tokens see the first `keys` keys, of their own sequence or another; padding sees none.
 
-    Numbers for all rows, or `[B, 1]`.
+    Both are numbers for all rows, or `[B, 1]`.
     """
     end = jnp.where(positions_l < length, keys, 0).astype(jnp.int32)
     return Intervals(jnp.zeros_like(end), end)

@@ -13,6 +13,7 @@ from lss_jax.config.schema import (
 )
 
 MeshSizes = tuple[int, int, int]
+WITHOUT_FILES = ("stdlib", "copy", "reverse")  # sources that have no path
 LARGEST_BETA2 = 0.99  # of moments in bfloat16: what changes by less than 2**-8 stays as it is
 
 
@@ -55,9 +56,9 @@ def _out_of_range(config: Config) -> Iterator[str]:
     at_least_1 = {
         **{
             f"model.{k}": getattr(model, k)
-            for k in ("vocab", "layers", "width", "heads", "kv_heads", "mlp_width", "remat_every")
+            for k in ("vocab", "layers", "encoder_layers", "width", "heads", "kv_heads", "mlp_width", "remat_every")
         },
-        **{f"data.{k}": getattr(data, k) for k in ("seq_len", "batch_size")},
+        **{f"data.{k}": getattr(data, k) for k in ("seq_len", "source_len", "symbols", "batch_size")},
         **{f"optim.{k}": getattr(optim, k) for k in ("steps", "accumulate", "max_skipped")},
         **{f"attention.{k}": getattr(attention, k) for k in ("block_queries", "block_keys", "head_groups")},
         "profile.start": config.profile.start,
@@ -71,6 +72,7 @@ def _out_of_range(config: Config) -> Iterator[str]:
         "eval_every": config.eval_every,
         "profile.steps": config.profile.steps,
         "model.head_width": model.head_width,
+        "model.classes": model.classes,
         "model.tile": model.tile,
         "model.rope_original": model.rope_original,
         "model.rope_attention_factor": model.rope_attention_factor,
@@ -91,6 +93,12 @@ def _out_of_range(config: Config) -> Iterator[str]:
     for key, number in above_0.items():
         if not 0 < number < float("inf"):
             yield f"{key}={number} must be greater than 0 and finite"
+    masking = config.masking
+    if not (0 < masking.rate < 1 and masking.random >= 0 and masking.kept >= 0 and masking.random + masking.kept <= 1):
+        yield (
+            f"masking.rate={masking.rate} must be between 0 and 1, and masking.random={masking.random} and "
+            f"masking.kept={masking.kept} at least 0, and at most 1 together; usual are 0.15, 0.1 and 0.1"
+        )
     below_1 = {"optim.beta1": optim.beta1, "optim.beta2": optim.beta2, "model.dropout": model.dropout}
     for key, number in below_1.items():
         if not 0 <= number < 1:
@@ -145,8 +153,8 @@ def _data_problems(data: DataConfig) -> Iterator[str]:
         yield 'data.source="text" needs a file; give data.path, or use data.source="stdlib", which needs none'
     elif data.source == "text" and "" in data.parts:
         yield f"data.path={data.path!r} has an empty part between commas; give a file, folder or glob in each"
-    if data.source == "stdlib" and data.path:
-        yield f'data.path={data.path!r} has no use with data.source="stdlib"; use data.source="text"'
+    if data.source in WITHOUT_FILES and data.path:
+        yield f'data.path={data.path!r} has no use with data.source="{data.source}"; use data.source="text"'
     if not data.tokenizer:
         yield 'data.tokenizer="" names no tokenizer; use "bytes", or the path of a tokenizer.json'
     if bool(data.prompt_field) != bool(data.answer_field):
@@ -198,11 +206,14 @@ def _remat_problems(model: ModelConfig) -> Iterator[str]:
             f"model.remat_every={every} has no use with model.remat={model.remat!r}, which saves something of every "
             f'layer; use model.remat="input", "offload" or model.remat_every=1'
         )
-    elif every > 0 and model.layers > 0 and model.layers % every:
-        yield (
-            f"model.layers={model.layers} is not divisible by model.remat_every={every}; "
-            f"use a divisor of {model.layers}"
-        )
+    else:
+        yield from indivisible_layers("model.layers", model.layers, every)
+
+
+def indivisible_layers(key: str, layers: int, every: int) -> Iterator[str]:
+    """Whether layers are no whole groups of `model.remat_every`."""
+    if every > 0 and layers > 0 and layers % every:
+        yield f"{key}={layers} is not divisible by model.remat_every={every}; use a divisor of {layers}"
 
 
 def _moments_problems(optim: OptimConfig) -> Iterator[str]:

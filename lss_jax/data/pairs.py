@@ -1,26 +1,23 @@
-"""Pairs of a source and a target, each a run of tokens: documents with a prompt and an answer, or generated ones.
+"""Batches of pairs: a source and a target each, a document's prompt and its answer.
 
-A batch has a row for each pair. As of windows, each device's callback reads the tokens of its own segments, of the
-source and of the target; which pairs a batch has is a function of (seed, step) alone.
+As of windows, each device's callback reads the tokens of its own segments, here of two sequences.
 """
 
-import functools
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from jax.sharding import AbstractMesh, Mesh
 from jax.sharding import PartitionSpec as P
 
-from lss_jax.config.schema import Config, ConfigError
+from lss_jax.config.schema import Config
 from lss_jax.data.batch import IGNORED
-from lss_jax.data.loader import runs_of
+from lss_jax.data.loader import Read, Reader
 from lss_jax.data.packing import Stream
+from lss_jax.data.windows import Window
 from lss_jax.parallel.layout import SEQUENCE, SOURCE, layout_on, padded_length
 from lss_jax.parallel.mesh import DATA, SEQ, shardings
-
-BLOCK = 4096  # tokens of a generated source that are drawn together
 
 
 class PairBatch(NamedTuple):
@@ -38,175 +35,86 @@ class PairBatch(NamedTuple):
     rows: Any  # [B], the number of each pair in the global batch
 
 
-SPECS = PairBatch(P(DATA, SEQ), P(DATA, SEQ), P(DATA, SEQ), P(SEQ), P(SEQ), P(None, DATA), P(DATA))
+PAIR_SPECS = PairBatch(P(DATA, SEQ), P(DATA, SEQ), P(DATA, SEQ), P(SEQ), P(SEQ), P(None, DATA), P(DATA))
 
 
 def pairs_like(config: Config, mesh: Mesh | AbstractMesh) -> PairBatch:
     """Global shapes and shardings of a batch of pairs."""
     B, S, L = config.data.batch_size, *(padded_length(config, mesh, sequence) for sequence in (SOURCE, SEQUENCE))
     shapes = PairBatch((B, S), (B, L), (B, L), (L,), (S,), (2, B), (B,))
-    placed = shardings(SPECS, mesh)
+    placed = shardings(PAIR_SPECS, mesh)
     return PairBatch(*(jax.ShapeDtypeStruct(s, np.int32, sharding=p) for s, p in zip(shapes, placed, strict=True)))
 
 
-class Pairs(Protocol):
-    """Numbered pairs, of which parts are read."""
+class PairWindows:
+    """A window for each document of a stream, whole: a prompt and its answer."""
 
-    def __len__(self) -> int: ...
+    def __init__(self, stream: Stream):
+        assert stream.documents is not None, "pairs come in documents"
+        self.stream, self._documents = stream, stream.documents
+        self.training = self.evaluation = len(stream.documents)
 
-    def lengths(self, number: int) -> tuple[int, int]:
-        """The tokens of a pair's source and of its target; none behind the last pair."""
+    def __getitem__(self, number: int) -> Window:
+        end = len(self.stream.tokens)
+        return Window(self.stream, *(self._documents[number] if number < self.evaluation else (end, end)))
 
-    def source(self, number: int, start: int, stop: int) -> np.ndarray:
-        """The tokens of a source from `start` to `stop`."""
+    @property
+    def lengths(self) -> np.ndarray:
+        """The tokens of each prompt and of each answer, `[2, D]`."""
+        return self._documents.lengths()
 
-    def target(self, number: int, start: int, stop: int) -> np.ndarray:
-        """The tokens of a target from `start` to `stop`."""
+
+def sides(window: Window) -> tuple[int, int, int]:
+    """Where in the stream a document's prompt starts, its answer starts, and it ends."""
+    documents, (_, start, stop) = window.stream.documents, window
+    assert documents is not None
+    return start, documents.first_target(documents.number(start)) if start < stop else stop, stop
 
 
-class DocumentPairs:
-    """The documents of a stream, each a prompt and its answer: the source, and the target.
+def read_pairs(windows: Sequence[Window], config: Config, mesh: Mesh, *, read: Read, start_token: int) -> PairBatch:
+    """The global batch of some documents, sharded over the mesh; `read` says what the tokens of sources are.
 
-    Raises:
-      ConfigError: no document has a prompt.
+    Prompts and answers that are too long lose their ends. Tokens of padding are 0, and its targets ignored.
     """
+    like, data, places = pairs_like(config, mesh), config.data, list(map(sides, windows))
+    sources = [
+        Window(w.stream, start, min(first, start + data.source_len))
+        for w, (start, first, _) in zip(windows, places, strict=True)
+    ]
+    targets = [
+        Window(w.stream, first, min(stop, first + data.seq_len))
+        for w, (_, first, stop) in zip(windows, places, strict=True)
+    ]
+    lengths_2B = np.array([[stop - start for _, start, stop in side] for side in (sources, targets)], np.int32)
 
-    def __init__(self, stream: Stream, name: str):
-        assert stream.documents is not None, "a token file says which documents it has"
-        self._tokens, self._places_3D = stream.tokens, stream.documents.pairs()
-        start_D, first_D, _ = self._places_3D
-        if not np.any(first_D > start_D + 1):
-            raise ConfigError(
-                f"{name} has {len(first_D)} documents, none with a prompt, so there is no source to read; encode JSONL "
-                f"with prompts and answers: data.prompt_field and data.answer_field, or python -m lss_jax.tokenize "
-                f"--prompt-field and --answer-field"
-            )
+    def behind_start(window: Window, run: range, _row: int) -> np.ndarray:
+        return _behind_start(window, run, start_token)
 
-    def __len__(self) -> int:
-        return self._places_3D.shape[1]
-
-    def longer_than(self, source: int, target: int) -> int:
-        """How many pairs have a longer source or target."""
-        start_D, first_D, end_D = self._places_3D
-        return int(np.count_nonzero((first_D - start_D > source) | (end_D - first_D > target)))
-
-    def lengths(self, number: int) -> tuple[int, int]:
-        if number >= len(self):
-            return 0, 0
-        start, first, end = self._places_3D[:, number].tolist()
-        return first - start, end - first
-
-    def source(self, number: int, start: int, stop: int) -> np.ndarray:
-        return self._read(number, 0, start, stop)
-
-    def target(self, number: int, start: int, stop: int) -> np.ndarray:
-        return self._read(number, 1, start, stop)
-
-    def _read(self, number: int, part: int, start: int, stop: int) -> np.ndarray:
-        offset = int(self._places_3D[part, number])
-        return self._tokens[offset + start : offset + stop]
-
-
-class GeneratedPairs:
-    """Random sources of `length` symbols, and each as its own target, or reversed.
-
-    A symbol depends on the seed, the number of its pair and its position, and not on what else is read.
-    """
-
-    def __init__(self, seed: int, symbols: int, length: int, *, first: int, count: int, reverse: bool):
-        self._seed, self._symbols, self._length = seed, symbols, length
-        self._first, self._count, self._reverse = first, count, reverse
-
-    def __len__(self) -> int:
-        return self._count
-
-    def lengths(self, number: int) -> tuple[int, int]:
-        return (self._length, self._length) if number < self._count else (0, 0)
-
-    def source(self, number: int, start: int, stop: int) -> np.ndarray:
-        first = start // BLOCK
-        drawn = [self._block(number, block) for block in range(first, -(-stop // BLOCK))]
-        return np.concatenate([np.zeros(0, np.int64), *drawn])[start - first * BLOCK :][: stop - start]
-
-    def target(self, number: int, start: int, stop: int) -> np.ndarray:
-        if not self._reverse:
-            return self.source(number, start, stop)
-        return self.source(number, self._length - stop, self._length - start)[::-1]
-
-    def _block(self, number: int, block: int) -> np.ndarray:
-        return np.random.default_rng((self._seed, self._first + number, block)).integers(0, self._symbols, BLOCK)
-
-
-class Place(NamedTuple):
-    """A row of a batch: a pair among some."""
-
-    pairs: Pairs
-    number: int
-
-
-def read_pairs(places: Sequence[Place], config: Config, mesh: Mesh, start_token: int) -> PairBatch:
-    """The global batch of some pairs, sharded over the mesh.
-
-    Sources and targets that are too long lose their ends. Tokens of padding are 0, and its targets ignored.
-    """
-    like, data = pairs_like(config, mesh), config.data
     position_S, position_L = (
         layout_on(config, mesh, sequence).positions(padded_length(config, mesh, sequence))
         for sequence in (SOURCE, SEQUENCE)
     )
-    lengths_2B = np.minimum(
-        np.array([pairs.lengths(number) for pairs, number in places]).T, [[data.source_len], [data.seq_len]]
-    ).astype(np.int32)
-
-    @functools.cache  # tokens and targets share one read; so do devices that hold the same segment
-    def segment(of: str, top: int, bottom: int, left: int, right: int) -> np.ndarray:
-        """`[2, rows, columns]`, tokens and targets; of a source both are its tokens."""
-        positions = (position_S if of == SOURCE else position_L)[left:right]
-        rows = [_read(places[row], of, positions, lengths_2B[:, row], start_token) for row in range(top, bottom)]
-        return np.stack(rows, axis=1)
-
-    def tokens_of(of: str, which: int, shape: tuple[int, ...], index: Any) -> np.ndarray:
-        (top, bottom, _), (left, right, _) = (part.indices(size) for part, size in zip(index, shape, strict=True))
-        return segment(of, top, bottom, left, right)[which]
-
-    def array(shape: Any, callback: Callable[[Any], np.ndarray]) -> jax.Array:
-        return jax.make_array_from_callback(shape.shape, shape.sharding, callback)
-
-    return PairBatch(
-        source=array(like.source, functools.partial(tokens_of, SOURCE, 0, like.source.shape)),
-        tokens=array(like.tokens, functools.partial(tokens_of, SEQUENCE, 0, like.tokens.shape)),
-        targets=array(like.targets, functools.partial(tokens_of, SEQUENCE, 1, like.targets.shape)),
-        positions=array(like.positions, lambda index: position_L[index]),
-        source_positions=array(like.source_positions, lambda index: position_S[index]),
-        lengths=array(like.lengths, lambda index: lengths_2B[index]),
-        rows=array(like.rows, lambda index: np.arange(len(places), dtype=np.int32)[index]),
+    of_source, of_target = Reader(sources, position_S, read), Reader(targets, position_L, behind_start)
+    callbacks = PairBatch(
+        source=of_source.tokens,
+        tokens=of_target.tokens,
+        targets=of_target.targets,
+        positions=lambda index: position_L[index],
+        source_positions=lambda index: position_S[index],
+        lengths=lambda index: lengths_2B[index],
+        rows=lambda index: np.arange(len(windows), dtype=np.int32)[index],
     )
+    arrays = (jax.make_array_from_callback(s.shape, s.sharding, c) for s, c in zip(like, callbacks, strict=True))
+    return PairBatch(*arrays)
 
 
-def _read(place: Place, of: str, positions: np.ndarray, lengths: np.ndarray, start_token: int) -> np.ndarray:
-    """Tokens and targets at these positions of a pair's source, or of its target."""
-    runs = runs_of(positions)
-    if of == SOURCE:
-        found = [_source(place, run, int(lengths[0])) for run in runs]
-    else:
-        found = [_target(place, run, int(lengths[1]), start_token) for run in runs]
-    return np.concatenate(found, axis=1)
-
-
-def _source(place: Place, run: range, length: int) -> np.ndarray:
-    tokens, stop = np.zeros(len(run), np.int32), min(run.stop, length)
-    if run.start < stop:
-        tokens[: stop - run.start] = place.pairs.source(place.number, run.start, stop)
-    return np.stack((tokens, tokens))
-
-
-def _target(place: Place, run: range, length: int, start_token: int) -> np.ndarray:
-    """Targets, and as tokens the ones before them; before the first is the start token."""
+def _behind_start(window: Window, run: range, start_token: int) -> np.ndarray:
+    """A window's tokens as targets, and as tokens the ones before them; before the first is the start token."""
     tokens, targets = np.zeros(len(run), np.int32), np.full(len(run), IGNORED, np.int32)
-    count = min(run.stop, length) - run.start
-    if count > 0:
-        before = max(run.start - 1, 0)
-        found = place.pairs.target(place.number, before, run.start + count)
+    before, stop = max(run.start - 1, 0), min(run.stop, window.stop - window.start)
+    if run.start < stop:
+        found = window.stream.tokens[window.start + before : window.start + stop].astype(np.int32)
+        count = stop - run.start
         targets[:count] = found[run.start - before :]
-        tokens[:count] = found[:count] if run.start else np.concatenate(([start_token], found[: count - 1]))
+        tokens[:count] = found[:count] if run.start else [start_token, *found[:-1]]
     return np.stack((tokens, targets))

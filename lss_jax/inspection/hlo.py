@@ -18,13 +18,14 @@ from lss_jax.parallel.scopes import (
     LOSS,
     MASK,
     OPTIMIZER,
+    POOLING,
     POSITIONS,
     REGIONS,
     WEIGHTS,
 )
 
 OF_PASSES = (CROSS_ATTENTION, ATTENTION, REGIONS, WEIGHTS)  # the forward and the backward pass are places of their own
-PLACE = re.compile(rf"\b({'|'.join((*OF_PASSES, LOSS, MASK, POSITIONS, GRADIENTS, OPTIMIZER))})\b")
+PLACE = re.compile(rf"\b({'|'.join((*OF_PASSES, POOLING, LOSS, MASK, POSITIONS, GRADIENTS, OPTIMIZER))})\b")
 
 KINDS = "all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute|collective-broadcast"
 INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%(?P<name>[\w.-]+) = (?P<type>.*?) (?P<op>[\w-]+)\((?P<operands>.*)$")

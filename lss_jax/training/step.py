@@ -10,24 +10,19 @@ import optax
 from jax.sharding import AbstractMesh, Mesh
 from jax.sharding import PartitionSpec as P
 
-from lss_jax.attention.placement import setting_on
-from lss_jax.attention.setting import CROSS, IN_SOURCE, SELF, Between
-from lss_jax.attention.strategies import make_attend
 from lss_jax.config.schema import Config
 from lss_jax.models import Model, Params
-from lss_jax.models.layers import AttendWithPast, Segment, Source, without_past
-from lss_jax.models.outputs import PerToken
-from lss_jax.parallel.dropout import OF_SOURCE, Dropout
+from lss_jax.models.outputs import PerToken, Pooled
+from lss_jax.parallel.dropout import Dropout
 from lss_jax.parallel.gradients import double_sum, varying
 from lss_jax.parallel.hashing import hashed
 from lss_jax.parallel.host_memory import elementwise, is_on_host, zeros_on_host
-from lss_jax.parallel.layout import SEQUENCE, SOURCE
 from lss_jax.parallel.mesh import DATA, MODEL, SEQ, axis_if_sharded, named_axes, sharded_axes, without_unsharded
-from lss_jax.parallel.scopes import ATTENTION, CROSS_ATTENTION, OPTIMIZER
-from lss_jax.parallel.tensor_parallel import own_part
+from lss_jax.parallel.scopes import OPTIMIZER
 from lss_jax.tasks import make_task
 from lss_jax.tasks.task import Means, means_of
 from lss_jax.training.optimizer import make_optimizer
+from lss_jax.training.segments import segment_of
 from lss_jax.training.state import TrainState, param_specs, state_like, state_shardings
 from lss_jax.training.tables import cropped, in_layout_order, in_natural_order, padded
 from lss_jax.training.update import make_norm, make_update
@@ -85,7 +80,7 @@ def make_means_and_gradient(model: Model, mesh: Mesh | AbstractMesh) -> MeansAnd
             def loss(trained: Params) -> tuple[jax.Array, Any]:
                 dropout = dropout_of(model.config, mesh, batch, step)
                 losses = local_losses(model, mesh, model.with_part(trained, params), batch, dropout)
-                sums = jax.tree.map(jnp.sum, losses)
+                sums = jax.tree.map(partial(jnp.sum, axis=(0, 1)), losses)
                 return sums[0], sums
 
             gradient, sums = jax.grad(loss, has_aux=True)(model.only_trained(params))
@@ -105,8 +100,8 @@ def make_means_and_gradient(model: Model, mesh: Mesh | AbstractMesh) -> MeansAnd
 
 
 def make_eval_step(model: Model, mesh: Mesh | AbstractMesh) -> jax.stages.Wrapped:
-    """The jitted evaluation step: from global parameters and a global batch to the task's sums, which are scalars."""
-    return _sums(model, mesh, over=None, spec=P())  # scalars
+    """The jitted evaluation step: from global parameters and a global batch to the task's sums."""
+    return _sums(model, mesh, over=(0, 1), spec=P())
 
 
 def make_position_step(model: Model, mesh: Mesh | AbstractMesh) -> jax.stages.Wrapped:
@@ -118,8 +113,8 @@ def make_position_step(model: Model, mesh: Mesh | AbstractMesh) -> jax.stages.Wr
     return _sums(model, mesh, over=0, spec=P((SEQ, MODEL)))
 
 
-def _sums(model: Model, mesh: Mesh | AbstractMesh, over: int | None, spec: P) -> jax.stages.Wrapped:
-    """The jitted sums of the task's losses over dimension `over` (None: all), and the mesh axes that `spec` omits."""
+def _sums(model: Model, mesh: Mesh | AbstractMesh, over: int | tuple[int, int], spec: P) -> jax.stages.Wrapped:
+    """The jitted sums of the task's losses over dimensions `over`, and the mesh axes that `spec` omits."""
     task = make_task(model.config)
     in_specs = on_mesh((model.specs, task.batch_specs()), mesh)
 
@@ -133,13 +128,21 @@ def _sums(model: Model, mesh: Mesh | AbstractMesh, over: int | None, spec: P) ->
 
 
 def local_losses(model: Model, mesh: Mesh | AbstractMesh, params: Params, batch: Any, dropout: Dropout | None) -> Any:
-    """The task's losses on this device's part of its segment, `[B, p]` each, from local parameters and batch."""
+    """The task's losses on this device's part of its segment, `[B, p]` each, from local parameters and batch.
+
+    Those of whole sequences are `[B, 1]`, and zero but on the first device of those that share a sequence.
+    """
     axis, task = axis_if_sharded(MODEL, mesh), make_task(model.config)
-    outputs = model.apply(params, task.inputs(batch), _segment(model.config, mesh, batch, dropout))
+    segment = segment_of(model.config, mesh, batch, dropout)
+    outputs = model.apply(params, task.inputs(batch), segment)
+    if isinstance(outputs, Pooled):
+        first = jnp.array([jax.lax.axis_index(axis) == 0 for axis in segment.sequence_axes]).all()
+        whole = task.losses(outputs.logits_BC, batch, axis)
+        return jax.tree.map(lambda losses_B1: jnp.where(first, losses_B1, 0.0), whole)
     if not isinstance(outputs, PerToken):
         return task.losses(outputs, batch, axis)
-    # What has tokens goes with them in tiles, and all else but the numbers of rows, which are for dropout, to each.
-    batch, specs = batch._replace(rows=None), task.batch_specs()._replace(rows=None)
+    # What has tokens goes with them in tiles, and all else to each.
+    batch, specs = map(task.counted_part, (batch, task.batch_specs()))
     of_tokens = jax.tree.map(lambda array, spec: array if SEQ in named_axes(spec) else None, batch, specs)
     others = jax.tree.map(lambda array, spec: None if SEQ in named_axes(spec) else array, batch, specs)
 
@@ -148,36 +151,6 @@ def local_losses(model: Model, mesh: Mesh | AbstractMesh, params: Params, batch:
         return task.losses(outputs, tile, axis)
 
     return outputs.reduced(losses, of_tokens, others)
-
-
-def _segment(config: Config, mesh: Mesh | AbstractMesh, batch: Any, dropout: Dropout | None) -> Segment:
-    """The context of this device's segment of a local batch, and of its segment of the source, if the task has one."""
-    task, axis = make_task(config), axis_if_sharded(MODEL, mesh)
-    positions = {SEQUENCE: batch.positions, SOURCE: task.source_positions(batch)}
-
-    def attend(between: Between, scope: str) -> AttendWithPast:
-        mask = task.mask_between(between, positions[between.queries], batch)
-        return without_past(make_attend(config.attention.strategy, mask, setting_on(config, mesh, between), scope))
-
-    def segment_of(between: Between, embedded_l: jax.Array, dropout: Dropout | None) -> Segment:
-        positions_l = positions[between.queries]
-        positions_p = own_part(positions_l, axis, 0)
-        return Segment(
-            positions_l=positions_l,
-            positions_p=positions_p,
-            embedded_l=embedded_l,
-            attend=attend(between, ATTENTION),
-            head_groups=config.attention.head_groups,
-            dropout=dropout and dropout._replace(position_l=positions_p),
-            model_axis=axis,
-            source=None,
-        )
-
-    segment = segment_of(SELF, task.positions(batch), dropout)
-    if positions[SOURCE] is None:
-        return segment
-    of_source = segment_of(IN_SOURCE, positions[SOURCE], dropout and dropout.at(OF_SOURCE))
-    return segment._replace(source=Source(of_source, attend(CROSS, CROSS_ATTENTION)))
 
 
 def dropout_of(config: Config, mesh: Mesh | AbstractMesh, batch: Any, step: jax.Array) -> Dropout | None:
