@@ -68,7 +68,7 @@ def read_batch(
 
 
 class Reader:
-    """Reads what callbacks ask for of the tokens and targets of windows, `[B, L]` each at the positions `position_L`."""
+    """Reads what callbacks ask for of the tokens and targets `[B, L]` of windows, at the positions `position_L`."""
 
     def __init__(self, windows: Sequence[Window], position_L: np.ndarray, read: Read):
         self._windows, self._position_L, self._read = windows, position_L, read
