@@ -16,7 +16,7 @@ from flax import nnx, traverse_util
 from jax.sharding import AbstractMesh, Mesh
 
 from lss_jax.config.schema import Config, ConfigError, unknown_choice
-from lss_jax.models import decoder_costs
+from lss_jax.models import decoder_costs, encoder_decoder_costs
 from lss_jax.models.adapters import add_adapters
 from lss_jax.models.decoder import Decoder
 from lss_jax.models.encoder import Encoder
@@ -26,11 +26,14 @@ from lss_jax.models.freezing import freeze, name_of
 from lss_jax.models.layers import is_frozen
 from lss_jax.models.shares import NOT_GATHERED, place_weights
 
-TRANSFORMER = Costs(decoder_costs.traffic, decoder_costs.products, decoder_costs.reaches_layers)
+TRANSFORMER, OF_PAIRS = (
+    Costs(costs.traffic, costs.products, costs.attentions, costs.reaches_layers)
+    for costs in (decoder_costs, encoder_decoder_costs)
+)
 FAMILIES = {
     "decoder": Family(Decoder, frozenset({"next_token"}), TRANSFORMER, generates=True, gathers_weights=True),
     "encoder": Family(Encoder, frozenset({"tokens", "classes", "pooled"}), TRANSFORMER, gathers_weights=True),
-    "encoder_decoder": Family(EncoderDecoder, frozenset({"pairs"}), None, gathers_weights=True),
+    "encoder_decoder": Family(EncoderDecoder, frozenset({"pairs"}), OF_PAIRS, gathers_weights=True),
 }
 
 Params = dict[str, Any]  # nested, leaves are arrays; names as in the modules
