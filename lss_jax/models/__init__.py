@@ -25,6 +25,7 @@ from lss_jax.models.family import Costs, Family
 from lss_jax.models.freezing import freeze, name_of
 from lss_jax.models.layers import is_frozen
 from lss_jax.models.shares import NOT_GATHERED, place_weights
+from lss_jax.parallel.layout import SEQUENCE, SOURCE
 
 TRANSFORMER, OF_PAIRS = (
     Costs(costs.traffic, costs.products, costs.attentions, costs.reaches_layers)
@@ -33,7 +34,9 @@ TRANSFORMER, OF_PAIRS = (
 FAMILIES = {
     "decoder": Family(Decoder, frozenset({"next_token"}), TRANSFORMER, generates=True, gathers_weights=True),
     "encoder": Family(Encoder, frozenset({"tokens", "classes", "pooled"}), TRANSFORMER, gathers_weights=True),
-    "encoder_decoder": Family(EncoderDecoder, frozenset({"pairs"}), OF_PAIRS, gathers_weights=True),
+    "encoder_decoder": Family(
+        EncoderDecoder, frozenset({"pairs"}), OF_PAIRS, gathers_weights=True, sequences=(SEQUENCE, SOURCE)
+    ),
 }
 
 Params = dict[str, Any]  # nested, leaves are arrays; names as in the modules

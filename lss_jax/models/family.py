@@ -9,6 +9,7 @@ from jax.sharding import AbstractMesh, Mesh
 from lss_jax.attention.setting import Between
 from lss_jax.attention.traffic import Traffic
 from lss_jax.config.schema import Config
+from lss_jax.parallel.layout import SEQUENCE
 
 Trained = dict[str, Any]
 
@@ -42,3 +43,4 @@ class Family(NamedTuple):
     costs: Costs | None = None
     generates: bool = False  # whether the module has a method `recall`, as the decoder's
     gathers_weights: bool = False  # whether it calls `layers.whole` where it uses weights that are sharded at rest
+    sequences: tuple[str, ...] = (SEQUENCE,)  # each of which a stack of layers is for

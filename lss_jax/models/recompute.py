@@ -8,9 +8,11 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh
 
+from lss_jax.attention.setting import Between
 from lss_jax.attention.traffic import sizes_of
 from lss_jax.config.schema import Config, ModelConfig
 from lss_jax.parallel.host_memory import empty_on_host, is_on_host, to_device, to_host
+from lss_jax.parallel.layout import SEQUENCE, SOURCE
 from lss_jax.parallel.mesh import MODEL, has_host_memory
 from lss_jax.parallel.varying import varying_like
 
@@ -20,13 +22,14 @@ LARGEST_HOST_BUFFER = 2**37  # bytes, 128 GiB: libtpu takes no larger one, and a
 Layer = Callable[[jax.Array, Any, Any], tuple[jax.Array, Any]]
 
 
-def waiting(config: Config, mesh: Mesh | AbstractMesh) -> int:
-    """Bytes per device of the layers' inputs that wait in host memory for the backward pass."""
-    sizes, model = sizes_of(config, mesh), config.model
+def waiting(config: Config, mesh: Mesh | AbstractMesh, sequence: str = SEQUENCE) -> int:
+    """Bytes per device of the inputs of a sequence's layers that wait in host memory for the backward pass."""
+    sizes, model = sizes_of(config, mesh, Between(sequence, sequence)), config.model
     if model.remat != "offload" or not has_host_memory(mesh):
         return 0
+    layers = {SEQUENCE: model.layers, SOURCE: model.encoder_layers}[sequence]
     part = sizes.B * sizes.l // mesh.shape[MODEL] * model.width
-    return model.layers // model.remat_every * part * sizes.itemsize
+    return layers // model.remat_every * part * sizes.itemsize
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
