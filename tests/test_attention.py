@@ -17,6 +17,7 @@ from lss_jax.attention.mask import Intervals, bidirectional, causal
 from lss_jax.attention.setting import Setting
 from lss_jax.attention.strategies import STRATEGIES, make_attend
 from lss_jax.config.schema import AttentionConfig, DataConfig
+from lss_jax.data.corpus import KINDS
 from lss_jax.data.sources import SOURCES
 from lss_jax.parallel.dropout import Dropout
 from lss_jax.parallel.hashing import hashed, mixed
@@ -73,7 +74,9 @@ def test_dropout_of_a_part_is_that_part_of_dropout():
 
 
 def setting_on(layout: Layout) -> Setting:
-    return Setting(SEQ if layout.devices > 1 else None, layout, "blockwise", 8, 8, regather=False, interpret=True)
+    return Setting(
+        SEQ if layout.devices > 1 else None, layout, layout, "blockwise", 8, 8, regather=False, interpret=True
+    )
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
@@ -158,7 +161,8 @@ def test_of_many_groups_one_is_held_at_a_time(way):
     pair = 2 * L * heads * width * 4
 
     def temporary_bytes(groups):
-        setting = Setting(SEQ, Layout("zigzag", 8), "blockwise", 256, 256, regather=True, interpret=True)
+        layout = Layout("zigzag", 8)
+        setting = Setting(SEQ, layout, layout, "blockwise", 256, 256, regather=True, interpret=True)
 
         @partial(jax.shard_map, mesh=mesh_of(1, 8), in_specs=P(None, SEQ), out_specs=P(None, SEQ))
         def rows(q_BlHK, k_BlHK, v_BlHK):
@@ -179,7 +183,7 @@ def test_of_many_groups_one_is_held_at_a_time(way):
     [
         (AttentionConfig, "layout", CHUNKS_PER_DEVICE),
         (AttentionConfig, "kernel", {"auto", *KERNELS}),
-        (DataConfig, "source", SOURCES),
+        (DataConfig, "source", {*SOURCES, *KINDS}),
     ],
 )
 def test_the_config_names_what_there_is(section, key, known):

@@ -93,3 +93,4 @@ def test_tests_import_no_other_test():
 
 def test_the_oracle_shares_no_code_with_what_it_judges():
     assert {name.partition(".")[0] for name in imported(TESTS / "oracle.py")} == {"jax", "numpy", "typing"}
+    assert {name.partition(".")[0] for name in imported(TESTS / "oracle_pairs.py")} == {"jax", "numpy", "oracle"}

@@ -110,7 +110,7 @@ class OneAttention(nnx.Module):
         self.table_VE = nnx.Param(table_VE, spec=P())
         self.out_E = nnx.Param(jnp.ones(config.model.width), spec=P())
         self.rows_LE = nnx.Param(
-            jnp.zeros((config.data.seq_len, config.model.width)), spec=P(("seq", "model")), row_per_position=True
+            jnp.zeros((config.data.seq_len, config.model.width)), spec=P(("seq", "model")), row_per_position="sequence"
         )
 
     def __call__(self, tokens_Bl, segment):

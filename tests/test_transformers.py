@@ -130,6 +130,7 @@ def our_logits(model, mesh, params, tokens_BL):
             head_groups=1,
             dropout=None,
             model_axis=axis,
+            source=None,
         )
         return model.apply(in_layout_order(params, model, mesh), tokens_Bl, segment).all()
 

@@ -87,7 +87,8 @@ def attention_of(
 
 def setting_of(variant: Variant, blocks: tuple[int, int]) -> Setting:
     """The setting of a variant, with blocks of so many queries and keys."""
-    return Setting(SEQ, Layout(variant.layout, DEVICES), variant.kernel, *blocks, variant.regather, interpret=True)
+    layout = Layout(variant.layout, DEVICES)
+    return Setting(SEQ, layout, layout, variant.kernel, *blocks, variant.regather, interpret=True)
 
 
 def predicted(variant: Variant, length: int) -> Counter:

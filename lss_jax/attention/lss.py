@@ -17,7 +17,7 @@ from lss_jax.attention.traffic import Sizes, Traffic
 
 
 def forward(queries: Queries, kv_2BGlK: jax.Array, setting: Setting) -> Residuals:
-    """This segment's `l` queries attend to all `L` keys."""
+    """This segment's `l` queries attend to all keys: of their own sequence, or of another one."""
     kv_N2BGlK = all_gather(kv_2BGlK, setting.axis)  # Sec. 3: every query needs every key
     output = KERNELS[setting.kernel].forward(queries, kv_N2BGlK, setting)  # stays on this device
     return Residuals(queries, kv_N2BGlK, output)

@@ -4,7 +4,7 @@ Every mask of long-context work is one: causal, bidirectional, a sliding window,
 and so is every intersection of them. Positions are natural (global), whatever the layout.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -32,6 +32,15 @@ def bidirectional(positions_l: jax.Array, length: int) -> Intervals:
     """Each token sees all of the `length` tokens; the padding behind them is masked out, as keys and as queries."""
     start = jnp.zeros_like(positions_l)
     return Intervals(start, jnp.where(positions_l < length, length, start))
+
+
+def first_keys(positions_l: jax.Array, length: Any, keys: Any) -> Intervals:
+    """The first `length` tokens see the first `keys` keys, of their own sequence or another; padding sees none.
+
+    Both are numbers for all rows, or `[B, 1]`.
+    """
+    end = jnp.where(positions_l < length, keys, 0).astype(jnp.int32)
+    return Intervals(jnp.zeros_like(end), end)
 
 
 def causal(positions_l: jax.Array) -> Intervals:

@@ -1,8 +1,10 @@
 """Where attention runs: the kernel for a mesh, and the setting that this and a config give."""
 
+import dataclasses
+
 from jax.sharding import AbstractMesh, Mesh
 
-from lss_jax.attention.setting import Setting
+from lss_jax.attention.setting import SELF, Between, Setting
 from lss_jax.attention.strategies import STRATEGIES
 from lss_jax.config.schema import AttentionConfig, Config, ConfigError
 from lss_jax.parallel.layout import Layout, layout_on
@@ -11,16 +13,19 @@ from lss_jax.parallel.mesh import SEQ, axis_if_sharded
 FUSED = {"triton": "NVIDIA GPUs of compute capability 8.0 or more", "mosaic": "TPUs"}  # kernels for some devices alone
 
 
-def setting_on(config: Config, mesh: Mesh | AbstractMesh) -> Setting:
+def setting_on(config: Config, mesh: Mesh | AbstractMesh, between: Between = SELF) -> Setting:
     """The static side of a config's attention on this mesh."""
-    return setting_of(config.attention, layout_on(config, mesh), axis_if_sharded(SEQ, mesh), mesh)
+    layout, key_layout = (layout_on(config, mesh, sequence) for sequence in between)
+    setting = setting_of(config.attention, layout, axis_if_sharded(SEQ, mesh), mesh)
+    return dataclasses.replace(setting, key_layout=key_layout)
 
 
 def setting_of(attention: AttentionConfig, layout: Layout, axis: str | None, mesh: Mesh | AbstractMesh) -> Setting:
-    """The same, where `axis` (None if it has one device) shards the sequence into the segments of `layout`."""
+    """That of self-attention, where `axis` (None if it has one device) shards the sequence into `layout`'s segments."""
     return Setting(
         axis=axis,
         layout=layout,
+        key_layout=layout,
         kernel=kernel_on(attention, mesh),
         block_queries=attention.block_queries,
         block_keys=attention.block_keys,

@@ -115,7 +115,7 @@ def _keys_in_turn(turn: jax.Array | int, kv_2BGlK: jax.Array, setting: Setting) 
     """The blocks of the segment that this device holds in a turn: that of the device `turn` before it in the ring."""
     here = jax.lax.axis_index(setting.axis) if setting.axis else jnp.zeros((), jnp.int32)
     source = (here - turn) % setting.layout.devices
-    return key_blocks(chunks_of_device(setting.layout, kv_2BGlK.shape[3], source), setting.block_keys)
+    return key_blocks(chunks_of_device(setting.key_layout, kv_2BGlK.shape[3], source), setting.block_keys)
 
 
 def _problems(attention: AttentionConfig, _shards: Shards) -> Iterator[str]:
@@ -129,7 +129,7 @@ def _problems(attention: AttentionConfig, _shards: Shards) -> Iterator[str]:
 
 def _key_blocks(segment_length: int, setting: Setting) -> KeyBlocks:
     """Key blocks of each segment by itself, since a device has one segment at a time."""
-    return key_blocks(chunks_of_all(setting.layout, segment_length), setting.block_keys)
+    return key_blocks(chunks_of_all(setting.key_layout, segment_length), setting.block_keys)
 
 
 RING = Strategy(

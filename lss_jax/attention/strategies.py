@@ -27,17 +27,18 @@ STRATEGIES: dict[str, Strategy] = {
 Attend = Callable[..., jax.Array]  # (q_BlHK, k_BlGK, v_BlGK, dropout) -> o_BlHK
 
 
-def make_attend(strategy: str, mask: Intervals, setting: Setting) -> Attend:
+def make_attend(strategy: str, mask: Intervals, setting: Setting, scope: str = ATTENTION) -> Attend:
     """The attention of every layer of a step: local `q_BlHK, k_BlGK, v_BlGK` and dropout (or None) to `o_BlHK`.
 
-    To be called inside `shard_map`; `mask` gives each local query its interval of natural key positions.
+    To be called inside `shard_map`; `mask` gives each local query its interval of natural key positions. Keys and
+    values may be of another sequence, with a length and a layout of its own (`Setting.key_layout`).
     """
     chosen = STRATEGIES[strategy]
     if chosen.whole_mask:
         with jax.named_scope(MASK):
             mask = chosen.whole_mask(mask, setting)
 
-    @jax.named_scope(ATTENTION)
+    @jax.named_scope(scope)
     def attend(q_BlHK: jax.Array, k_BlGK: jax.Array, v_BlGK: jax.Array, dropout: Dropout | None = None) -> jax.Array:
         return chosen.attention(Local(q_BlHK, k_BlGK, v_BlGK, mask, dropout), setting)
 

@@ -5,9 +5,10 @@ from typing import NamedTuple
 
 from jax.sharding import AbstractMesh, Mesh
 
+from lss_jax.attention.setting import SELF, Between
 from lss_jax.config.schema import Config
-from lss_jax.parallel.layout import layout_on
-from lss_jax.parallel.mesh import DATA
+from lss_jax.parallel.layout import padded_length
+from lss_jax.parallel.mesh import DATA, MODEL, SEQ
 
 
 class Traffic(NamedTuple):
@@ -26,10 +27,14 @@ class Traffic(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
-    """One call of attention on one device: `l` is the (padded) segment, `itemsize` that of the compute dtype."""
+    """One call of attention on one device: `l` and `s` are the (padded) segments of the queries and of the keys.
+
+    `itemsize` is that of the compute dtype. In self-attention both segments are the same.
+    """
 
     B: int
     l: int
+    s: int
     H: int
     G: int
     K: int
@@ -38,17 +43,17 @@ class Sizes:
     @property
     def pair(self) -> int:
         """Numbers in this segment's keys and values."""
-        return 2 * self.B * self.l * self.G * self.K
+        return 2 * self.B * self.s * self.G * self.K
 
 
-def sizes_of(config: Config, mesh: Mesh | AbstractMesh) -> Sizes:
+def sizes_of(config: Config, mesh: Mesh | AbstractMesh, between: Between = SELF) -> Sizes:
     """What one call of attention works on, on one device."""
-    layout = layout_on(config, mesh)
     return Sizes(
         B=config.data.batch_size // mesh.shape[DATA] // config.optim.accumulate,
-        l=layout.padded(config.data.seq_len) // layout.devices,
-        H=config.model.heads // layout.parts,
-        G=config.model.kv_heads // layout.parts,
+        l=padded_length(config, mesh, between.queries) // mesh.shape[SEQ],
+        s=padded_length(config, mesh, between.keys) // mesh.shape[SEQ],
+        H=config.model.heads // mesh.shape[MODEL],
+        G=config.model.kv_heads // mesh.shape[MODEL],
         K=config.model.head_width,
         itemsize=2 if config.model.dtype == "bfloat16" else 4,
     )

@@ -5,8 +5,9 @@ gradients. In between each device holds the whole sequence of `H/N` heads.
 """
 
 import dataclasses
+import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 
 import jax
@@ -23,6 +24,7 @@ from lss_jax.attention.strategy import Local, Shards, Strategy
 from lss_jax.attention.traffic import Sizes, Traffic
 from lss_jax.config.rules import next_multiple
 from lss_jax.config.schema import AttentionConfig
+from lss_jax.parallel.layout import Layout
 from lss_jax.parallel.residuals import ATTENDED, COMMUNICATED
 
 
@@ -45,8 +47,8 @@ def ulysses_attention(local: Local, setting: Setting) -> jax.Array:
 def traffic(sizes: Sizes, setting: Setting) -> dict[str, list[Traffic]]:
     """What one layer moves."""
     G = math.lcm(sizes.G, setting.layout.devices)
-    head = sizes.B * sizes.l * sizes.K
-    inward, outward = (Traffic("all-to-all", 1, head * heads, sizes.itemsize) for heads in (sizes.H + 2 * G, sizes.H))
+    queries, pairs = sizes.B * sizes.l * sizes.H * sizes.K, 2 * sizes.B * sizes.s * G * sizes.K
+    inward, outward = (Traffic("all-to-all", 1, numbers, sizes.itemsize) for numbers in (queries + pairs, queries))
     again = [inward] if setting.regather else []
     return {"forward": [inward, outward], "backward": [*again, outward, inward]}
 
@@ -97,29 +99,40 @@ def _exchange(queries: Queries, k_BlgK: jax.Array, v_BlgK: jax.Array, setting: S
 
 
 def _to_heads(arrays_BlHK: tuple[jax.Array, ...], setting: Setting) -> tuple[jax.Array, ...]:
-    """Segments of all heads to the whole sequence (natural order) of this device's heads, in one collective."""
+    """Segments of all heads to the whole sequence (natural order) of this device's heads, in one collective.
+
+    The first array is of the queries' tokens; the others are keys and values, of a length and a layout of their own.
+    """
     if setting.axis is None:
         return arrays_BlHK
     N = setting.layout.devices
-    parts = [x.reshape(*x.shape[:2], N, -1, x.shape[3]) for x in arrays_BlHK]
-    out_NBlhK = jnp.moveaxis(jnp.concatenate(parts, axis=3), 2, 0)  # to each device its heads
-    in_NBlhK = jax.lax.all_to_all(out_NBlhK, setting.axis, split_axis=0, concat_axis=0, tiled=True)
-    return _split_heads(setting.layout.natural(in_NBlhK, 2), [part.shape[3] for part in parts])
+    by_head = [x.reshape(*x.shape[:2], N, -1, x.shape[3]) for x in arrays_BlHK]
+    received = _sent([jnp.moveaxis(x_BlNhK, 2, 0) for x_BlNhK in by_head], setting)  # to each device its heads
+    return tuple(layout.natural(x_NBlhK, 2) for x_NBlhK, layout in _with_layouts(received, setting))
 
 
 def _to_sequence(arrays_BLhK: tuple[jax.Array, ...], setting: Setting) -> tuple[jax.Array, ...]:
     """The inverse of `_to_heads`."""
     if setting.axis is None:
         return arrays_BLhK
-    out_NBlhK = setting.layout.segments(jnp.concatenate(arrays_BLhK, axis=2), 1)  # to each device its segment
-    in_NBlhK = jax.lax.all_to_all(out_NBlhK, setting.axis, split_axis=0, concat_axis=0, tiled=True)
-    parts = _split_heads(jnp.moveaxis(in_NBlhK, 0, 2), [x.shape[2] for x in arrays_BLhK])
-    return tuple(part.reshape(*part.shape[:2], -1, part.shape[4]) for part in parts)
+    by_segment = [layout.segments(x_BLhK, 1) for x_BLhK, layout in _with_layouts(arrays_BLhK, setting)]
+    received = [jnp.moveaxis(x_NBlhK, 0, 2) for x_NBlhK in _sent(by_segment, setting)]  # to each device its segment
+    return tuple(x_BlNhK.reshape(*x_BlNhK.shape[:2], -1, x_BlNhK.shape[4]) for x_BlNhK in received)
 
 
-def _split_heads(x: jax.Array, counts: list[int]) -> tuple[jax.Array, ...]:
-    ends = [sum(counts[:index]) for index in range(1, len(counts))]
-    return tuple(jnp.split(x, ends, axis=-2))
+def _with_layouts(arrays: Sequence[jax.Array], setting: Setting) -> Iterator[tuple[jax.Array, Layout]]:
+    """The queries with their layout, then keys and values, if they are there, with theirs."""
+    return zip(arrays, (setting.layout, setting.key_layout, setting.key_layout), strict=False)
+
+
+def _sent(arrays_NBlhK: Sequence[jax.Array], setting: Setting) -> list[jax.Array]:
+    """Exchanges arrays of any lengths in one all-to-all: entry `i` of each goes to device `i`."""
+    rows_NrK = [x.reshape(len(x), -1, x.shape[-1]) for x in arrays_NBlhK]
+    out_NrK = jnp.concatenate(rows_NrK, axis=1)
+    in_NrK = jax.lax.all_to_all(out_NrK, setting.axis, split_axis=0, concat_axis=0, tiled=True)
+    ends = list(itertools.accumulate(rows.shape[1] for rows in rows_NrK))
+    parts = jnp.split(in_NrK, ends[:-1], axis=1)
+    return [part.reshape(x.shape) for part, x in zip(parts, arrays_NBlhK, strict=True)]
 
 
 def _problems(attention: AttentionConfig, shards: Shards) -> Iterator[str]:
@@ -138,7 +151,8 @@ def _problems(attention: AttentionConfig, shards: Shards) -> Iterator[str]:
 def _whole_sequence(sizes: Sizes, setting: Setting) -> tuple[Sizes, Setting]:
     """A kernel computes the whole sequence of some heads."""
     N = setting.layout.devices
-    return dataclasses.replace(sizes, l=sizes.l * N, H=sizes.H // N, G=max(sizes.G // N, 1)), setting.unsharded
+    whole = dataclasses.replace(sizes, l=sizes.l * N, s=sizes.s * N, H=sizes.H // N, G=max(sizes.G // N, 1))
+    return whole, setting.unsharded
 
 
 ULYSSES = Strategy(

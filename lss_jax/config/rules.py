@@ -15,6 +15,7 @@ from lss_jax.config.schema import (
 
 IMAGE_SOURCES = ("mri", "mosaics", "images")
 MeshSizes = tuple[int, int, int]
+WITHOUT_FILES = ("stdlib", "copy", "reverse")  # sources that have no path
 LARGEST_BETA2 = 0.99  # of moments in bfloat16: what changes by less than 2**-8 stays as it is
 
 
@@ -57,9 +58,12 @@ def _out_of_range(config: Config) -> Iterator[str]:
     at_least_1 = {
         **{
             f"model.{k}": getattr(model, k)
-            for k in ("vocab", "layers", "width", "heads", "kv_heads", "mlp_width", "remat_every")
+            for k in ("vocab", "layers", "encoder_layers", "width", "heads", "kv_heads", "mlp_width", "remat_every")
         },
-        **{f"data.{k}": getattr(data, k) for k in ("seq_len", "batch_size", "downsample", "grid")},
+        **{
+            f"data.{k}": getattr(data, k)
+            for k in ("seq_len", "source_len", "symbols", "batch_size", "downsample", "grid")
+        },
         **{f"optim.{k}": getattr(optim, k) for k in ("steps", "accumulate", "max_skipped")},
         **{f"attention.{k}": getattr(attention, k) for k in ("block_queries", "block_keys", "head_groups")},
         "profile.start": config.profile.start,
@@ -159,8 +163,8 @@ def _data_problems(data: DataConfig) -> Iterator[str]:
         yield 'data.source="text" needs a file; give data.path, or use data.source="stdlib", which needs none'
     elif data.source == "text" and "" in data.parts:
         yield f"data.path={data.path!r} has an empty part between commas; give a file, folder or glob in each"
-    if data.source == "stdlib" and data.path:
-        yield f'data.path={data.path!r} has no use with data.source="stdlib"; use data.source="text"'
+    if data.source in WITHOUT_FILES and data.path:
+        yield f'data.path={data.path!r} has no use with data.source="{data.source}"; use data.source="text"'
     if not data.tokenizer:
         yield 'data.tokenizer="" names no tokenizer; use "bytes", or the path of a tokenizer.json'
     if bool(data.prompt_field) != bool(data.answer_field):
@@ -257,11 +261,14 @@ def _remat_problems(model: ModelConfig) -> Iterator[str]:
             f"model.remat_every={every} has no use with model.remat={model.remat!r}, which saves something of every "
             f'layer; use model.remat="input", "offload" or model.remat_every=1'
         )
-    elif every > 0 and model.layers > 0 and model.layers % every:
-        yield (
-            f"model.layers={model.layers} is not divisible by model.remat_every={every}; "
-            f"use a divisor of {model.layers}"
-        )
+    else:
+        yield from indivisible_layers("model.layers", model.layers, every)
+
+
+def indivisible_layers(key: str, layers: int, every: int) -> Iterator[str]:
+    """Whether layers are no whole groups of `model.remat_every`."""
+    if every > 0 and layers > 0 and layers % every:
+        yield f"{key}={layers} is not divisible by model.remat_every={every}; use a divisor of {layers}"
 
 
 def _moments_problems(optim: OptimConfig) -> Iterator[str]:

@@ -45,6 +45,7 @@ class LabelsConfig:
 class AttentionConfig:
     strategy: str  # one of `attention.strategies.STRATEGIES`
     layout: Literal["contiguous", "zigzag"]
+    source_layout: Literal["contiguous", "zigzag"]
     window: int
     prefix: int
     kernel: Literal["auto", "blockwise", "dense", "triton", "mosaic"]
@@ -59,6 +60,7 @@ class ModelConfig:
     family: str
     vocab: int
     layers: int
+    encoder_layers: int
     width: int
     heads: int
     kv_heads: int
@@ -97,7 +99,7 @@ class ModelConfig:
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-    source: Literal["stdlib", "enwik8", "text", "fasta", "mri", "mosaics", "images"]
+    source: Literal["stdlib", "enwik8", "text", "fasta", "copy", "reverse", "mri", "mosaics", "images"]
     path: str
     valid_path: str
     test_path: str
@@ -109,11 +111,13 @@ class DataConfig:
     field: str
     prompt_field: str
     answer_field: str
+    symbols: int
     restart_positions: bool
     patch: int
     downsample: int
     grid: int
     seq_len: int
+    source_len: int
     batch_size: int
 
     @property

@@ -43,18 +43,8 @@ def read_batch(
     """
     packed = windows[0].stream.documents is not None
     like = batch_like(len(windows), seq_len, mesh, layout, packed, token_bytes is not None, patch_pixels)
-    (B, L), position_L = like.tokens.shape[-2:], layout.positions(like.tokens.shape[-1])
-
-    @functools.cache  # tokens and targets share one read; so do devices that hold the same segment
-    def segment(top: int, bottom: int, left: int, right: int) -> np.ndarray:
-        runs = _runs(position_L[left:right])
-        rows = [[read(windows[row], run, row) for run in runs] for row in range(*slice(top, bottom).indices(B))]
-        return np.concatenate(list(map(np.stack, zip(*rows, strict=True))), axis=2)
-
-    def tokens_or_targets(which: int, index: Any) -> np.ndarray:
-        (top, bottom, _), (left, right, _) = (p.indices(n) for p, n in zip(index[-2:], (B, L), strict=True))
-        found = segment(top, bottom, left, right)[:, which]
-        return np.moveaxis(found, 2, 0) if patch_pixels else found
+    position_L = layout.positions(like.tokens.shape[-1])
+    reader = Reader(windows, position_L, read)
 
     def document_bounds(index: Any) -> np.ndarray:
         _, rows, columns = index
@@ -63,20 +53,50 @@ def read_batch(
 
     def target_bytes(index: Any) -> np.ndarray:
         assert token_bytes is not None
-        targets = tokens_or_targets(1, index)
+        targets = reader.targets(index)
         return np.where(targets == IGNORED, 0, token_bytes[np.maximum(targets, 0)]).astype(np.int32)
 
     def array(shape: Any, callback: Callable[[Any], np.ndarray]) -> jax.Array | None:
         return shape and jax.make_array_from_callback(shape.shape, shape.sharding, callback)
 
     return Batch(
-        tokens=array(like.tokens, functools.partial(tokens_or_targets, 0)),
-        targets=array(like.targets, functools.partial(tokens_or_targets, 1)),
+        tokens=array(like.tokens, reader.tokens),
+        targets=array(like.targets, reader.targets),
         positions=array(like.positions, lambda index: position_L[index]),
         rows=array(like.rows, lambda index: np.arange(len(windows), dtype=np.int32)[index]),
         documents=array(like.documents, document_bounds),
         target_bytes=array(like.target_bytes, target_bytes),
     )
+
+
+class Reader:
+    """Reads what callbacks ask for of the tokens and targets of windows, `[B, L]`, at the positions `position_L`.
+
+    Of patches of images they are `[P, B, L]`.
+    """
+
+    def __init__(self, windows: Sequence[Window], position_L: np.ndarray, read: Read):
+        self._windows, self._position_L, self._read = windows, position_L, read
+        self._segment = functools.cache(self._read_segment)  # for tokens and targets, and all devices that have it
+
+    def tokens(self, index: Any) -> np.ndarray:
+        """The tokens at an index of the global array."""
+        return self._at(index, 0)
+
+    def targets(self, index: Any) -> np.ndarray:
+        """The targets at an index of the global array."""
+        return self._at(index, 1)
+
+    def _at(self, index: Any, which: int) -> np.ndarray:
+        shape = len(self._windows), len(self._position_L)
+        (top, bottom, _), (left, right, _) = (part.indices(size) for part, size in zip(index[-2:], shape, strict=True))
+        found = self._segment(top, bottom, left, right)[:, which]
+        return np.moveaxis(found, 2, 0) if found.ndim == 3 else found  # of patches the pixels come first
+
+    def _read_segment(self, top: int, bottom: int, left: int, right: int) -> np.ndarray:
+        runs = _runs(self._position_L[left:right])
+        rows = [[self._read(self._windows[row], run, row) for run in runs] for row in range(top, bottom)]
+        return np.concatenate(list(map(np.stack, zip(*rows, strict=True))), axis=2)
 
 
 def _runs(positions: np.ndarray) -> list[range]:

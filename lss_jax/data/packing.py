@@ -51,6 +51,12 @@ class Packing:
         assert self._first_targets is None, "prompts are read forwards"
         return Packing(np.append(length + self._origin - self._borders[::-1], ENDLESS))
 
+    def lengths(self) -> np.ndarray:
+        """The tokens of each document before its first target, and from there on: int64 `[2, D]`."""
+        starts = np.concatenate(([self._origin], self._ends[:-1]))
+        firsts = starts + 1 if self._first_targets is None else self._first_targets
+        return np.stack((firsts - starts, self._ends - firsts))
+
     def bounds(self, offsets: np.ndarray) -> np.ndarray:
         """Where in the stream the documents of the tokens at these offsets start and end, `[2, *offsets.shape]`."""
         number = self.number(offsets)

@@ -68,7 +68,7 @@ def make_prefill(model: Model, mesh: Mesh, tokens: int) -> Callable[[Params, jax
     def prefill(params: Params, tokens_BL: jax.Array, length_B: jax.Array) -> Cache:
         length = tokens_BL.shape[1]
         positions_L = layout.positions(length)
-        cropped = model.with_tables(lambda table_LE: _first_rows(table_LE, length), params)
+        cropped = model.with_tables(lambda table_LE, _: _first_rows(table_LE, length), params)
         return on_segments(cropped, tokens_BL[:, positions_L], positions_L, length_B)
 
     return prefill
@@ -85,7 +85,7 @@ def make_step(model: Model, mesh: Mesh, length: int) -> Step:
     """
     config, axis, seq_axis = model.config, axis_if_sharded(MODEL, mesh), axis_if_sharded(SEQ, mesh)
     layout = layout_on(config, mesh)
-    specs = model.with_tables(lambda _: ROWS, model.specs)
+    specs = model.with_tables(lambda *_: ROWS, model.specs)
     logits_spec = P(DATA, MODEL) if config.model.vocab_parallel else ROWS
     # Logits from weights that were gathered over `seq` are the same along it, but do not count as such.
     copies = seq_axis is not None and any(one.times for one in jax.tree.leaves(model.gathers))
@@ -120,7 +120,7 @@ def make_step(model: Model, mesh: Mesh, length: int) -> Step:
     def step(
         params: Params, cache: Cache, token_B: jax.Array, position_B: jax.Array, number: jax.Array
     ) -> tuple[Cache, jax.Array]:
-        looked_up = model.with_tables(lambda table_LE: table_LE[position_B], params)
+        looked_up = model.with_tables(lambda table_LE, _: table_LE[position_B], params)
         cache, logits_BV = on_devices(looked_up, cache, token_B, position_B, number)
         logits_BV = logits_BV[0] if copies else logits_BV
         logits_BV = jax.lax.with_sharding_constraint(logits_BV, NamedSharding(mesh, P()))
@@ -141,6 +141,7 @@ def _segment(positions_l: jax.Array, attend: AttendWithPast, axis: str | None) -
         dropout=None,
         model_axis=axis,
         sequence_axes=(),  # nothing is pooled
+        source=None,
     )
 
 

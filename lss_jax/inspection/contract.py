@@ -8,6 +8,7 @@ import dataclasses
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -16,13 +17,12 @@ from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 from lss_jax.attention.placement import setting_on
 from lss_jax.attention.strategies import STRATEGIES
 from lss_jax.attention.traffic import sizes_of
-from lss_jax.config.schema import Config
 from lss_jax.inspection.hlo import Collective
 from lss_jax.models import Model, costs_of
 from lss_jax.models.stack import repeats
-from lss_jax.parallel.layout import layout_on
+from lss_jax.parallel.layout import SEQUENCE, SOURCE, layout_on, length_of, padded_length
 from lss_jax.parallel.mesh import DATA, MODEL, SEQ, has_host_memory, named_axes, sharded_axes
-from lss_jax.parallel.scopes import ATTENTION, ELSEWHERE, GRADIENTS, LOSS, MASK, OPTIMIZER, POOLING, POSITIONS, WEIGHTS
+from lss_jax.parallel.scopes import ELSEWHERE, GRADIENTS, LOSS, MASK, OPTIMIZER, POOLING, POSITIONS, WEIGHTS
 from lss_jax.tasks import make_task
 from lss_jax.training.state import moment_specs, param_specs
 
@@ -142,18 +142,19 @@ Part = Iterator[tuple[Line, int, int, int]]  # times, elements and itemsize of e
 
 
 def _attention(model: Model, mesh: Mesh | AbstractMesh) -> Part:
-    """Attention's collectives, per layer and microbatch, as its strategy predicts them."""
-    config, axes = model.config, _sharding_axes(mesh, SEQ)
+    """The collectives of each attention, per layer and microbatch, as the strategy predicts them."""
+    config, axes, groups = model.config, _sharding_axes(mesh, SEQ), model.config.attention.head_groups
     if not axes:
         return
-    groups, sizes, setting = config.attention.head_groups, sizes_of(config, mesh), setting_on(config, mesh)
-    sizes = dataclasses.replace(sizes, H=sizes.H // groups, G=sizes.G // groups)
-    traffic = STRATEGIES[config.attention.strategy].traffic(sizes, setting)
-    backward = [*traffic["forward"] * repeats(config.model), *traffic["backward"]] if _reaches_layers(model) else []
-    for direction, collectives in (("forward", traffic["forward"]), ("backward", backward)):
-        for one in collectives:
-            times = one.times * groups * config.model.layers * config.optim.accumulate
-            yield Line(f"{ATTENTION} {direction}", one.kind, axes), times, one.elements, one.itemsize
+    for between, scope, layers, reached in costs_of(model).attentions(config, model.trained):
+        sizes, setting = sizes_of(config, mesh, between), setting_on(config, mesh, between)
+        sizes = dataclasses.replace(sizes, H=sizes.H // groups, G=sizes.G // groups)
+        traffic = STRATEGIES[config.attention.strategy].traffic(sizes, setting)
+        backward = [*traffic["forward"] * repeats(config.model), *traffic["backward"]] if reached else []
+        for direction, collectives in (("forward", traffic["forward"]), ("backward", backward)):
+            for one in collectives:
+                times = one.times * groups * layers * config.optim.accumulate
+                yield Line(f"{scope} {direction}", one.kind, axes), times, one.elements, one.itemsize
 
 
 def _weights(model: Model, mesh: Mesh | AbstractMesh) -> Part:
@@ -164,12 +165,13 @@ def _weights(model: Model, mesh: Mesh | AbstractMesh) -> Part:
     Per microbatch, those of a layer are gathered in the forward pass and once or more in the backward pass, those of
     the embedding and the head once; compilers for CPUs take these out of the loop over microbatches.
     """
-    config, trees = model.config, (model.shapes, model.specs, model.gathers, model.trained)
-    for leaf, spec, gathers, trained in zip(*map(jax.tree.leaves, trees), strict=True):
+    config, trees = model.config, (model.shapes, model.specs, model.gathers, model.trained, model.names)
+    for leaf, spec, gathers, trained, name in zip(*map(jax.tree.leaves, trees), strict=True):
         axes = [axis for axis in (SEQ, DATA) if gathers.times and axis in _sharding_axes(mesh, *named_axes(spec))]
         times = gathers.times * config.optim.accumulate
         once = times if gathers.of_layers or has_host_memory(mesh) else gathers.times
-        again = times * max(1, repeats(config.model)) if gathers.of_layers and _reaches_layers(model) else 0
+        reached = costs_of(model).reaches_layers(model.trained, name.partition("/")[0])
+        again = times * max(1, repeats(config.model)) if gathers.of_layers and reached else 0
         whole = leaf.size // (gathers.times if gathers.of_layers else 1)
         whole //= mesh.shape[MODEL] if MODEL in named_axes(spec) else 1
         itemsize = sizes_of(config, mesh).itemsize
@@ -204,35 +206,41 @@ def _positions(model: Model, mesh: Mesh | AbstractMesh) -> Part:
 
     A table whose length the mesh does not divide is replicated in the state, so its gradient is gathered.
     """
-    config, axes, sizes = model.config, _sharding_axes(mesh, SEQ, MODEL), sizes_of(model.config, mesh)
+    config, axes = model.config, _sharding_axes(mesh, SEQ, MODEL)
     trees = (model.shapes, model.row_per_position, model.trained)
-    for leaf, is_table, trained in zip(*map(jax.tree.leaves, trees), strict=True):
-        if not is_table or not axes:
+    for leaf, sequence, trained in zip(*map(jax.tree.leaves, trees), strict=True):
+        if not sequence or not axes:
             continue
-        elements = sizes.l * math.prod(leaf.shape[1:])
-        sends = (1 + trained) * layout_on(config, mesh).sends  # there and, if there is a gradient, back
-        yield Line(POSITIONS, "collective-permute", axes), sends, elements // mesh.shape[MODEL] // 2, 4
-        if _padded(config, mesh) and trained:
-            yield Line(POSITIONS, "all-gather", axes), 1, elements * mesh.shape[SEQ], 4
+        padded = padded_length(config, mesh, sequence)
+        elements = padded * math.prod(leaf.shape[1:])
+        own = elements // mesh.shape[SEQ] // mesh.shape[MODEL]
+        sends = (1 + trained) * layout_on(config, mesh, sequence).sends  # there and, if there is a gradient, back
+        yield Line(POSITIONS, "collective-permute", axes), sends, own // 2, 4
+        if padded > length_of(config, sequence) and trained:
+            yield Line(POSITIONS, "all-gather", axes), 1, elements, 4
 
 
 def _masks(model: Model, mesh: Mesh | AbstractMesh) -> Part:
     """Some strategies gather the intervals of all queries: per step, or per microbatch where rows have their own."""
-    config, axes, sizes = model.config, _sharding_axes(mesh, SEQ), sizes_of(model.config, mesh)
-    if STRATEGIES[config.attention.strategy].whole_mask and axes:
-        task = make_task(config)
-        batch = task.batch_like(mesh)
-        of_rows = jax.eval_shape(task.mask, batch.positions, batch).start.ndim == 2
+    config, axes, task = model.config, _sharding_axes(mesh, SEQ), make_task(model.config)
+    if not STRATEGIES[config.attention.strategy].whole_mask or not axes:
+        return
+    batch = task.batch_like(mesh)
+    positions = {SEQUENCE: batch.positions, SOURCE: task.source_positions(batch)}
+    for between, *_ in costs_of(model).attentions(config, model.trained):
+        sizes = sizes_of(config, mesh, between)
+        of_rows = jax.eval_shape(partial(task.mask_between, between), positions[between.queries], batch).start.ndim == 2
         rows, times = (sizes.B, config.optim.accumulate) if of_rows else (1, 1)
         yield Line(MASK, "all-gather", axes), times, mesh.shape[SEQ] * 2 * rows * sizes.l, 4
 
 
 def _gradients(model: Model, mesh: Mesh | AbstractMesh) -> Part:
     """The gradient law: one sum over each axis, of all that is trained and not sharded over it, and of the loss."""
-    padded = layout_on(model.config, mesh).padded
-    padded_shapes = model.with_tables(
-        lambda leaf: jax.ShapeDtypeStruct((padded(leaf.shape[0]), *leaf.shape[1:]), leaf.dtype), model.shapes
-    )
+
+    def padded(leaf: jax.ShapeDtypeStruct, sequence: str) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((padded_length(model.config, mesh, sequence), *leaf.shape[1:]), leaf.dtype)
+
+    padded_shapes = model.with_tables(padded, model.shapes)
     for axis in sharded_axes(mesh):
         elements = make_task(model.config).sums_size  # they ride along
         trees = map(model.only_trained, (padded_shapes, model.specs))
@@ -258,18 +266,9 @@ def _sharded_state(model: Model, mesh: Mesh | AbstractMesh) -> Part:
             yield Line(OPTIMIZER, "all-gather", axes), 1, leaf.size // _shards(before, mesh), 4
 
 
-def _reaches_layers(model: Model) -> bool:
-    """Whether the backward pass goes through the layers."""
-    return costs_of(model).reaches_layers(model.trained)
-
-
 def _shards(spec: PartitionSpec, mesh: Mesh | AbstractMesh) -> int:
     """The number of shards into which a spec divides an array."""
     return math.prod(mesh.shape[axis] for axis in named_axes(spec))
-
-
-def _padded(config: Config, mesh: Mesh | AbstractMesh) -> bool:
-    return layout_on(config, mesh).padded(config.data.seq_len) != config.data.seq_len
 
 
 def _sharding_axes(mesh: Mesh | AbstractMesh, *axes: str) -> tuple[str, ...]:

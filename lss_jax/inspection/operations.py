@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.extend.core import ClosedJaxpr, Jaxpr
 from jax.interpreters.partial_eval import dce_jaxpr
 from jax.sharding import AbstractMesh, Mesh
@@ -26,6 +27,7 @@ from lss_jax.attention.strategies import STRATEGIES
 from lss_jax.attention.strategy import Strategy
 from lss_jax.attention.traffic import Sizes, sizes_of
 from lss_jax.models import Model, costs_of
+from lss_jax.models.family import AttentionLayers
 from lss_jax.models.stack import repeats
 from lss_jax.parallel.scopes import ATTENTION
 from lss_jax.tasks import make_task
@@ -69,32 +71,37 @@ def _axes_of_matrices(params: Any) -> list[Any]:
 
 def attention(model: Model, mesh: Mesh) -> int:
     """Predicts the operations of all layers' attention on the busiest device; packed documents count as one."""
+    config, kinds = model.config, costs_of(model).attentions(model.config, model.trained)
+    by_device = sum(_of_devices(model, mesh, kind) for kind in kinds)
+    return config.optim.accumulate * 2 * config.model.head_width * int(np.max(by_device))
+
+
+def _of_devices(model: Model, mesh: Mesh, kind: AttentionLayers) -> np.ndarray:
+    """The products of scores in all layers of one kind of attention: of each device, or one number for all of them."""
     config, task, strategy = model.config, make_task(model.config), STRATEGIES[model.config.attention.strategy]
-    sizes, setting = strategy.in_kernel(sizes_of(config, mesh), setting_on(config, mesh))
+    sizes, setting = strategy.in_kernel(sizes_of(config, mesh, kind.between), setting_on(config, mesh, kind.between))
     positions_Nl = setting.layout.positions(sizes.l * setting.layout.devices).reshape(-1, sizes.l)
-    scores = max(_scores(task.mask(jnp.asarray(positions_l)), sizes, setting, strategy) for positions_l in positions_Nl)
-    products = PRODUCTS[setting.kernel] + FORWARD * repeats(config.model)
-    if not costs_of(model).reaches_layers(model.trained):
-        products = FORWARD
-    return config.model.layers * config.optim.accumulate * scores * 2 * sizes.K * products
+    masks = (task.mask_between(kind.between, jnp.asarray(positions_l)) for positions_l in positions_Nl)
+    scores_N = np.array([_scores(mask, sizes, setting, strategy) for mask in masks])
+    products = PRODUCTS[setting.kernel] + FORWARD * repeats(config.model) if kind.reached else FORWARD
+    return kind.layers * products * scores_N
 
 
 def _scores(mask: Intervals, sizes: Sizes, setting: Setting, strategy: Strategy) -> int:
     """The number of scores that one device computes per layer."""
-    B, l, H, G, K, itemsize = (getattr(sizes, name) for name in ("B", "l", "H", "G", "K", "itemsize"))
-    layout = setting.layout
+    B, l, s, H, G, K, itemsize = (getattr(sizes, name) for name in ("B", "l", "s", "H", "G", "K", "itemsize"))
     if setting.kernel == "dense":
-        return B * H * l * l * layout.devices
+        return B * H * l * s * setting.key_layout.devices
     if setting.kernel in TARGETS:
         dtype = jnp.bfloat16 if itemsize == 2 else jnp.float32
         q_BlHK: Any = jax.ShapeDtypeStruct((B, l, H, K), dtype)
-        kv_N2BGlK = jax.ShapeDtypeStruct((layout.devices, 2, B, G, l, K), dtype)
+        kv_N2BGlK = jax.ShapeDtypeStruct((setting.key_layout.devices, 2, B, G, s, K), dtype)
         queries = Queries(q_BlHK, mask, None)  # of which the shape and the dtype are enough
         tiling = tiling_of(queries, kv_N2BGlK, setting, TARGETS[setting.kernel])
         tables, _, _ = facts(tiling, queries)
         return int((tables.stop_B - tables.first_B).sum()) * H * tiling.queries.size * tiling.key_size
-    keys = strategy.key_blocks(l, setting)
-    blocks = query_blocking((B, l, H, G), layout, (setting.block_queries, setting.block_keys), keys.size)
+    keys = strategy.key_blocks(s, setting)
+    blocks = query_blocking((B, l, H, G), setting.layout, (setting.block_queries, setting.block_keys), keys.size)
     return visits(keys, blocks, mask.start, mask.end) * blocks.block_heads * (H // G) * blocks.size * keys.size
 
 

@@ -204,8 +204,9 @@ def with_mesh(config: Config, sizes: MeshSizes, strategy: str) -> Config:
 
 
 def at_length(config: Config, seq_len: int) -> Config:
-    """The config with another sequence length."""
-    return dataclasses.replace(config, data=dataclasses.replace(config.data, seq_len=seq_len))
+    """The config with another sequence length, and that of a source in proportion."""
+    source_len = max(1, round(config.data.source_len * seq_len / config.data.seq_len))
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, seq_len=seq_len, source_len=source_len))
 
 
 class Need(NamedTuple):

@@ -2,8 +2,8 @@
 
 A new family is one file, and one line in `FAMILIES`: an NNX module made of `(config, rngs)` that maps a local batch's
 inputs and a `Segment` to its outputs. Each of its parameters says in its metadata how it is sharded (`spec`), and
-whether it has a row for each position of the sequence (`row_per_position`). A family that `generates` text has a module
-with a method `recall`, as the decoder's. Linear maps of the class `Linear` can have adapters.
+whether it has a row for each position, and of which sequence (`row_per_position`). A family that `generates` text has
+a module with a method `recall`, as the decoder's. Linear maps of the class `Linear` can have adapters.
 """
 
 import dataclasses
@@ -16,19 +16,27 @@ from flax import nnx, traverse_util
 from jax.sharding import AbstractMesh, Mesh
 
 from lss_jax.config.schema import Config, ConfigError, unknown_choice
-from lss_jax.models import decoder_costs
+from lss_jax.models import decoder_costs, encoder_decoder_costs
 from lss_jax.models.adapters import add_adapters
 from lss_jax.models.decoder import Decoder
 from lss_jax.models.encoder import Encoder
+from lss_jax.models.encoder_decoder import EncoderDecoder
 from lss_jax.models.family import Costs, Family
 from lss_jax.models.freezing import freeze, name_of
 from lss_jax.models.layers import is_frozen
 from lss_jax.models.shares import NOT_GATHERED, place_weights
+from lss_jax.parallel.layout import SEQUENCE, SOURCE
 
-TRANSFORMER = Costs(decoder_costs.traffic, decoder_costs.products, decoder_costs.reaches_layers)
+TRANSFORMER, OF_PAIRS = (
+    Costs(costs.traffic, costs.products, costs.attentions, costs.reaches_layers)
+    for costs in (decoder_costs, encoder_decoder_costs)
+)
 FAMILIES = {
     "decoder": Family(Decoder, frozenset({"next_token"}), TRANSFORMER, generates=True, gathers_weights=True),
     "encoder": Family(Encoder, frozenset({"tokens", "classes", "pooled"}), TRANSFORMER, gathers_weights=True),
+    "encoder_decoder": Family(
+        EncoderDecoder, frozenset({"pairs"}), OF_PAIRS, gathers_weights=True, sequences=(SEQUENCE, SOURCE)
+    ),
 }
 
 Params = dict[str, Any]  # nested, leaves are arrays; names as in the modules
@@ -39,7 +47,8 @@ class Model:
     """A family's module, taken apart: structure here, parameters in the training state.
 
     `shapes`, `specs`, `row_per_position`, `trained` and `names` are nested dicts like the parameters: global
-    `ShapeDtypeStruct`s, `PartitionSpec`s, booleans, and names such as `stack/blocks/mlp/up/kernel`. Weights that are
+    `ShapeDtypeStruct`s, `PartitionSpec`s, the sequence whose positions a table's rows are of ("" for what is no table),
+    booleans, and names such as `stack/blocks/mlp/up/kernel`. Weights that are
     sharded at rest may be padded, so that the mesh divides them: `natural_shapes` are those without padding, as
     checkpoints have them, and `gathers` says how often each is gathered. Those of `on_host`, and all that the optimizer
     knows of them, rest in the host's memory.
@@ -69,14 +78,14 @@ class Model:
         """Calls the module's `recall`: returns the outputs, and what each layer's attention adds to the cache."""
         return nnx.merge(self.graphdef, params).recall(*args)
 
-    def with_tables(self, change: Callable[[Any], Any], params: Params) -> Params:
-        """Applies `change` to each parameter that has a row per position; returns the whole tree.
+    def with_tables(self, change: Callable[[Any, str], Any], params: Params) -> Params:
+        """Applies `change(table, sequence)` to each parameter that has a row per position; returns the whole tree.
 
-        `params` are all parameters, or the trained ones alone.
+        `params` are all parameters, or the trained ones alone; `sequence` is that whose positions the rows are of.
         """
-        is_table = traverse_util.flatten_dict(self.row_per_position)
+        of = traverse_util.flatten_dict(self.row_per_position)
         flat = traverse_util.flatten_dict(params)
-        return traverse_util.unflatten_dict({at: change(p) if is_table[at] else p for at, p in flat.items()})
+        return traverse_util.unflatten_dict({at: change(p, of[at]) if of[at] else p for at, p in flat.items()})
 
     def only_trained(self, tree: Params) -> Params:
         """The part of a tree like the parameters that belongs to the trained ones."""
@@ -156,7 +165,7 @@ def build_model(config: Config, mesh: Mesh | AbstractMesh | None = None) -> Mode
         return nnx.to_pure_dict(jax.tree.map(read, state, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable)))
 
     shapes, specs = nnx.to_pure_dict(state), metadata(lambda variable: variable.spec)
-    tables = metadata(lambda variable: "row_per_position" in variable.get_metadata() and variable.row_per_position)
+    tables = metadata(lambda variable: variable.get_metadata().get("row_per_position", ""))
     gathers = metadata(lambda variable: variable.get_metadata().get("gathers", NOT_GATHERED))
     on_host = metadata(lambda variable: variable.get_metadata().get("on_host", False))
     trained = metadata(lambda variable: not is_frozen(variable))

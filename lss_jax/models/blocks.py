@@ -1,5 +1,6 @@
 """Pre-norm transformer blocks over local activations: attention and MLP, the only places that communicate."""
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -14,7 +15,14 @@ from lss_jax.models.embeddings import INIT_STDDEV
 from lss_jax.models.layers import Linear, Segment, drop, norm, rms_norm
 from lss_jax.models.rope import rope_of
 from lss_jax.models.tiles import in_tiles
-from lss_jax.parallel.dropout import AFTER_ATTENTION, AFTER_MLP, ATTENTION_WEIGHTS, Dropout
+from lss_jax.parallel.dropout import (
+    AFTER_ATTENTION,
+    AFTER_CROSS,
+    AFTER_MLP,
+    ATTENTION_WEIGHTS,
+    CROSS_WEIGHTS,
+    Dropout,
+)
 from lss_jax.parallel.mesh import MODEL
 from lss_jax.parallel.scopes import REGIONS
 from lss_jax.parallel.tensor_parallel import gather_sequence, scatter_sequence
@@ -28,8 +36,8 @@ def _residual_stddev(config: ModelConfig) -> float:
     return INIT_STDDEV / (2 * config.layers) ** 0.5
 
 
-class SelfAttention(nnx.Module):
-    """Multi-head self-attention, `x_BpE` to `x_BpE`: norm, projections, a sequence-parallel strategy, projection.
+class Attention(nnx.Module):
+    """The projections of multi-head attention, and its groups of heads; what attends to what is a subclass.
 
     It works on one group of heads at a time (`Segment.head_groups`), from the norm to the sum of outputs, so that of
     queries, keys and values there is never more than one group's.
@@ -57,19 +65,14 @@ class SelfAttention(nnx.Module):
             heads=0,
         )
 
-    @jax.named_scope(REGIONS)
-    def __call__(self, x_BpE: jax.Array, before: Any, segment: Segment, past: Any) -> tuple[jax.Array, Any]:
-        """Attention of the normalized (`before`) input, and what it adds to the cache."""
-        axis = segment.model_axis
-        # into the region once, for all groups; where there is none, the norm goes with the projections
-        x_BlE, norms = (gather_sequence(before(x_BpE), axis), []) if axis else (x_BpE, [before])
-        dropout = segment.dropout and segment.dropout.at(ATTENTION_WEIGHTS)._replace(position_l=segment.positions_l)
+    def _over_groups(self, x_BlE: jax.Array, attended: Callable[..., tuple[jax.Array, Any]], segment: Segment):
+        """The sum of the groups' outputs, `y_BpE`, and what they add to the cache.
 
-        def one_group(y_BlE: jax.Array, group: "SelfAttention", number: Any) -> tuple[jax.Array, Any]:
-            modules = group, *norms
-            q_BlHK, k_BlGK, v_BlGK = in_tiles(_projected, self.tile, modules, x_BlE, segment.embedded_l)
-            of_group = dropout and dropout.of_group(number, q_BlHK.shape[2])
-            o_BlHK, own = segment.attend(q_BlHK, k_BlGK, v_BlGK, of_group, past)
+        `attended(group, number)` is `o_BlHK` of a group of heads, and what it adds.
+        """
+
+        def one_group(y_BlE: jax.Array, group: "Attention", number: Any) -> tuple[jax.Array, Any]:
+            o_BlHK, own = attended(group, number)
             return y_BlE + group.out.product(o_BlHK), own
 
         nothing_BlE = varying_like(jnp.zeros_like(x_BlE), (x_BlE, self.query.kernel[...]))
@@ -83,20 +86,90 @@ class SelfAttention(nnx.Module):
                 nothing_BlE,
                 groups,
             )
-        return self.out.biased(scatter_sequence(y_BlE, axis)), own
+        return self.out.biased(scatter_sequence(y_BlE, segment.model_axis)), own
+
+
+class SelfAttention(Attention):
+    """Multi-head self-attention, `x_BpE` to `x_BpE`: norm, projections, a sequence-parallel strategy, projection."""
+
+    @jax.named_scope(REGIONS)
+    def __call__(self, x_BpE: jax.Array, before: Any, segment: Segment, past: Any) -> tuple[jax.Array, Any]:
+        """Attention of the normalized (`before`) input, and what it adds to the cache."""
+        x_BlE, norms = _into_region(x_BpE, before, segment)
+        dropout = segment.dropout and segment.dropout.at(ATTENTION_WEIGHTS)._replace(position_l=segment.positions_l)
+
+        def attended(group: Attention, number: Any) -> tuple[jax.Array, Any]:
+            q_BlHK, k_BlGK, v_BlGK = in_tiles(_projected, self.tile, (group, *norms), x_BlE, segment.embedded_l)
+            of_group = dropout and dropout.of_group(number, q_BlHK.shape[2])
+            return segment.attend(q_BlHK, k_BlGK, v_BlGK, of_group, past)
+
+        return self._over_groups(x_BlE, attended, segment)
+
+
+class CrossAttention(Attention):
+    """Multi-head attention of a sequence to a source, `x_BpE` to `x_BpE`: only queries are of the sequence.
+
+    Keys and values are projected from this device's segment of the encoder's output, so that a strategy moves them as
+    it moves those of self-attention: LSS gathers them once, and scatters their gradient once.
+
+    With `model.positions="rope"` queries and keys are rotated by their natural positions, each in its own sequence. So
+    a score knows how far a source token's position is from the query's own, as a copy, or the summary of a text that
+    keeps its order, wants to know.
+    """
+
+    @jax.named_scope(REGIONS)
+    def __call__(self, x_BpE: jax.Array, source_BsE: jax.Array, before: Any, segment: Segment) -> jax.Array:
+        """Attention of the normalized (`before`) input to the encoder's output `source_BsE`, all of its segment."""
+        assert segment.source, "the family declares that it reads pairs"
+        x_BlE, norms = _into_region(x_BpE, before, segment)
+        dropout = segment.dropout and segment.dropout.at(CROSS_WEIGHTS)._replace(position_l=segment.positions_l)
+        source, attend = segment.source
+
+        def attended(group: Attention, number: Any) -> tuple[jax.Array, Any]:
+            q_BlHK = in_tiles(_queries, self.tile, (group, *norms), x_BlE, segment.embedded_l)
+            k_BsGK, v_BsGK = in_tiles(_keys_and_values, self.tile, (group,), source_BsE, source.embedded_l)
+            return attend(q_BlHK, k_BsGK, v_BsGK, dropout and dropout.of_group(number, q_BlHK.shape[2]), None)
+
+        return self._over_groups(x_BlE, attended, segment)[0]
+
+
+def _into_region(x_BpE: jax.Array, before: Any, segment: Segment) -> tuple[jax.Array, list[Any]]:
+    """The input of a region, once for all groups of heads, and the norms that are left to do.
+
+    Without a model axis the norm goes with the projections.
+    """
+    axis = segment.model_axis
+    return (gather_sequence(before(x_BpE), axis), []) if axis else (x_BpE, [before])
 
 
 def _projected(modules: tuple, x_BtE: jax.Array, positions_t: jax.Array, _: None) -> tuple[jax.Array, ...]:
-    """Queries, keys and values of some tokens, the first two normalized and rotated to their positions if need be."""
+    """Queries, keys and values of some tokens, from attention and the norms before it."""
     attention, *norms = modules
+    x_BtE = _normalized(norms, x_BtE)
+    q_BtHK = _queries((attention,), x_BtE, positions_t, None)
+    return q_BtHK, *_keys_and_values((attention,), x_BtE, positions_t, None)
+
+
+def _queries(modules: tuple, x_BtE: jax.Array, positions_t: jax.Array, _: None) -> jax.Array:
+    """Queries of some tokens, themselves normalized and rotated to their positions if need be."""
+    attention, *norms = modules
+    q_BtHK = attention.query(_normalized(norms, x_BtE))
+    q_BtHK = attention.query_norm(q_BtHK) if hasattr(attention, "query_norm") else q_BtHK
+    return attention.rope(q_BtHK, positions_t) if attention.rope else q_BtHK
+
+
+def _normalized(norms: list[Any], x_BtE: jax.Array) -> jax.Array:
     for before in norms:
         x_BtE = before(x_BtE)
-    q_BtHK, k_BtGK = attention.query(x_BtE), attention.key(x_BtE)
-    if hasattr(attention, "query_norm"):
-        q_BtHK, k_BtGK = attention.query_norm(q_BtHK), attention.key_norm(k_BtGK)
-    if attention.rope:
-        q_BtHK, k_BtGK = (attention.rope(x, positions_t) for x in (q_BtHK, k_BtGK))
-    return q_BtHK, k_BtGK, attention.value(x_BtE)
+    return x_BtE
+
+
+def _keys_and_values(modules: tuple, x_BtE: jax.Array, positions_t: jax.Array, _: None) -> tuple[jax.Array, jax.Array]:
+    """Keys and values of some tokens, the keys normalized and rotated if need be."""
+    (attention,) = modules
+    k_BtGK = attention.key(x_BtE)
+    k_BtGK = attention.key_norm(k_BtGK) if hasattr(attention, "key_norm") else k_BtGK
+    return attention.rope(k_BtGK, positions_t) if attention.rope else k_BtGK, attention.value(x_BtE)
 
 
 class Mlp(nnx.Module):
@@ -131,12 +204,35 @@ class Block(nnx.Module):
         self.mlp_norm = norm(config, rngs)
         self.mlp = Mlp(config, rngs)
 
-    def __call__(self, x_BpE: jax.Array, segment: Segment, past: Any) -> tuple[jax.Array, Any]:
+    def __call__(self, x_BpE: jax.Array, shared: None, segment: Segment, past: Any) -> tuple[jax.Array, Any]:
+        x_BpE, own = self._attended(x_BpE, segment, past)
+        return self._transformed(x_BpE, segment), own
+
+    def _attended(self, x_BpE: jax.Array, segment: Segment, past: Any) -> tuple[jax.Array, Any]:
+        """The residual stream after self-attention, and what that adds to the cache."""
         attended_BpE, own = self.attention(x_BpE, self.attention_norm, segment, past)
-        x_BpE = x_BpE + drop(attended_BpE, segment.dropout, AFTER_ATTENTION)
+        return x_BpE + drop(attended_BpE, segment.dropout, AFTER_ATTENTION), own
+
+    def _transformed(self, x_BpE: jax.Array, segment: Segment) -> jax.Array:
+        """The residual stream after the MLP."""
         residual_mlp = partial(_residual_mlp, axis=segment.model_axis)
         modules = self.mlp_norm, self.mlp
-        return in_tiles(residual_mlp, self.tile, modules, x_BpE, segment.positions_p, segment.dropout), own
+        return in_tiles(residual_mlp, self.tile, modules, x_BpE, segment.positions_p, segment.dropout)
+
+
+class CrossBlock(Block):
+    """One pre-norm layer of the decoder of an encoder-decoder: attention to its own sequence, to the source, MLP."""
+
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
+        super().__init__(config, rngs)
+        self.cross_norm = norm(config, rngs)
+        self.cross_attention = CrossAttention(config, rngs)
+
+    def __call__(self, x_BpE: jax.Array, source_BsE: jax.Array, segment: Segment, past: Any) -> tuple[jax.Array, Any]:
+        x_BpE, own = self._attended(x_BpE, segment, past)
+        attended_BpE = self.cross_attention(x_BpE, source_BsE, self.cross_norm, segment)
+        x_BpE = x_BpE + drop(attended_BpE, segment.dropout, AFTER_CROSS)
+        return self._transformed(x_BpE, segment), own
 
 
 def _residual_mlp(

@@ -6,6 +6,7 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 from lss_jax.config.schema import ModelConfig
+from lss_jax.parallel.layout import SEQUENCE
 from lss_jax.parallel.mesh import MODEL, SEQ
 from lss_jax.parallel.scopes import REGIONS
 from lss_jax.parallel.tensor_parallel import own_numbers, own_part, scatter_sequence
@@ -107,8 +108,9 @@ class LearnedPositions(nnx.Module):
     `shard_map` the rows are those of this device's tokens; in the training state they are in natural order.
     """
 
-    def __init__(self, config: ModelConfig, seq_len: int, rngs: nnx.Rngs):
-        self.table_LE = nnx.Param(_normal(rngs, seq_len, config.width), spec=P((SEQ, MODEL)), row_per_position=True)
+    def __init__(self, config: ModelConfig, seq_len: int, rngs: nnx.Rngs, sequence: str = SEQUENCE):
+        table_LE = _normal(rngs, seq_len, config.width)
+        self.table_LE = nnx.Param(table_LE, spec=P((SEQ, MODEL)), row_per_position=sequence)
 
     def __call__(self, x_BpE: jax.Array) -> jax.Array:
         rows_pE = self.table_LE[...]

@@ -6,10 +6,21 @@ from typing import Any, NamedTuple
 from flax import nnx
 from jax.sharding import AbstractMesh, Mesh
 
+from lss_jax.attention.setting import Between
 from lss_jax.attention.traffic import Traffic
 from lss_jax.config.schema import Config
+from lss_jax.parallel.layout import SEQUENCE
 
 Trained = dict[str, Any]
+
+
+class AttentionLayers(NamedTuple):
+    """The layers of a model with one kind of attention."""
+
+    between: Between
+    scope: str  # one of `parallel.scopes`
+    layers: int
+    reached: bool  # by the backward pass
 
 
 class Costs(NamedTuple):
@@ -20,7 +31,8 @@ class Costs(NamedTuple):
 
     traffic: Callable[[Config, Mesh | AbstractMesh, Trained], Iterator[tuple[str, Traffic]]]  # over `model`, with scope
     products: Callable[[Config, Mesh | AbstractMesh, Trained], int]  # operations of matrix products, per device
-    reaches_layers: Callable[[Trained], bool]  # whether the backward pass goes through the layers
+    attentions: Callable[[Config, Trained], list[AttentionLayers]]
+    reaches_layers: Callable[[Trained, str], bool]  # whether the backward pass goes through a stack, by its name
 
 
 class Family(NamedTuple):
@@ -31,3 +43,4 @@ class Family(NamedTuple):
     costs: Costs | None = None
     generates: bool = False  # whether the module has a method `recall`, as the decoder's
     gathers_weights: bool = False  # whether it calls `layers.whole` where it uses weights that are sharded at rest
+    sequences: tuple[str, ...] = (SEQUENCE,)  # each of which a stack of layers is for

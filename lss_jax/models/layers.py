@@ -43,6 +43,14 @@ class Segment(NamedTuple):
     dropout: Dropout | None  # for the part's activations; None if nothing is dropped
     model_axis: str | None  # the mesh axis over which parts, heads and columns are sharded; None if they are not
     sequence_axes: tuple[str, ...]  # those of `seq` and `model` over which the sequence is sharded
+    source: "Source | None"  # what an encoder-decoder reads besides
+
+
+class Source(NamedTuple):
+    """The context of the source that an encoder-decoder reads: for its encoder, and for attention to it."""
+
+    segment: Segment  # of the source
+    attend: AttendWithPast  # from the queries of the sequence to the keys and values of the source
 
 
 def without_past(attend: Attend) -> AttendWithPast:

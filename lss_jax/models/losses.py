@@ -29,16 +29,43 @@ class EncodedLossSum(NamedTuple):
     tokens: Any
 
 
+class ExactLossSum(NamedTuple):
+    """The same with the tokens whose target has the largest logit, or one as large."""
+
+    nats: Any
+    exact: Any
+    tokens: Any
+
+
 def cross_entropy(logits_BlV: jax.Array, targets_Bl: jax.Array) -> LossSum:
     """Cross-entropy of each local token, in nats, `[B, l]`; zero where the target is `IGNORED`."""
-    counted_Bl = targets_Bl != IGNORED
+    nats_Bl, _, counted_Bl = exact_cross_entropy(logits_BlV, targets_Bl)
+    return LossSum(nats_Bl, counted_Bl)
+
+
+def exact_cross_entropy(logits_BlV: jax.Array, targets_Bl: jax.Array) -> ExactLossSum:
+    """The same, and whether the target is the likeliest token."""
     target_logit_Bl = jnp.take_along_axis(logits_BlV, jnp.maximum(targets_Bl, 0)[..., None], axis=-1)[..., 0]
     nats_Bl = jax.nn.logsumexp(logits_BlV, axis=-1) - target_logit_Bl
-    return LossSum(jnp.where(counted_Bl, nats_Bl, 0.0), counted_Bl.astype(jnp.float32))
+    return _counted(nats_Bl, target_logit_Bl >= jnp.max(logits_BlV, axis=-1), targets_Bl)
+
+
+def _counted(nats: jax.Array, exact: jax.Array, targets: jax.Array) -> ExactLossSum:
+    """The terms of each token, zero where the target is `IGNORED`."""
+    counted = targets != IGNORED
+    return ExactLossSum(
+        jnp.where(counted, nats, 0.0), (counted & exact).astype(jnp.float32), counted.astype(jnp.float32)
+    )
+
+
+def vocab_parallel_cross_entropy(logits_BlV: jax.Array, targets_Bl: jax.Array, axis: str) -> LossSum:
+    """Cross-entropy with the vocabulary sharded over `axis`, as `vocab_parallel_exact`."""
+    nats_Bp, _, counted_Bp = vocab_parallel_exact(logits_BlV, targets_Bl, axis)
+    return LossSum(nats_Bp, counted_Bp)
 
 
 @jax.named_scope(LOSS)
-def vocab_parallel_cross_entropy(logits_BlV: jax.Array, targets_Bl: jax.Array, axis: str) -> LossSum:
+def vocab_parallel_exact(logits_BlV: jax.Array, targets_Bl: jax.Array, axis: str) -> ExactLossSum:
     """Cross-entropy with the vocabulary sharded over `axis`, in nats: `[B, p]`, for this device's part of the tokens.
 
     `logits_BlV` are those of the whole segment for this device's vocabulary shard. No device ever holds all logits of a
@@ -50,6 +77,5 @@ def vocab_parallel_cross_entropy(logits_BlV: jax.Array, targets_Bl: jax.Array, a
     target_logit_Bl = jnp.take_along_axis(logits_BlV, number_Bl[..., None], axis=-1)[..., 0]
     terms_2Bl = jnp.stack((jnp.sum(jnp.exp(logits_BlV), axis=-1), jnp.where(here_Bl, target_logit_Bl, 0.0)))
     sum_Bp, target_logit_Bp = jax.lax.psum_scatter(terms_2Bl, axis, scatter_dimension=2, tiled=True)
-    counted_Bp = own_part(targets_Bl, axis, 1) != IGNORED
-    nats_Bp = jnp.log(sum_Bp) - target_logit_Bp
-    return LossSum(jnp.where(counted_Bp, nats_Bp, 0.0), counted_Bp.astype(jnp.float32))
+    nats_Bp = jnp.log(sum_Bp) - target_logit_Bp  # of logits of which the largest is zero
+    return _counted(nats_Bp, target_logit_Bp >= 0.0, own_part(targets_Bl, axis, 1))

@@ -37,36 +37,39 @@ class Stack(nnx.Module):
     have no gradient.
     """
 
-    def __init__(self, model: ModelConfig, rngs: nnx.Rngs):
+    def __init__(self, model: ModelConfig, rngs: nnx.Rngs, block: Callable[..., nnx.Module] = Block):
         self.model = model
 
         @nnx.split_rngs(splits=model.layers)
         @nnx.vmap
-        def stacked(rngs: nnx.Rngs) -> Block:
-            return Block(model, rngs)
+        def stacked(rngs: nnx.Rngs) -> nnx.Module:
+            return block(model, rngs)
 
         self.blocks = stacked(rngs)
         for _, parameter in nnx.iter_graph(self.blocks):
             if isinstance(parameter, nnx.Param):
                 parameter.set_metadata(spec=P(None, *parameter.spec), stacked=True)
 
-    def __call__(self, x_BpE: jax.Array, segment: Segment, past: Any = None) -> tuple[jax.Array, Any]:
+    def __call__(
+        self, x_BpE: jax.Array, segment: Segment, past: Any = None, shared: Any = None
+    ) -> tuple[jax.Array, Any]:
         """The residual stream `x_BpE` after all layers, and what each layer's attention adds to the cache.
 
-        The latter, and the cache so far (`past`), are arrays with layers first, or None.
+        The latter, and the cache so far (`past`), are arrays with layers first, or None. `shared` is what blocks read
+        beside the stream, the same for all: arrays, or None.
         """
         model = self.model
         graphdef, trained, *frozen = nnx.split(self.blocks, is_trained, ...)
 
-        def apply(x_BpE: jax.Array, layer: Any) -> tuple[jax.Array, Any]:
+        def apply(x_BpE: jax.Array, shared: Any, layer: Any) -> tuple[jax.Array, Any]:
             trained, (frozen, number, past) = layer
             block = whole(nnx.merge(graphdef, trained, *frozen), model.dtype)
             of_layer = segment._replace(dropout=segment.dropout and segment.dropout.at(LAYER, number))
-            return block(x_BpE, of_layer, past)
+            return block(x_BpE, shared, of_layer, past)
 
         layers = trained, (frozen, jnp.arange(model.layers), past)
         if model.remat in ("input", "offload"):
-            return recomputed(apply, model, x_BpE, *layers)
+            return recomputed(apply, model, x_BpE, shared, *layers)
         if model.remat == "block":
             policy = jax.checkpoint_policies.save_only_these_names(ATTENDED, COMMUNICATED, REGION_OUTPUT)
         elif any(
@@ -74,12 +77,16 @@ class Stack(nnx.Module):
         ):
             policy = _all_but_fetched_weights
         else:
-            return self._scan(apply, x_BpE, layers)
-        return self._scan(jax.checkpoint(apply, policy=policy, prevent_cse=not model.scan_layers), x_BpE, layers)
+            return self._scan(apply, x_BpE, shared, layers)
+        checkpointed = jax.checkpoint(apply, policy=policy, prevent_cse=not model.scan_layers)
+        return self._scan(checkpointed, x_BpE, shared, layers)
 
-    def _scan(self, function: Callable, x_BpE: jax.Array, layers: Any) -> tuple[jax.Array, Any]:
+    def _scan(self, function: Callable, x_BpE: jax.Array, shared: Any, layers: Any) -> tuple[jax.Array, Any]:
+        def one_layer(x_BpE: jax.Array, layer: Any) -> tuple[jax.Array, Any]:
+            return function(x_BpE, shared, layer)
+
         count = len(jax.tree.leaves(layers)[0])
-        return jax.lax.scan(function, x_BpE, layers, unroll=1 if self.model.scan_layers else count)
+        return jax.lax.scan(one_layer, x_BpE, layers, unroll=1 if self.model.scan_layers else count)
 
 
 def _all_but_fetched_weights(primitive: Any, *_: Any, **params: Any) -> bool:

@@ -14,10 +14,10 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import AbstractMesh, Mesh
 
-from lss_jax.attention.traffic import sizes_of
 from lss_jax.config.schema import Config
 from lss_jax.models.layers import is_trained
-from lss_jax.parallel.mesh import MODEL
+from lss_jax.parallel.layout import SEQUENCE, padded_length
+from lss_jax.parallel.mesh import MODEL, SEQ
 from lss_jax.parallel.varying import varying_like
 
 Function = Callable[..., Any]
@@ -55,9 +55,10 @@ def tile_size(tokens: int, size: int) -> int:
     return next((divisor for divisor in range(size, size // 2, -1) if tokens % divisor == 0), size)
 
 
-def tiles_on(config: Config, mesh: Mesh | AbstractMesh) -> dict[int, int]:
+def tiles_on(config: Config, mesh: Mesh | AbstractMesh, sequence: str = SEQUENCE) -> dict[int, int]:
     """The tiles of a device's part of a segment: their size in tokens, and how many there are of it."""
-    part, size = sizes_of(config, mesh).l // mesh.shape[MODEL], config.model.tile
+    part = padded_length(config, mesh, sequence) // mesh.shape[SEQ] // mesh.shape[MODEL]
+    size = config.model.tile
     if size == 0 or size >= part:
         return {part: 1}
     size = tile_size(part, size)

@@ -6,6 +6,7 @@ import jax
 from flax import nnx
 
 from lss_jax.config.schema import Config
+from lss_jax.models.blocks import Block
 from lss_jax.models.embeddings import (
     Head,
     LearnedPositions,
@@ -30,6 +31,8 @@ class Transformer(nnx.Module):
     and then it has these for each of its pixels.
     """
 
+    block: type[Block] = Block
+
     def __init__(self, config: Config, rngs: nnx.Rngs):
         model = config.model
         self.model = model
@@ -38,22 +41,29 @@ class Transformer(nnx.Module):
         if model.positions == "learned":
             table: Any = RestartedPositions if config.data.restart_positions else LearnedPositions
             self.positions = table(model, config.data.seq_len, rngs)
-        self.stack = Stack(model, rngs)
+        self.stack = Stack(model, rngs, self.block)
         self.final_norm = norm(model, rngs)
         if model.classes or not model.tied_head:
             self.head = Head(model, pixels, rngs)
 
     def embedding(self) -> Any:
-        """What embeds tokens, gathered if it is sharded at rest: once, for both of its uses in a tied model."""
+        """What embeds tokens, gathered if it is sharded at rest: once, for all of its uses."""
         return whole(self.tokens, self.model.dtype)
 
-    def features(self, embedding: Any, tokens: jax.Array, segment: Segment, past: Any) -> tuple[jax.Array, Any]:
+    def features(
+        self, embedding: Any, tokens: jax.Array, segment: Segment, past: Any, shared: Any = None
+    ) -> tuple[jax.Array, Any]:
         """This device's part `x_BpE` of the residual stream after all layers, and what they add to the cache.
 
-        Tokens are those of the segment, `Bl`, or grey levels of patches, `PBl`.
+        Tokens are those of the segment, `Bl`, or grey levels of patches, `PBl`; for `past` and `shared` see `Stack`.
         """
-        x_BpE = self._with_positions(embedding(tokens, segment.model_axis), segment)
-        return self.stack(drop(x_BpE, segment.dropout, EMBEDDING), segment, past)
+        table = self.positions if hasattr(self, "positions") else None
+        return self.stack(self.embedded(embedding, tokens, table, segment), segment, past, shared)
+
+    def embedded(self, embedding: Any, tokens: jax.Array, table: nnx.Module | None, segment: Segment) -> jax.Array:
+        """The tokens of this device's part, `x_BpE`, with the positions of a table, or as the model has them."""
+        x_BpE = embedding(tokens, segment.model_axis)
+        return drop(self._with_positions(x_BpE, table, segment), segment.dropout, EMBEDDING)
 
     def logits_of(self, embedding: TokenEmbedding, x_BpE: jax.Array, segment: Segment) -> PerToken:
         """Logits of each token, float32: `BpV` for this device's part of the segment.
@@ -77,13 +87,13 @@ class Transformer(nnx.Module):
         head = whole(self.head, model.dtype) if hasattr(self, "head") else embedding
         return PerToken(logits, (self.final_norm, head), x_BpE, model.tile)
 
-    def _with_positions(self, x_BpE: jax.Array, segment: Segment) -> jax.Array:
+    def _with_positions(self, x_BpE: jax.Array, table: Any, segment: Segment) -> jax.Array:
         """The embedded tokens of this device's part, with their positions added if that is how the model has them."""
-        if hasattr(self, "positions") and isinstance(self.positions, LearnedPositions):
-            return self.positions(x_BpE)
+        if isinstance(table, LearnedPositions):
+            return table(x_BpE)
         if self.model.positions not in ("learned", "sinusoidal"):
             return x_BpE
         embedded_p = own_part(segment.embedded_l, segment.model_axis, segment.embedded_l.ndim - 1)
         if self.model.positions == "sinusoidal":
             return sinusoidal(x_BpE, embedded_p)
-        return whole(self.positions, self.model.dtype)(x_BpE, embedded_p)
+        return whole(table, self.model.dtype)(x_BpE, embedded_p)

@@ -13,7 +13,8 @@ import jax.numpy as jnp
 from lss_jax.parallel.hashing import hashed, mixed
 
 # The sites of a model; a site within a layer comes after the layer's number.
-EMBEDDING, LAYER, ATTENTION_WEIGHTS, AFTER_ATTENTION, AFTER_MLP = range(5)
+EMBEDDING, LAYER, ATTENTION_WEIGHTS, AFTER_ATTENTION, AFTER_MLP, CROSS_WEIGHTS, AFTER_CROSS = range(7)
+OF_SOURCE = 7  # before all sites of an encoder
 
 
 class Dropout(NamedTuple):

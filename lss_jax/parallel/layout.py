@@ -18,6 +18,7 @@ from lss_jax.config.schema import Config
 from lss_jax.parallel.mesh import MODEL, SEQ
 
 CHUNKS_PER_DEVICE = {"contiguous": 1, "zigzag": 2}
+SEQUENCE, SOURCE = "sequence", "source"  # what every model has, and what an encoder-decoder reads besides
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,6 +150,17 @@ def _merge(x: jax.Array, axis: int) -> jax.Array:
     return x.reshape(*x.shape[:axis], -1, *x.shape[axis + 2 :])
 
 
-def layout_on(config: Config, mesh: Mesh | AbstractMesh) -> Layout:
-    """The token order of a config on this mesh."""
-    return Layout(config.attention.layout, mesh.shape[SEQ], mesh.shape[MODEL])
+def layout_on(config: Config, mesh: Mesh | AbstractMesh, sequence: str = SEQUENCE) -> Layout:
+    """The token order of a config's sequence, or of its source, on this mesh."""
+    names = {SEQUENCE: config.attention.layout, SOURCE: config.attention.source_layout}
+    return Layout(names[sequence], mesh.shape[SEQ], mesh.shape[MODEL])
+
+
+def length_of(config: Config, sequence: str = SEQUENCE) -> int:
+    """The tokens of a config's sequence, or of its source, without padding."""
+    return {SEQUENCE: config.data.seq_len, SOURCE: config.data.source_len}[sequence]
+
+
+def padded_length(config: Config, mesh: Mesh | AbstractMesh, sequence: str = SEQUENCE) -> int:
+    """The same with the padding by which this mesh shards it."""
+    return layout_on(config, mesh, sequence).padded(length_of(config, sequence))

@@ -6,6 +6,7 @@ from lss_jax.config.schema import Config, ConfigError, unknown_choice
 from lss_jax.tasks.language_model import LanguageModel
 from lss_jax.tasks.masked_language_model import MaskedLanguageModel
 from lss_jax.tasks.sequence_label import SequenceLabel
+from lss_jax.tasks.sequence_to_sequence import SequenceToSequence
 from lss_jax.tasks.task import Task
 from lss_jax.tasks.token_labels import TokenLabels
 
@@ -14,6 +15,7 @@ TASKS: dict[str, type[Task]] = {
     "masked_language_model": MaskedLanguageModel,
     "token_labels": TokenLabels,
     "sequence_label": SequenceLabel,
+    "sequence_to_sequence": SequenceToSequence,
 }
 
 

@@ -10,6 +10,7 @@ import numpy as np
 from jax.sharding import AbstractMesh, Mesh
 
 from lss_jax.attention.mask import Intervals
+from lss_jax.attention.setting import SELF, Between
 from lss_jax.attention.traffic import Traffic
 from lss_jax.config.schema import Config
 from lss_jax.data.split import WindowSplit
@@ -24,6 +25,7 @@ NEEDS = {
     "tokens": "predicts tokens from both sides",
     "classes": "predicts a class for each token",
     "pooled": "predicts a class for each sequence",
+    "pairs": "predicts each next token of a sequence from a source as well",
 }
 
 
@@ -117,13 +119,26 @@ class Task(abc.ABC):
         Without a batch the window counts as one document: to count operations, and to generate.
         """
 
+    def counted_part(self, batch: Any) -> Any:
+        """The arrays of a batch (or their specs) that `losses` needs; the numbers of rows, for one, are for dropout."""
+        return batch._replace(rows=None)
+
+    def source_positions(self, batch: Any) -> jax.Array | None:
+        """The natural positions `[s]` of a local batch's source, which an encoder-decoder reads; or None."""
+        return None
+
+    def mask_between(self, between: Between, positions_l: jax.Array, batch: Any = None) -> Intervals:
+        """`mask` of the attention between two sequences, of queries at these natural positions of theirs."""
+        assert between == SELF, "a task with a source says what is seen of it"
+        return self.mask(positions_l, batch)
+
     @abc.abstractmethod
     def losses(self, outputs: Any, batch: Any, axis: str | None) -> Any:
         """The terms of the task's sums, one per item of this device: float32 arrays `[B, p]`; `[B, p, C]` by class.
 
         Args:
           outputs: the model's, for this device's part `p` of its segment, or its vocabulary shard; or for sequences.
-          batch: local arrays, of all tokens or of a tile of them, without `rows`.
+          batch: local arrays, of all tokens or of a tile of them: the `counted_part`.
           axis: the mesh axis over which the segment is sharded into parts, None if it is not.
         """
 

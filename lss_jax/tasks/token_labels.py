@@ -28,7 +28,7 @@ class TokenLabels(BidirectionalTask):
     def __init__(self, config: Config):
         super().__init__(config)
         kinds = [kind for source, kind in KINDS.items() if source == config.data.source]  # none, or one
-        self.names = config.labels.classes or next((kind.classes for kind in kinds), ())
+        self.names = config.labels.classes or next((kind.classes or () for kind in kinds), ())
         self.items = next((kind.items for kind in kinds), "tokens")
         self.metrics = label_metrics(self.names, self.items.removesuffix("s"))
         self.headline = self.metrics[2]
@@ -40,16 +40,16 @@ class TokenLabels(BidirectionalTask):
     def problems(self) -> Iterator[str]:
         yield from super().problems()
         data = self.config.data
-        if data.source not in KINDS:
+        if data.source not in KINDS or KINDS[data.source].classes is None:
             yield (
                 f"data.source={data.source!r} has no labels of tokens, which task={self.config.task!r} needs; "
-                f"use one of {', '.join(map(repr, KINDS))}"
+                f"use one of {', '.join(repr(name) for name, kind in KINDS.items() if kind.classes is not None)}"
             )
         else:
             yield from class_problems(self.config, self.names, pooling="none")
 
     def check(self, corpus: Corpus) -> None:
-        """Raises a ConfigError if there are more tokens than the model has, or not all data has labels."""
+        """Raises a ConfigError for tokens that do not fit the model, without labels, or with none of its classes."""
         super().check(corpus)
         for split, streams in corpus.streams.items():
             if any(stream.labels is None for stream in streams):
@@ -57,6 +57,8 @@ class TokenLabels(BidirectionalTask):
                     f"data.path={self.config.data.path!r}: {self.items} of the split {split!r} have no labels, which "
                     f"task={self.config.task!r} needs; give annotated files (GenBank), or their data.annotation (GFF3)"
                 )
+            for stream in streams:
+                check_labels(split, stream, self.config.model.classes)
 
     def reading(self, turn: int) -> Read:
         return labelled
@@ -65,13 +67,6 @@ class TokenLabels(BidirectionalTask):
     def has_images(self) -> bool:
         """Whether tokens are pixels, or patches of them."""
         return self.config.data.source in IMAGES
-
-    def check(self, corpus: Corpus) -> None:
-        """Raises a ConfigError for tokens that do not fit the model, or a label that is none of its classes."""
-        super().check(corpus)
-        for name, streams in corpus.streams.items():
-            for stream in streams:
-                check_labels(name, stream, self.config.model.classes)
 
     def losses(self, outputs: jax.Array, batch: Batch, axis: str | None) -> LabelSums:
         labels = own_part(batch.targets, axis, batch.targets.ndim - 1)

@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 
 from lss_jax.config.schema import Config, ConfigError
 from lss_jax.config.units import shown_size
-from lss_jax.models import Model
+from lss_jax.models import FAMILIES, Model
 from lss_jax.models.recompute import waiting
 from lss_jax.parallel.host_memory import HOST
 from lss_jax.parallel.mesh import has_host_memory, shard_bytes
@@ -24,7 +24,8 @@ def host_bytes(model: Model, mesh: Mesh, state: Any) -> dict[str, int]:
     """Bytes per device by what they are: layers' inputs, and of `state` (shapes and shardings) with its gradient."""
     config, found = model.config, {}
     if config.model.remat == "offload":
-        found["layers' inputs"] = waiting(config, mesh)
+        sequences = FAMILIES[config.model.family].sequences
+        found["layers' inputs"] = sum(waiting(config, mesh, sequence) for sequence in sequences)
     if config.optim.offload:
         gradients = 1 if config.optim.accumulate == 1 else 2  # the sum, and a microbatch's
         found["weights, gradients and moments"] = _bytes(state) + gradients * _bytes(model.only_trained(state.params))

@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 
 from lss_jax.models import Model
 from lss_jax.parallel.host_memory import HOST
-from lss_jax.parallel.layout import layout_on
+from lss_jax.parallel.layout import length_of, padded_length
 from lss_jax.parallel.mesh import DATA, SEQ, axes_of, like, named_axes, sharded_axes, shardings
 
 
@@ -99,10 +99,12 @@ def _shard_further(spec: P, shape: tuple[int, ...], mesh: Mesh | AbstractMesh) -
 
 def param_specs(model: Model, mesh: Mesh | AbstractMesh) -> Any:
     """The specs of the parameters in the state: the model's, but tables that sharding would pad are replicated."""
-    seq_len = model.config.data.seq_len
-    if layout_on(model.config, mesh).padded(seq_len) == seq_len:
-        return model.specs
-    return model.with_tables(lambda _: P(), model.specs)
+    config = model.config
+
+    def in_state(spec: P, sequence: str) -> P:
+        return spec if padded_length(config, mesh, sequence) == length_of(config, sequence) else P()
+
+    return model.with_tables(in_state, model.specs)
 
 
 def state_like(model: Model, optimizer: optax.GradientTransformation, mesh: Mesh | AbstractMesh) -> TrainState:

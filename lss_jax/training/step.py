@@ -10,11 +10,8 @@ import optax
 from jax.sharding import AbstractMesh, Mesh
 from jax.sharding import PartitionSpec as P
 
-from lss_jax.attention.placement import setting_on
-from lss_jax.attention.strategies import make_attend
 from lss_jax.config.schema import Config
 from lss_jax.models import Model, Params
-from lss_jax.models.layers import Segment, without_past
 from lss_jax.models.outputs import PerToken, Pooled
 from lss_jax.parallel.dropout import Dropout
 from lss_jax.parallel.gradients import double_sum, varying
@@ -22,10 +19,10 @@ from lss_jax.parallel.hashing import hashed
 from lss_jax.parallel.host_memory import elementwise, is_on_host, zeros_on_host
 from lss_jax.parallel.mesh import DATA, MODEL, SEQ, axis_if_sharded, named_axes, sharded_axes, without_unsharded
 from lss_jax.parallel.scopes import OPTIMIZER
-from lss_jax.parallel.tensor_parallel import own_part
 from lss_jax.tasks import make_task
 from lss_jax.tasks.task import Means, means_of
 from lss_jax.training.optimizer import make_optimizer
+from lss_jax.training.segments import segment_of
 from lss_jax.training.state import TrainState, param_specs, state_like, state_shardings
 from lss_jax.training.tables import cropped, in_layout_order, in_natural_order, padded
 from lss_jax.training.update import make_norm, make_update
@@ -141,7 +138,8 @@ def make_prediction_step(
 
     @partial(jax.shard_map, mesh=mesh, in_specs=in_specs, out_specs=without_unsharded(spec, mesh))
     def on_segments(params: Params, batch: Any) -> jax.Array:
-        outputs = local_outputs(model, mesh, in_layout_order(params, model, mesh), batch, None)
+        local, segment = in_layout_order(params, model, mesh), segment_of(model.config, mesh, batch, None)
+        outputs = model.apply(local, make_task(model.config).inputs(batch), segment)
         assert isinstance(outputs, PerToken), "the task predicts something for each token"
         return outputs.reduced(lambda outputs, _tokens, _context: predict(outputs), None, None)
 
@@ -154,16 +152,16 @@ def local_losses(model: Model, mesh: Mesh | AbstractMesh, params: Params, batch:
     Those of whole sequences are `[B, 1]`, and zero but on the first device of those that share a sequence.
     """
     axis, task = axis_if_sharded(MODEL, mesh), make_task(model.config)
-    outputs = local_outputs(model, mesh, params, batch, dropout)
+    segment = segment_of(model.config, mesh, batch, dropout)
+    outputs = model.apply(params, task.inputs(batch), segment)
     if isinstance(outputs, Pooled):
-        sequence_axes = _sequence_axes(mesh)
-        first = jnp.array([jax.lax.axis_index(axis) == 0 for axis in sequence_axes]).all()
+        first = jnp.array([jax.lax.axis_index(axis) == 0 for axis in segment.sequence_axes]).all()
         whole = task.losses(outputs.logits_BC, batch, axis)
         return jax.tree.map(lambda losses_B1: jnp.where(first, losses_B1, 0.0), whole)
     if not isinstance(outputs, PerToken):
         return task.losses(outputs, batch, axis)
-    # What has tokens goes with them in tiles, and all else but the numbers of rows, which are for dropout, to each.
-    batch, specs = batch._replace(rows=None), task.batch_specs()._replace(rows=None)
+    # What has tokens goes with them in tiles, and all else to each.
+    batch, specs = map(task.counted_part, (batch, task.batch_specs()))
     of_tokens = jax.tree.map(lambda array, spec: array if SEQ in named_axes(spec) else None, batch, specs)
     others = jax.tree.map(lambda array, spec: None if SEQ in named_axes(spec) else array, batch, specs)
 
@@ -172,31 +170,6 @@ def local_losses(model: Model, mesh: Mesh | AbstractMesh, params: Params, batch:
         return task.losses(outputs, tile, axis)
 
     return outputs.reduced(losses, of_tokens, others)
-
-
-def local_outputs(model: Model, mesh: Mesh | AbstractMesh, params: Params, batch: Any, dropout: Dropout | None) -> Any:
-    """The model's outputs for this device's part of its segment, from local parameters and batch."""
-    config, axis, task = model.config, axis_if_sharded(MODEL, mesh), make_task(model.config)
-    positions_l, positions_p = batch.positions, own_part(batch.positions, axis, 0)
-    mask = task.mask(batch.positions, batch)
-    attend, sees_l = make_attend(config.attention.strategy, mask, setting_on(config, mesh)), mask.start < mask.end
-    segment = Segment(
-        positions_l=positions_l,
-        positions_p=positions_p,
-        embedded_l=task.positions(batch),
-        is_token_p=own_part(sees_l, axis, sees_l.ndim - 1),
-        attend=without_past(attend),
-        head_groups=config.attention.head_groups,
-        dropout=dropout and dropout._replace(position_l=positions_p),
-        model_axis=axis,
-        sequence_axes=_sequence_axes(mesh),
-    )
-    return model.apply(params, task.inputs(batch), segment)
-
-
-def _sequence_axes(mesh: Mesh | AbstractMesh) -> tuple[str, ...]:
-    """The axes that shard a sequence on this mesh."""
-    return tuple(axis for axis in sharded_axes(mesh) if axis != DATA)
 
 
 def dropout_of(config: Config, mesh: Mesh | AbstractMesh, batch: Any, step: jax.Array) -> Dropout | None:

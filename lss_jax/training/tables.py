@@ -1,7 +1,7 @@
-"""Parameters with a row per position: sharded like the sequence, in its layout and with its padding.
+"""Parameters with a row per position: sharded like their sequence, in its layout and with its padding.
 
 In the training state they are in natural order and without padding; inside `shard_map` each device has the rows of its
-own tokens.
+own tokens. An encoder-decoder has two such tables, of two sequences with a length and a layout each.
 """
 
 import jax
@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh
 
 from lss_jax.models import Model, Params
-from lss_jax.parallel.layout import layout_on
+from lss_jax.parallel.layout import layout_on, length_of, padded_length
 from lss_jax.parallel.mesh import DATA, sharded_axes
 from lss_jax.parallel.scopes import POSITIONS
 
@@ -17,21 +17,33 @@ from lss_jax.parallel.scopes import POSITIONS
 @jax.named_scope(POSITIONS)
 def in_layout_order(params: Params, model: Model, mesh: Mesh | AbstractMesh) -> Params:
     """Local parameters with the rows of each table moved to the devices of their tokens."""
-    layout, axes = layout_on(model.config, mesh), _sequence_axes(mesh)
-    return model.with_tables(lambda table_pE: layout.from_natural(table_pE, axes), params)
+    axes = _sequence_axes(mesh)
+
+    def moved(table_pE: jax.Array, sequence: str) -> jax.Array:
+        return layout_on(model.config, mesh, sequence).from_natural(table_pE, axes)
+
+    return model.with_tables(moved, params)
 
 
 @jax.named_scope(POSITIONS)
 def in_natural_order(gradient: Params, model: Model, mesh: Mesh | AbstractMesh) -> Params:
     """A local gradient with the rows of each table back in natural order: the inverse of `in_layout_order`."""
-    layout, axes = layout_on(model.config, mesh), _sequence_axes(mesh)
-    return model.with_tables(lambda table_pE: layout.to_natural(table_pE, axes), gradient)
+    axes = _sequence_axes(mesh)
+
+    def moved_back(table_pE: jax.Array, sequence: str) -> jax.Array:
+        return layout_on(model.config, mesh, sequence).to_natural(table_pE, axes)
+
+    return model.with_tables(moved_back, gradient)
 
 
 def padded(params: Params, model: Model, mesh: Mesh | AbstractMesh) -> Params:
     """Global parameters with rows of zeros added to each table that is sharded like a padded sequence."""
-    missing = _missing_rows(model, mesh)
-    return model.with_tables(lambda table: jnp.pad(table, ((0, missing), (0, 0))), params) if missing else params
+
+    def with_padding(table_LE: jax.Array, sequence: str) -> jax.Array:
+        missing = _missing_rows(model, mesh, sequence)
+        return jnp.pad(table_LE, ((0, missing), (0, 0))) if missing else table_LE
+
+    return model.with_tables(with_padding, params)
 
 
 @jax.named_scope(POSITIONS)
@@ -41,19 +53,21 @@ def cropped(gradient: Params, model: Model, mesh: Mesh | AbstractMesh) -> Params
     A table that the mesh does not divide is replicated in the state, so its gradient is first gathered: explicitly,
     since a gather that XLA inserts where `shard_map` ends has no name of its own from jax 0.12 on.
     """
-    missing, axes = _missing_rows(model, mesh), _sequence_axes(mesh)
+    axes = _sequence_axes(mesh)
 
-    def without_padding(table_pE: jax.Array) -> jax.Array:
+    def without_padding(table_pE: jax.Array, sequence: str) -> jax.Array:
+        missing = _missing_rows(model, mesh, sequence)
+        if not missing:
+            return table_pE
         table_LE = jax.lax.all_gather(table_pE, axes, tiled=True, to="invarying") if axes else table_pE
         return table_LE[:-missing]
 
-    return model.with_tables(without_padding, gradient) if missing else gradient
+    return model.with_tables(without_padding, gradient)
 
 
 def _sequence_axes(mesh: Mesh | AbstractMesh) -> tuple[str, ...]:
     return tuple(axis for axis in sharded_axes(mesh) if axis != DATA)
 
 
-def _missing_rows(model: Model, mesh: Mesh | AbstractMesh) -> int:
-    seq_len = model.config.data.seq_len
-    return layout_on(model.config, mesh).padded(seq_len) - seq_len
+def _missing_rows(model: Model, mesh: Mesh | AbstractMesh, sequence: str) -> int:
+    return padded_length(model.config, mesh, sequence) - length_of(model.config, sequence)

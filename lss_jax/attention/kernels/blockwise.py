@@ -48,7 +48,7 @@ def backward(residuals: Residuals, do_BlHK: jax.Array, setting: Setting) -> tupl
     given, start = cotangents(blocking, output, do_BlHK), no_gradients(blocks, kv_n2BGsK)
     dq_igmK, dkv_n2BGKs = differentiate(blocks, kv_n2BGsK, keys, cotangents=given, gradients=start)
     if ordered_first(kv_N2BGlK.shape[4], setting):
-        dkv_n2BGKs = setting.layout.segments(dkv_n2BGKs[0], 4)
+        dkv_n2BGKs = setting.key_layout.segments(dkv_n2BGKs[0], 4)
     return blocking.join(dq_igmK).astype(do_BlHK.dtype), dkv_n2BGKs
 
 
@@ -56,20 +56,20 @@ def _ordered(kv_N2BGlK: jax.Array, setting: Setting) -> tuple[jax.Array, KeyBloc
     """The keys as they lie and their blocks; runs too short for blocks are first put together in natural order."""
     keys = blocks_of_keys(kv_N2BGlK.shape[4], setting)
     if ordered_first(kv_N2BGlK.shape[4], setting):
-        kv_N2BGlK = setting.layout.natural(kv_N2BGlK, 4)[None]
+        kv_N2BGlK = setting.key_layout.natural(kv_N2BGlK, 4)[None]
     return kv_N2BGlK, keys
 
 
 def blocks_of_keys(segment_length: int, setting: Setting) -> KeyBlocks:
-    """The blocks of all keys, as the kernel has them."""
+    """The blocks of all keys, in segments of this length, as the kernel has them."""
     if ordered_first(segment_length, setting):
-        segment_length, setting = segment_length * setting.layout.devices, setting.unsharded
-    return key_blocks(chunks_of_all(setting.layout, segment_length), setting.block_keys)
+        segment_length, setting = segment_length * setting.key_layout.devices, setting.unsharded
+    return key_blocks(chunks_of_all(setting.key_layout, segment_length), setting.block_keys)
 
 
 def ordered_first(segment_length: int, setting: Setting) -> bool:
     """Whether runs are too short for blocks of their own, so that keys are first put together in natural order."""
-    layout = setting.layout
+    layout = setting.key_layout
     return layout.devices > 1 and too_short(segment_length // layout.chunks_per_device, setting.block_keys)
 
 

@@ -18,13 +18,13 @@ from lss_jax.parallel.residuals import ATTENDED
 
 def forward(queries: Queries, kv_N2BGlK: jax.Array, setting: Setting) -> Output:
     """Attention over the keys and values of all segments."""
-    return checkpoint_name(dense_attention(queries, setting.layout.natural(kv_N2BGlK, 4)), ATTENDED)
+    return checkpoint_name(dense_attention(queries, setting.key_layout.natural(kv_N2BGlK, 4)), ATTENDED)
 
 
 def backward(residuals: Residuals, do_BlHK: jax.Array, setting: Setting) -> tuple[jax.Array, jax.Array]:
     """`dq_BlHK`, and these queries' part of `dkv_N2BGKl` in float32."""
     (q_BlHK, mask, dropout), kv_N2BGlK, (o_BlHK, lse_BGm) = residuals
-    k_BGLK, v_BGLK = setting.layout.natural(kv_N2BGlK, 4)
+    k_BGLK, v_BGLK = setting.key_layout.natural(kv_N2BGlK, 4)
     G, scale = k_BGLK.shape[1], q_BlHK.shape[3] ** -0.5
     q_BGmK, do_BGmK = by_kv_head(q_BlHK, G), by_kv_head(do_BlHK, G)
     odo_BGm = jnp.einsum("BGmK,BGmK->BGm", by_kv_head(o_BlHK, G), do_BGmK, preferred_element_type=jnp.float32)
@@ -34,7 +34,7 @@ def backward(residuals: Residuals, do_BlHK: jax.Array, setting: Setting) -> tupl
     ds_BGmL = (p_BGmL * (dp_BGmL - odo_BGm[..., None]) * scale).astype(q_BlHK.dtype)
     dk_BGKL = product("BGmK,BGmL->BGKL", q_BGmK, ds_BGmL)
     dq_BGmK = product("BGmL,BGLK->BGmK", ds_BGmL, k_BGLK)
-    dkv_N2BGKl = setting.layout.segments(jnp.stack((dk_BGKL, dv_BGKL)), 4)
+    dkv_N2BGKl = setting.key_layout.segments(jnp.stack((dk_BGKL, dv_BGKL)), 4)
     return by_query_head(dq_BGmK, q_BlHK.shape).astype(q_BlHK.dtype), dkv_N2BGKl
 
 

@@ -28,7 +28,7 @@ class Residuals(NamedTuple):
     """What the backward pass needs: scores are recomputed from it."""
 
     queries: Queries
-    kv_N2BGlK: jax.Array  # keys and values of all segments
+    kv_N2BGlK: jax.Array  # keys and values of all segments, whose `l` is their own, and not that of the queries
     output: Output
 
 

@@ -109,19 +109,20 @@ class Tables(NamedTuple):
 def tiling_of(queries: Queries, kv_N2BGlK: Any, setting: Setting, target: Target) -> Tiling:
     """The blocks for queries and keys of these shapes and dtype: bounded by the config, and by the target's room."""
     B, l, H, K = queries.q_BlHK.shape
-    layout = setting.layout
+    key_layout = setting.key_layout
     least = SMALLEST if setting.interpret else target.least
     room = target.most_bytes // (_width(K) * queries.q_BlHK.dtype.itemsize)
     most_queries = min(setting.block_queries, target.most_queries, room)
     most_keys = min(setting.block_keys, target.most_keys, room)
-    runs = 1 if too_short(l // layout.chunks_per_device, most_queries) else layout.chunks_per_device
+    runs = setting.layout.chunks_per_device
+    runs = 1 if too_short(l // runs, most_queries) else runs
     size = _block_size(l // runs, most_queries, least)
-    unordered, run = None, kv_N2BGlK.shape[4] // layout.chunks_per_device
-    if layout.devices > 1 and too_short(run, most_keys):
-        unordered, layout, run = layout, setting.unsharded.layout, run * len(layout.chunks_NC.ravel())
+    unordered, run = None, kv_N2BGlK.shape[4] // key_layout.chunks_per_device
+    if key_layout.devices > 1 and too_short(run, most_keys):
+        unordered, key_layout, run = key_layout, setting.unsharded.key_layout, run * len(key_layout.chunks_NC.ravel())
     return Tiling(
         queries=QueryBlocking(batch=B, runs=runs, run_length=l // runs, size=size, kv_heads=H, block_heads=1),
-        layout=layout,
+        layout=key_layout,
         unordered=unordered,
         run=run,
         key_size=_block_size(run, most_keys, least),

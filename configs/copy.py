@@ -1,0 +1,28 @@
+"""An encoder-decoder that learns to copy 256 random symbols, each of its two sequences over all devices.
+
+    JAX_PLATFORMS=cpu JAX_NUM_CPU_DEVICES=8 python -m lss_jax.train --config=configs/copy.py --workdir=/tmp/copy
+
+`--config.data.source=reverse` learns to write them backwards.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import base
+
+
+def get_config() -> ConfigDict:
+    config = base.get_config()
+    config.task = "sequence_to_sequence"
+    config.mesh.data, config.mesh.seq = 1, -1
+    config.model.family = "encoder_decoder"
+    config.model.vocab = 65  # 64 symbols and a start token
+    config.model.layers = 2
+    config.model.width = 64
+    config.model.heads = 4
+    config.data.source = "copy"
+    config.data.symbols = 64
+    config.data.seq_len = 256
+    config.data.batch_size = 16
+    config.optim.steps = 300
+    config.optim.learning_rate = 3e-3
+    return config
