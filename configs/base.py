@@ -28,7 +28,8 @@ def get_config() -> ConfigDict:
     mesh.shard = "none"
 
     config.attention = attention = ConfigDict()
-    attention.strategy = "lss"  # the paper's; or "ring" or "ulysses"
+    # The paper's; or "ring" or "ulysses", exact too. Not exact: "linear", "performer" and "longformer".
+    attention.strategy = "lss"
     attention.layout = "zigzag"  # an early and a late chunk per device, for balance; or the paper's "contiguous"
     attention.window = 0  # a token attends to this many tokens, itself included; 0: to all before it
     attention.prefix = 0  # this many first tokens attend to one another and are not predicted (prefix-LM)
@@ -41,6 +42,8 @@ def get_config() -> ConfigDict:
     attention.regather = (
         False  # "lss", "ulysses": re-gather keys and values in the backward pass instead of saving them
     )
+    attention.global_tokens = 0  # "longformer": this many first tokens see all, and are seen by all
+    attention.features = 0  # "performer": random features of each query and key
 
     config.model = model = ConfigDict()
     model.family = "decoder"  # one of lss_jax.models.FAMILIES

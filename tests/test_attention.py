@@ -73,7 +73,16 @@ def test_dropout_of_a_part_is_that_part_of_dropout():
 
 
 def setting_on(layout: Layout) -> Setting:
-    return Setting(SEQ if layout.devices > 1 else None, layout, "blockwise", 8, 8, regather=False, interpret=True)
+    return Setting(
+        SEQ if layout.devices > 1 else None,
+        layout,
+        "blockwise",
+        8,
+        8,
+        regather=False,
+        interpret=True,
+        approximation=None,
+    )
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
@@ -158,7 +167,9 @@ def test_of_many_groups_one_is_held_at_a_time(way):
     pair = 2 * L * heads * width * 4
 
     def temporary_bytes(groups):
-        setting = Setting(SEQ, Layout("zigzag", 8), "blockwise", 256, 256, regather=True, interpret=True)
+        setting = Setting(
+            SEQ, Layout("zigzag", 8), "blockwise", 256, 256, regather=True, interpret=True, approximation=None
+        )
 
         @partial(jax.shard_map, mesh=mesh_of(1, 8), in_specs=P(None, SEQ), out_specs=P(None, SEQ))
         def rows(q_BlHK, k_BlHK, v_BlHK):

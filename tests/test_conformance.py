@@ -398,7 +398,7 @@ SHAPES = [
 def kernel_alone(shape: Shape, q_BlHK, k_BLGK, v_BLGK, do_BlHK, mask) -> Results:
     """A kernel as one device runs it, outside `shard_map`: whole keys in natural order to `Results`."""
     layout = Layout(shape.layout, shape.segments)
-    setting = Setting(None, layout, shape.kernel, *shape.blocks, regather=False, interpret=True)
+    setting = Setting(None, layout, shape.kernel, *shape.blocks, regather=False, interpret=True, approximation=None)
     kernel = KERNELS[shape.kernel]
     kv_N2BGlK = layout.segments(stacked(k_BLGK, v_BLGK), 3)
     queries = Queries(q_BlHK, mask, None)

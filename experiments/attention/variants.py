@@ -87,7 +87,15 @@ def attention_of(
 
 def setting_of(variant: Variant, blocks: tuple[int, int]) -> Setting:
     """The setting of a variant, with blocks of so many queries and keys."""
-    return Setting(SEQ, Layout(variant.layout, DEVICES), variant.kernel, *blocks, variant.regather, interpret=True)
+    return Setting(
+        SEQ,
+        Layout(variant.layout, DEVICES),
+        variant.kernel,
+        *blocks,
+        variant.regather,
+        interpret=True,
+        approximation=None,
+    )
 
 
 def predicted(variant: Variant, length: int) -> Counter:

@@ -73,7 +73,7 @@ def computed(strategy: str, devices: int, arrays_1LHK: list[np.ndarray]) -> list
     mesh = make_mesh((1, devices, 1), jax.devices()[:devices])
     spec, spec_l = without_unsharded(P(None, SEQ), mesh), without_unsharded(P(SEQ), mesh)
     axis = SEQ if devices > 1 else None
-    setting = Setting(axis, layout, "blockwise", BLOCK, BLOCK, regather=False, interpret=True)
+    setting = Setting(axis, layout, "blockwise", BLOCK, BLOCK, regather=False, interpret=True, approximation=None)
     position_L = layout.positions(arrays_1LHK[0].shape[1])
 
     @partial(jax.shard_map, mesh=mesh, in_specs=(spec, spec, spec, spec_l), out_specs=spec)

@@ -1,8 +1,11 @@
 """Where attention runs: the kernel for a mesh, and the setting that this and a config give."""
 
+import dataclasses
+
 from jax.sharding import AbstractMesh, Mesh
 
-from lss_jax.attention.setting import Setting
+from lss_jax.attention.mask import MaskKind
+from lss_jax.attention.setting import Approximation, Setting
 from lss_jax.attention.strategies import STRATEGIES
 from lss_jax.config.schema import AttentionConfig, Config, ConfigError
 from lss_jax.parallel.layout import Layout, layout_on
@@ -11,9 +14,17 @@ from lss_jax.parallel.mesh import SEQ, axis_if_sharded
 FUSED = {"triton": "NVIDIA GPUs of compute capability 8.0 or more", "mosaic": "TPUs"}  # kernels for some devices alone
 
 
-def setting_on(config: Config, mesh: Mesh | AbstractMesh) -> Setting:
-    """The static side of a config's attention on this mesh."""
-    return setting_of(config.attention, layout_on(config, mesh), axis_if_sharded(SEQ, mesh), mesh)
+def setting_on(config: Config, mesh: Mesh | AbstractMesh, seen: MaskKind | None = None) -> Setting:
+    """The static side of a config's attention on this mesh.
+
+    `seen` is the kind of the task's mask, which strategies that are not exact have to know.
+    """
+    attention = config.attention
+    setting = setting_of(attention, layout_on(config, mesh), axis_if_sharded(SEQ, mesh), mesh)
+    if STRATEGIES[attention.strategy].exact:
+        return setting
+    told = Approximation(seen, attention.window, attention.global_tokens, attention.features, config.seed)
+    return dataclasses.replace(setting, approximation=told)
 
 
 def setting_of(attention: AttentionConfig, layout: Layout, axis: str | None, mesh: Mesh | AbstractMesh) -> Setting:
@@ -26,6 +37,7 @@ def setting_of(attention: AttentionConfig, layout: Layout, axis: str | None, mes
         block_keys=attention.block_keys,
         regather=attention.regather,
         interpret=False,
+        approximation=None,
     )
 
 

@@ -76,6 +76,8 @@ def _out_of_range(config: Config) -> Iterator[str]:
         "model.rope_attention_factor": model.rope_attention_factor,
         "attention.window": attention.window,
         "attention.prefix": attention.prefix,
+        "attention.global_tokens": attention.global_tokens,
+        "attention.features": attention.features,
         "optim.warmup_steps": optim.warmup_steps,
         "optim.weight_decay": optim.weight_decay,
         "lora.rank": config.lora.rank,

@@ -34,6 +34,8 @@ class AttentionConfig:
     block_keys: int
     head_groups: int
     regather: bool
+    global_tokens: int
+    features: int
 
 
 @dataclasses.dataclass(frozen=True)
