@@ -1,8 +1,8 @@
-"""Strategies that are not exact: each equal to a dense oracle of its own formula, on every mesh, forward and backward."""
+"""Strategies that are not exact: each equal to a dense oracle of its own, on every mesh, forward and backward."""
 
 import dataclasses
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,10 +18,7 @@ from lss_jax.attention.head_groups import in_head_groups
 from lss_jax.attention.mask import Intervals, MaskKind
 from lss_jax.attention.performer import random_features
 from lss_jax.attention.setting import Approximation, Setting
-from lss_jax.attention.strategies import STRATEGIES, make_attend
-from lss_jax.attention.traffic import Sizes
-from lss_jax.inspection import hlo
-from lss_jax.inspection.operations import _inner
+from lss_jax.attention.strategies import make_attend
 from lss_jax.parallel.dropout import Dropout
 from lss_jax.parallel.hashing import hashed
 from lss_jax.parallel.layout import Layout

@@ -195,28 +195,20 @@ def state_traffic(sizes: Sizes, setting: Setting, D: int) -> dict[str, list[Traf
     return {"forward": [gather], "backward": [Traffic("reduce-scatter", 1, own, 4)]}
 
 
-def state_operations(sizes: Sizes, setting: Setting, D: int, projected: int = 0) -> Operations:
-    """Operations of one layer, with `D` features of which each takes `projected` multiplications.
+def state_operations(sizes: Sizes, setting: Setting, D: int, projected: int) -> Operations:
+    """Operations of one layer with `D` features, each a sum of so many products (0: none).
 
-    The backward pass recomputes each block, and the states from which the blocks start.
+    The backward pass recomputes each block, and before that the states from which blocks start.
     """
-    chunks = _chunks(setting)
-    t, c = even(sizes.l // chunks, setting.block_keys)
-    keys, W = sizes.B * sizes.G * chunks * t * c, sizes.K + 1
-    queries, of_key, of_query = keys * (sizes.H // sizes.G), D * projected, D * projected
-    state, read = keys * D * W, queries * D * W
-    if not _causal(setting):
-        once = queries * of_query + read
-        own = keys * of_key + state
-        return Operations(2 * (own + once), 2 * (own + once + _transposed(own, once)))
-    within = queries * c * (D + W)
-    once = keys * of_key + queries * of_query + within + read + state
-    own = keys * of_key + state
-    return Operations(2 * (own + once), 2 * (own + once + _transposed(own, once)))
-
-
-def _transposed(own: int, once: int) -> int:
-    return 3 * (own + once)
+    causal, W = _causal(setting), sizes.K + 1
+    t, c = even(sizes.l // _chunks(setting), setting.block_keys)
+    keys = sizes.B * sizes.G * _chunks(setting) * t * c
+    queries = keys * (sizes.H // sizes.G)
+    of_keys, of_queries = keys * D * projected, queries * D * projected
+    grow, read, within = keys * D * W, queries * D * W, causal * queries * c * (D + W)
+    forward = (1 + causal) * (of_keys + grow) + of_queries + read + within
+    backward = 3 * (1 + causal) * of_keys + (5 if causal else 2) * grow + 2 * of_queries + 3 * (read + within)
+    return Operations(2 * forward, 2 * (forward + backward))
 
 
 def linear_problems(attention: AttentionConfig, _shards: Shards) -> Iterator[str]:
@@ -230,7 +222,7 @@ def linear_refuses(config: Config, seen: MaskKind, _shards: Shards) -> Iterator[
 
 
 def _operations(_shown: Shown, sizes: Sizes, setting: Setting) -> Operations:
-    return state_operations(sizes, setting, sizes.K)
+    return state_operations(sizes, setting, sizes.K, projected=0)
 
 
 LINEAR = Strategy(

@@ -106,16 +106,18 @@ def _sent(x: jax.Array, moves: list[tuple[int, int]], setting: Setting) -> jax.A
     return checkpoint_name(jax.lax.ppermute(x, setting.axis, moves), COMMUNICATED)
 
 
-def _global_tokens(q_BlHK: jax.Array, kv_2BGlK: jax.Array, setting: Setting) -> tuple[jax.Array | None, jax.Array]:
-    """The global tokens' keys and values, which are on the first device, and their queries, if others answer these."""
-    (B, _, H, K), g, told = q_BlHK.shape, _told(setting).global_tokens, _told(setting)
-    kv_2BGgK = kv_2BGlK[:, :, :, :g]
-    if told.causal:  # they see one another alone, which their own device knows
-        return None, _from_first_device(kv_2BGgK, setting)
-    q_1BHgK = q_BlHK[:, :g].swapaxes(1, 2)[None]
-    G = kv_2BGgK.shape[2]
-    both = _from_first_device(jnp.concatenate([*kv_2BGgK, q_1BHgK[0]], axis=1), setting)
-    return both[:, 2 * G :].swapaxes(1, 2), jnp.stack((both[:, :G], both[:, G : 2 * G]))
+def _global_tokens(q_BlHK: jax.Array, kv_2BGlK: jax.Array, setting: Setting) -> tuple[jax.Array, jax.Array]:
+    """The global tokens' queries, keys and values, which the first device has.
+
+    Where they see one another alone, nobody else needs the queries: they are each device's own, and not used.
+    """
+    told, G = _told(setting), kv_2BGlK.shape[2]
+    q_BgHK, kv_2BGgK = q_BlHK[:, : told.global_tokens], kv_2BGlK[:, :, :, : told.global_tokens]
+    if told.causal:
+        return q_BgHK, _from_first_device(kv_2BGgK, setting)
+    fetched = _from_first_device(jnp.concatenate((*kv_2BGgK, q_BgHK.swapaxes(1, 2)), axis=1), setting)  # in one sum
+    k_BGgK, v_BGgK, q_BHgK = jnp.split(fetched, (G, 2 * G), axis=1)
+    return q_BHgK.swapaxes(1, 2), jnp.stack((k_BGgK, v_BGgK))
 
 
 def _from_first_device(x: jax.Array, setting: Setting) -> jax.Array:
