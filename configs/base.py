@@ -27,6 +27,15 @@ def get_config() -> ConfigDict:
     # too (ZeRO-3, FSDP), gathered one layer at a time.
     mesh.shard = "none"
 
+    config.masking = masking = ConfigDict()  # of task="masked_language_model"
+    masking.rate = 0.15  # the share of tokens that are predicted, hidden behind the token after the vocabulary
+    masking.random = 0.1  # of these, the share that is hidden behind a random token instead
+    masking.kept = 0.1  # and the share that is left as it is
+
+    config.labels = labels = ConfigDict()  # of tasks that predict one of some classes
+    labels.names = ""  # of the classes, comma-separated; empty: those of the source
+    labels.weights = ()  # of each class in the loss; empty: all alike
+
     config.attention = attention = ConfigDict()
     # The paper's; or "ring" or "ulysses", exact too. Not exact: "linear", "performer" and "longformer".
     attention.strategy = "lss"
@@ -70,6 +79,8 @@ def get_config() -> ConfigDict:
     model.rope_low = 1.0  # "yarn", "llama3": slowed down is what rotates less often than this over that context
     model.rope_high = 32.0  # left alone is what rotates more often; of Llama 3: 4
     model.rope_attention_factor = 0.0  # of rotated queries and keys; 0: 1, for "yarn" 0.1 ln(rope_factor) + 1
+    model.classes = 0  # the head gives logits of so many classes; 0: of the vocabulary
+    model.pooling = "none"  # of families with classes: for each token; or "mean", for the whole sequence
     model.tied_head = True  # the head is the transpose of the token embedding
     model.vocab_parallel = False  # shard the token embedding and the head over mesh.model, for large vocabularies
     model.dropout = 0.0  # on embeddings, attention weights and both residual branches; the same on every mesh

@@ -10,8 +10,9 @@ import pytest
 from configs import base
 from lss_jax.config.schema import Config, from_dict
 from lss_jax.data.batch import Batch
-from lss_jax.data.loader import read_batch, windows_at
+from lss_jax.data.loader import next_tokens, read_batch
 from lss_jax.data.packing import separated
+from lss_jax.data.windows import windows_at
 from lss_jax.models import Model, build_model, resized
 from lss_jax.parallel.host_memory import to_device, to_host
 from lss_jax.parallel.layout import layout_on
@@ -137,8 +138,26 @@ def batch_on(
 ) -> Batch:
     """The same windows as the loader reads them."""
     data, starts_B = windows_of(config, seed, data, starts_B)
-    windows = windows_at(data, starts_B, separated(data, config.data.separator))
-    return read_batch(windows, config.data.seq_len, mesh, layout_on(config, mesh))
+    windows = windows_at(data, starts_B, config.data.seq_len, separated(data, config.data.separator))
+    return read_batch(windows, config.data.seq_len, mesh, layout_on(config, mesh), read=next_tokens)
+
+
+def placed(mesh: jax.sharding.Mesh, config: Config, like, **natural):
+    """A batch like `like` of arrays in natural order and without padding, by their names; padding is -1, or 0."""
+    layout = layout_on(config, mesh)
+    L = config.data.seq_len
+    position_L = layout.positions(layout.padded(L))
+
+    def of(name, shape):
+        values = {"positions": position_L, "rows": np.arange(config.data.batch_size, dtype=np.int32)} | natural
+        array = np.asarray(values[name], shape.dtype)
+        if name != "positions" and array.shape != shape.shape:
+            fill = -1 if name == "targets" else 0
+            array = np.pad(array, [(0, 0)] * (array.ndim - 1) + [(0, len(position_L) - L)], constant_values=fill)
+        ordered = array[..., position_L] if name != "positions" and shape.shape[-1:] == position_L.shape else array
+        return jax.device_put(ordered, shape.sharding)
+
+    return type(like)(*(shape and of(name, shape) for name, shape in like._asdict().items()))
 
 
 def relative_error(found, expected) -> float:

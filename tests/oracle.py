@@ -29,9 +29,16 @@ class PackedWindows(NamedTuple):
 
 
 def logits(params, tokens_BL, seen_BLL, model, position_BL=None):
-    """Logits `BLV`, float32; `model` is the model's section of the config, `seen_BLL` says which keys a token sees.
+    """Logits `BLV`, float32, from the features."""
+    x_BLE = features(params, tokens_BL, seen_BLL, model, position_BL)
+    return x_BLE @ (params["head"]["kernel_EV"] if "head" in params else params["tokens"]["table_VE"].T)
 
-    Positions count from the start of the window, unless they are given.
+
+def features(params, tokens_BL, seen_BLL, model, position_BL=None):
+    """What goes into the head, `BLE`, float32.
+
+    `model` is the model's section of the config, `seen_BLL` says which keys a token sees. Positions count from the
+    start of the window, unless they are given.
     """
     L = tokens_BL.shape[1]
     position_BL = jnp.arange(L)[None] if position_BL is None else position_BL
@@ -44,8 +51,7 @@ def logits(params, tokens_BL, seen_BLL, model, position_BL=None):
     for layer in range(model.layers):
         params_of_layer = jax.tree.map(lambda leaf, i=layer: leaf[i], params["stack"]["blocks"])
         x_BLE = _block(params_of_layer, x_BLE, seen_BLL, model, position_BL)
-    x_BLE = _norm(params["final_norm"], x_BLE, model)
-    return x_BLE @ (params["tokens"]["table_VE"].T if model.tied_head else params["head"]["kernel_EV"])
+    return _norm(params["final_norm"], x_BLE, model)
 
 
 def plain(params, lora):

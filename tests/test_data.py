@@ -16,17 +16,19 @@ from helpers import mesh_of, random_bytes, small_config
 from lss_jax.config.schema import ConfigError
 from lss_jax.data import loader, sources
 from lss_jax.data.batch import IGNORED
-from lss_jax.data.loader import prefetched, windows_at
-from lss_jax.data.mixture import drawn, in_order, training_windows
-from lss_jax.data.packing import separated
+from lss_jax.data.loader import next_tokens, prefetched
+from lss_jax.data.mixture import drawn, in_order
+from lss_jax.data.packing import Stream, separated
 from lss_jax.data.sources import open_splits
+from lss_jax.data.windows import EqualWindows, windows_at
 from lss_jax.parallel.layout import Layout
 
 ENWIK8_PREFIX = Path(__file__).parents[2] / "shared" / "data" / "enwik8-first-4MB"
 
 
 def read_batch(data, starts_B, seq_len, mesh, layout="contiguous", documents=None):
-    return loader.read_batch(windows_at(data, starts_B, documents), seq_len, mesh, Layout(layout, mesh.shape["seq"]))
+    windows = windows_at(data, starts_B, seq_len, documents)
+    return loader.read_batch(windows, seq_len, mesh, Layout(layout, mesh.shape["seq"]), read=next_tokens)
 
 
 class Watched:
@@ -99,13 +101,16 @@ def test_documents_have_bounds_and_their_first_bytes_are_no_targets(layout):
     for row, start in enumerate(starts_B):
         begin, end = np.asarray(batch.documents)[:, row, order]
         targets = np.asarray(batch.targets)[row, order]
-        for p in range(L):
+        length = min(L, len(text) - start)
+        for p in range(length):
             mine = max(d for d in documents if d <= start + p)
             following = min([d for d in documents if d > start + p], default=10**6)
-            assert (begin[p], end[p]) == (max(mine - start, 0), min(following - start, L))
+            assert (begin[p], end[p]) == (max(mine - start, 0), min(following - start, length))
             if start + p + 1 < len(text):
                 assert targets[p] == (IGNORED if start + p + 1 in documents else text[start + p + 1])
-        assert np.all(begin[L:] == 0) and np.all(end[L:] == 0), "the padding sees nothing"
+        assert np.all(begin[length:] == 0) and np.all(end[length:] == 0), (
+            "what is behind the window or the text sees nothing"
+        )
 
 
 def test_a_separator_that_does_not_occur_is_refused():
@@ -127,11 +132,16 @@ def test_what_lies_beyond_the_end_is_not_counted():
     assert np.asarray(batch.tokens).min() >= 0
 
 
+def windows_in(length):
+    return EqualWindows(Stream(np.zeros(length, np.uint8), None, None), 48, ahead=1)
+
+
 def test_consecutive_windows_predict_every_byte_but_the_first_once():
     for length in (2, 48, 49, 50, 400, 1000):
-        places = in_order([length], batch_size=4, seq_len=48).reshape(-1, 2)
+        windows = windows_in(length)
+        places = in_order([windows.evaluation], batch_size=4).reshape(-1, 2)
         assert not places[:, 0].any(), "one source"
-        starts = 48 * places[:, 1]
+        starts = [windows[number].start for number in places[:, 1]]
         targets = [t for s in starts for t in range(s + 1, s + 49) if t < length]
         assert targets == list(range(1, length))
 
@@ -149,9 +159,9 @@ def test_windows_are_a_function_of_seed_and_step():
 
 
 def test_the_last_training_window_has_its_last_target():
-    assert training_windows(49, 48) == 1
-    assert training_windows(48, 48) == 0
-    assert training_windows(97, 48) == 2
+    assert windows_in(49).training == 1
+    assert windows_in(48).training == 0
+    assert windows_in(97).training == 2
 
 
 def test_prefetching_keeps_the_order_and_hands_errors_on():

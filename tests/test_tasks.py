@@ -12,10 +12,11 @@ from jax.sharding import PartitionSpec as P
 
 from lss_jax.attention.mask import causal
 from lss_jax.config.schema import ConfigError
-from lss_jax.data.loader import read_batch
+from lss_jax.data.loader import next_tokens, read_batch
 from lss_jax.data.packing import Stream
 from lss_jax.data.sources import open_splits
 from lss_jax.data.split import WindowSplit
+from lss_jax.data.windows import EqualWindows
 from lss_jax.inspection.audit import audit_step
 from lss_jax.models import FAMILIES, build_model
 from lss_jax.models.family import Family
@@ -53,6 +54,7 @@ class CountSums(NamedTuple):
 class CountAToken(Task):
     """The share of one token among all tokens so far: what attention that looks everywhere alike can tell."""
 
+    needs = "next_token"
     sums = CountSums
     items = "positions"
     metrics = (
@@ -60,6 +62,7 @@ class CountAToken(Task):
         Metric("near", "near", "share of guesses within 0.1", lambda means: means["near"]),
     )
     headline = metrics[1]
+    by_position = True
 
     def batch_specs(self):
         return CountBatch(P("data", "seq"), P("data", "seq"), P("seq"), P("data"))
@@ -71,15 +74,19 @@ class CountAToken(Task):
 
     def splits(self, mesh):
         def split(part):
-            def read(windows):
+            def read(windows, _turn):
                 layout = layout_on(self.config, mesh)
-                tokens, _, positions, rows, *_ = read_batch(windows, self.config.data.seq_len, mesh, layout)
+                tokens, _, positions, rows, *_ = read_batch(
+                    windows, self.config.data.seq_len, mesh, layout, read=next_tokens
+                )
                 natural_BL = np.asarray(tokens)[:, np.argsort(positions)] == COUNTED
                 share_BL = np.cumsum(natural_BL, axis=1) / np.arange(1, natural_BL.shape[1] + 1)
                 shares = share_BL[:, np.asarray(positions)].astype(np.float32)
                 return CountBatch(tokens, jax.device_put(shares, tokens.sharding), positions, rows)
 
-            return WindowSplit([Stream(part, None)], self.config, read)
+            return WindowSplit(
+                [EqualWindows(Stream(part, None, None), self.config.data.seq_len, ahead=1)], self.config, read
+            )
 
         return {name: split(part) for name, part in open_splits(self.config.data).items()}
 
@@ -116,7 +123,7 @@ class OneAttention(nnx.Module):
 @pytest.fixture
 def toys(monkeypatch, tmp_path):
     monkeypatch.setitem(TASKS, "count", CountAToken)
-    monkeypatch.setitem(FAMILIES, "one_attention", Family(OneAttention))
+    monkeypatch.setitem(FAMILIES, "one_attention", Family(OneAttention, frozenset({"next_token"})))
     (tmp_path / "text").write_bytes(np.random.default_rng(0).choice([97, 98, 99], 6000).astype(np.uint8).tobytes())
     return {
         "task": "count",

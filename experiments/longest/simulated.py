@@ -26,7 +26,8 @@ import numpy as np
 from configs import base
 from experiments.attention.programs import ratio, take_turns
 from lss_jax.config.schema import Config, from_dict
-from lss_jax.data.loader import read_batch, windows_at
+from lss_jax.data.loader import next_tokens, read_batch
+from lss_jax.data.windows import windows_at
 from lss_jax.models import build_model, parameter_count
 from lss_jax.parallel.layout import layout_on
 from lss_jax.runtime import distributed
@@ -84,7 +85,11 @@ class Training:
         self.model, optimizer = build_model(config, mesh), make_optimizer(config.optim)
         source = np.random.default_rng(0).integers(0, 256, 10**6).astype(np.uint8)
         self.batch = read_batch(
-            windows_at(source, np.zeros(1, int)), config.data.seq_len, mesh, layout_on(config, mesh)
+            windows_at(source, np.zeros(1, int), config.data.seq_len),
+            config.data.seq_len,
+            mesh,
+            layout_on(config, mesh),
+            read=next_tokens,
         )
         self.state = init_state(self.model, optimizer, mesh, seed=0)
         self._step = make_train_step(self.model, optimizer, mesh).lower(self.state, self.batch).compile()

@@ -13,7 +13,8 @@ from matplotlib.figure import Figure
 from configs import paper_50112
 from experiments.paper.machines import V5P, algorithmic_operations, groups, step_time
 from lss_jax.config.schema import Config, from_dict
-from lss_jax.data.loader import read_batch, windows_at
+from lss_jax.data.loader import next_tokens, read_batch
+from lss_jax.data.windows import windows_at
 from lss_jax.inspection.audit import audited, json_of, on_device
 from lss_jax.inspection.contract import sent
 from lss_jax.inspection.topology import capacity_of, devices_of
@@ -106,7 +107,11 @@ class Step:
         length, rows = config.data.seq_len, config.data.batch_size
         text = np.random.default_rng(0).integers(0, 256, rows * length + 1).astype(np.uint8)
         self._batch = read_batch(
-            windows_at(text, np.arange(rows) * length), length, self.mesh, layout_on(config, self.mesh)
+            windows_at(text, np.arange(rows) * length, length),
+            length,
+            self.mesh,
+            layout_on(config, self.mesh),
+            read=next_tokens,
         )
         self._state = init_state(self.model, make_optimizer(config.optim), self.mesh, seed=0)
 

@@ -23,7 +23,8 @@ import optax
 
 from configs import base
 from lss_jax.config.schema import Config, from_dict
-from lss_jax.data.loader import read_batch, windows_at
+from lss_jax.data.loader import next_tokens, read_batch
+from lss_jax.data.windows import windows_at
 from lss_jax.models import build_model, parameter_count
 from lss_jax.parallel.layout import layout_on
 from lss_jax.parallel.mesh import make_mesh
@@ -58,7 +59,13 @@ class Programs:
         self.model, optimizer = build_model(config), make_optimizer(config.optim)
         source = np.random.default_rng(0).integers(0, 256, 10**6).astype(np.uint8)
         starts_B = np.arange(config.data.batch_size) * config.data.seq_len
-        self.batch = read_batch(windows_at(source, starts_B), config.data.seq_len, mesh, layout_on(config, mesh))
+        self.batch = read_batch(
+            windows_at(source, starts_B, config.data.seq_len),
+            config.data.seq_len,
+            mesh,
+            layout_on(config, mesh),
+            read=next_tokens,
+        )
         self.state = init_state(self.model, optimizer, mesh, seed=0)
         placed = state_shardings(self.model, optimizer, mesh)
 

@@ -71,6 +71,7 @@ def _out_of_range(config: Config) -> Iterator[str]:
         "eval_every": config.eval_every,
         "profile.steps": config.profile.steps,
         "model.head_width": model.head_width,
+        "model.classes": model.classes,
         "model.tile": model.tile,
         "model.rope_original": model.rope_original,
         "model.rope_attention_factor": model.rope_attention_factor,
@@ -93,6 +94,12 @@ def _out_of_range(config: Config) -> Iterator[str]:
     for key, number in above_0.items():
         if not 0 < number < float("inf"):
             yield f"{key}={number} must be greater than 0 and finite"
+    masking = config.masking
+    if not (0 < masking.rate < 1 and masking.random >= 0 and masking.kept >= 0 and masking.random + masking.kept <= 1):
+        yield (
+            f"masking.rate={masking.rate} must be between 0 and 1, and masking.random={masking.random} and "
+            f"masking.kept={masking.kept} at least 0, and at most 1 together; usual are 0.15, 0.1 and 0.1"
+        )
     below_1 = {"optim.beta1": optim.beta1, "optim.beta2": optim.beta2, "model.dropout": model.dropout}
     for key, number in below_1.items():
         if not 0 <= number < 1:

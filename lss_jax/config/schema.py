@@ -24,6 +24,24 @@ class MeshConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class MaskingConfig:
+    rate: float
+    random: float
+    kept: float
+
+
+@dataclasses.dataclass(frozen=True)
+class LabelsConfig:
+    names: str
+    weights: tuple[float, ...]
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """The names of the classes."""
+        return tuple(name.strip() for name in self.names.split(",")) if self.names else ()
+
+
+@dataclasses.dataclass(frozen=True)
 class AttentionConfig:
     strategy: str  # one of `attention.strategies.STRATEGIES`
     layout: Literal["contiguous", "zigzag"]
@@ -62,6 +80,8 @@ class ModelConfig:
     rope_low: float
     rope_high: float
     rope_attention_factor: float
+    classes: int
+    pooling: Literal["none", "mean"]
     tied_head: bool
     vocab_parallel: bool
     dropout: float
@@ -132,6 +152,8 @@ class Config:
     task: str
     start_from: str
     mesh: MeshConfig
+    masking: MaskingConfig
+    labels: LabelsConfig
     attention: AttentionConfig
     model: ModelConfig
     data: DataConfig

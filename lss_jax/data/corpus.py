@@ -8,7 +8,7 @@ import fcntl
 import glob
 import hashlib
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
@@ -35,8 +35,22 @@ class Corpus(NamedTuple):
     token_bytes: np.ndarray | None  # bytes of text that each token of the vocabulary stands for; None: one each
 
 
+class Kind(NamedTuple):
+    """A source that is no text: how it is opened, and what is known of it before."""
+
+    open: Callable[[DataConfig], Corpus]
+    packed: bool  # whether windows say which documents they hold
+    classes: tuple[str, ...]  # of the labels of its tokens; empty: the config names them
+    items: str  # what a token is, in the plural
+
+
+KINDS: dict[str, Kind] = {}
+
+
 def is_packed(config: DataConfig) -> bool:
     """Whether windows say which documents they hold: unless the data is one plain text without a separator."""
+    if config.source in KINDS:
+        return KINDS[config.source].packed
     return bool(config.separator) or not _is_one_text(config)
 
 
@@ -51,9 +65,13 @@ def open_corpus(config: DataConfig) -> Corpus:
     Raises:
       ConfigError: a source cannot be opened or encoded, is too short, or was encoded by another tokenizer.
     """
+    if config.source in KINDS:
+        return KINDS[config.source].open(config)
     if _is_one_text(config):
         parts = open_splits(config)
-        return Corpus({name: [Stream(p, separated(p.mapped(), config.separator))] for name, p in parts.items()}, None)
+        return Corpus(
+            {name: [Stream(p, separated(p.mapped(), config.separator), None)] for name, p in parts.items()}, None
+        )
     check_files(config)
     sources = [_opened(part, config) for part in (_named(config) or [""])]
     splits = [
@@ -200,7 +218,7 @@ def _of_tokens(file: TokenFile, config: DataConfig) -> dict[str, Stream]:
     parts = splits_of(file, f"token file {str(file.path)!r}", "tokens", config.seq_len, ends)
     starts = [0, *ends]
     return {
-        name: Stream(part, documents_between(file, start, start + len(part)))
+        name: Stream(part, documents_between(file, start, start + len(part)), None)
         for (name, part), start in zip(parts.items(), starts, strict=False)
     }
 
@@ -211,5 +229,6 @@ def _of_text(source: FileSource, config: DataConfig) -> dict[str, Stream]:
     ends = (size * 90 // 100, size * 95 // 100, size)
     parts = splits_of(source, f"data.path={str(source.path)!r}", "bytes", config.seq_len, ends)
     return {
-        name: Stream(part, separated(part.mapped(), config.separator) or undivided()) for name, part in parts.items()
+        name: Stream(part, separated(part.mapped(), config.separator) or undivided(), None)
+        for name, part in parts.items()
     }

@@ -162,6 +162,8 @@ class Documents:
             where = f"{path}, line {number}"
             item = _object(line, where)
             prompt = _field(item, fields.prompt, where) if fields.prompt else b""
+            if fields.prompt and type(item.get(fields.answer)) in (int, bool):
+                item[fields.answer] = json.dumps(item[fields.answer])  # a label
             yield Block(_field(item, fields.answer if fields.prompt else fields.text, where), prompt, True, where)
 
 

@@ -11,11 +11,6 @@ BLOCK = 1024  # consecutive training windows of which the sources' shares are ke
 Place = tuple[int, int]  # the number of a source, and that of a window in its split
 
 
-def training_windows(length: int, seq_len: int) -> int:
-    """The number of whole windows, each with its last target, in `length` tokens."""
-    return (length - 1) // seq_len
-
-
 def drawn(step: int, windows: Sequence[int], weights: Sequence[float], *, batch_size: int, seed: int) -> list[Place]:
     """The windows of training step `step`, from sources that have so many `windows` each.
 
@@ -32,13 +27,12 @@ def drawn(step: int, windows: Sequence[int], weights: Sequence[float], *, batch_
     return places
 
 
-def in_order(lengths: Sequence[int], *, batch_size: int, seq_len: int) -> np.ndarray:
-    """The windows of each evaluation batch, `[batches, batch_size, 2]`, for sources of so many tokens.
+def in_order(counts: Sequence[int], *, batch_size: int) -> np.ndarray:
+    """The windows of each evaluation batch, `[batches, batch_size, 2]`, for sources that have so many windows each.
 
-    Together they predict every token but the first of each source once. Sources take turns in proportion to their
-    sizes, so that some first batches are a sample of all. The last batch is filled with windows behind the end.
+    Together they are all windows once. Sources take turns in proportion to their sizes, so that some first batches are
+    a sample of all. The last batch is filled with windows behind the end.
     """
-    counts = [-(-(length - 1) // seq_len) for length in lengths]
     numbers = [np.arange(count) for count in counts]
     places = np.concatenate([np.stack((np.full(len(n), source), n), 1) for source, n in enumerate(numbers)])
     turns = np.concatenate([(n + 0.5) / max(len(n), 1) for n in numbers])

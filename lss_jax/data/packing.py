@@ -1,7 +1,7 @@
 """Documents packed into one long stream of tokens: where each starts and ends, and which of its tokens are targets."""
 
 import re
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -9,6 +9,7 @@ from lss_jax.config.schema import ConfigError
 from lss_jax.data.token_file import TokenFile
 
 ENDLESS = np.iinfo(np.int64).max
+IGNORED_LABEL = 255
 NEAR = 40  # a border between splits moves by less than one in so many of the tokens
 
 
@@ -36,9 +37,18 @@ class Packing:
     def __len__(self) -> int:
         return len(self._ends)
 
+    def __getitem__(self, number: int) -> tuple[int, int]:
+        """Where in the stream a document starts and ends."""
+        start = int(self._ends[number - 1]) - self._origin if number else 0
+        return start, int(self._ends[number]) - self._origin
+
+    def first_target(self, number: int) -> int:
+        """Where in the stream the tokens of a document begin that count as targets."""
+        return self[number][0] + 1 if self._first_targets is None else int(self._first_targets[number]) - self._origin
+
     def bounds(self, offsets: np.ndarray) -> np.ndarray:
         """Where in the stream the documents of the tokens at these offsets start and end, `[2, *offsets.shape]`."""
-        number = self._number(offsets)
+        number = self.number(offsets)
         starts = np.where(number > 0, self._ends[number - 1] - self._origin, 0)
         ends = np.where(number < len(self) - 1, self._ends[number] - self._origin, ENDLESS)
         return np.stack((starts, ends))
@@ -47,17 +57,19 @@ class Packing:
         """Whether the tokens at these offsets count as targets: they are learned, and not the first of a document."""
         if self._first_targets is None:
             return offsets > self.bounds(offsets)[0]
-        return offsets + self._origin >= self._first_targets[self._number(offsets)]
+        return offsets + self._origin >= self._first_targets[self.number(offsets)]
 
-    def _number(self, offsets: np.ndarray) -> np.ndarray:
+    def number(self, offsets: Any) -> Any:
+        """The number of the document of the token at an offset, or at each of several."""
         return np.searchsorted(self._borders, offsets + self._origin, side="right")
 
 
 class Stream(NamedTuple):
-    """A split of a source: its tokens, and the documents that they are; None: all are one, and no batch says so."""
+    """A split of a source."""
 
     tokens: Tokens
-    documents: Packing | None
+    documents: Packing | None  # that the tokens are; None: all are one, and no batch says so
+    labels: Tokens | None  # uint8, of each token, `IGNORED_LABEL` where there is none; None: of no token
 
 
 def separated(text: np.ndarray, separator: str) -> Packing | None:

@@ -4,24 +4,27 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from lss_jax.config.schema import Config
-from lss_jax.data.loader import Window
-from lss_jax.data.mixture import drawn, in_order, training_windows
-from lss_jax.data.packing import Stream
+from lss_jax.data.mixture import drawn, in_order
 from lss_jax.data.sources import Part, Source
+from lss_jax.data.windows import Window, Windows
+
+EVALUATION = 2**31  # the turn of the first evaluation batch
+
+Read = Callable[[list[Window], int], Any]
 
 
 class WindowSplit:
-    """Batches of `data.batch_size` windows of `data.seq_len` items; `read` makes one from its windows.
+    """Batches of `data.batch_size` windows; `read(windows, turn)` makes one from its windows.
 
-    `streams` are those of the sources, in their order, each with a `Part` of its source as tokens.
+    What is random in a batch is a hash of the seed and its turn: the training step, or `EVALUATION` plus the batch's
+    number. `windows` are those of the sources, in their order.
     """
 
-    def __init__(self, streams: Sequence[Stream], config: Config, read: Callable[[list[Window]], Any]):
-        self.streams, self._read = list(streams), read
+    def __init__(self, windows: Sequence[Windows], config: Config, read: Read):
+        self.streams, self.windows, self._read = [each.stream for each in windows], list(windows), read
         self._data, self._seed = config.data, config.seed
-        self._windows = [training_windows(len(stream.tokens), config.data.seq_len) for stream in streams]
-        lengths = [len(stream.tokens) for stream in streams]
-        self._in_order = in_order(lengths, batch_size=config.data.batch_size, seq_len=config.data.seq_len)
+        self._training = [each.training for each in windows]
+        self._in_order = in_order([each.evaluation for each in windows], batch_size=config.data.batch_size)
 
     def __len__(self) -> int:
         """The number of items in all streams."""
@@ -35,7 +38,7 @@ class WindowSplit:
     @property
     def shares(self) -> list[float]:
         """The share of each stream in the training windows."""
-        weights = self._data.weights or self._windows
+        weights = self._data.weights or self._training
         return [weight / sum(weights) for weight in weights]
 
     @property
@@ -45,17 +48,17 @@ class WindowSplit:
 
     @property
     def batches(self) -> int:
-        """The number of evaluation batches, which together predict every item but the first of each stream once."""
+        """The number of evaluation batches, which together have every window of each stream once."""
         return len(self._in_order)
 
     def training_batch(self, step: int) -> Any:
         """The global batch of a step (counted from 0), which depends on the seed and the step alone."""
         size, weights = self._data.batch_size, self._data.weights
-        return self._of(drawn(step, self._windows, weights, batch_size=size, seed=self._seed))
+        return self._of(drawn(step, self._training, weights, batch_size=size, seed=self._seed), step)
 
     def evaluation_batch(self, index: int) -> Any:
         """The global batch `index` of the windows in order."""
-        return self._of(self._in_order[index])
+        return self._of(self._in_order[index], EVALUATION + index)
 
-    def _of(self, places: Any) -> Any:
-        return self._read([Window(self.streams[source], int(n) * self._data.seq_len) for source, n in places])
+    def _of(self, places: Any, turn: int) -> Any:
+        return self._read([self.windows[source][int(number)] for source, number in places], turn)

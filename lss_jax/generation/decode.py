@@ -135,10 +135,12 @@ def _segment(positions_l: jax.Array, attend: AttendWithPast, axis: str | None) -
         positions_l=positions_l,
         positions_p=own_part(positions_l, axis, 0),
         embedded_l=positions_l,
+        is_token_p=jnp.ones_like(own_part(positions_l, axis, 0), bool),
         attend=attend,
         head_groups=1,
         dropout=None,
         model_axis=axis,
+        sequence_axes=(),  # nothing is pooled
     )
 
 

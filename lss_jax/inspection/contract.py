@@ -22,7 +22,7 @@ from lss_jax.models import Model, costs_of
 from lss_jax.models.stack import repeats
 from lss_jax.parallel.layout import layout_on
 from lss_jax.parallel.mesh import DATA, MODEL, SEQ, has_host_memory, named_axes, sharded_axes
-from lss_jax.parallel.scopes import ATTENTION, ELSEWHERE, GRADIENTS, LOSS, MASK, OPTIMIZER, POSITIONS, WEIGHTS
+from lss_jax.parallel.scopes import ATTENTION, ELSEWHERE, GRADIENTS, LOSS, MASK, OPTIMIZER, POOLING, POSITIONS, WEIGHTS
 from lss_jax.tasks import make_task
 from lss_jax.training.state import moment_specs, param_specs
 
@@ -70,7 +70,7 @@ def found(collectives: Iterable[Collective], mesh: Mesh | AbstractMesh) -> Contr
 
 def predicted(model: Model, mesh: Mesh | AbstractMesh) -> Contract:
     """Predicts the collectives of this model's training step on this mesh, by line."""
-    parts = (_attention, _weights, _regions, _positions, _masks, _gradients, _norms, _sharded_state)
+    parts = (_attention, _weights, _regions, _pooling, _positions, _masks, _gradients, _norms, _sharded_state)
     total: Contract = defaultdict(lambda: Total(0, 0, 0, 0))
     for part in parts:
         for line, times, elements, itemsize in part(model, mesh):
@@ -189,6 +189,16 @@ def _regions(model: Model, mesh: Mesh | AbstractMesh) -> Part:
             yield Line(place, one.kind, axes), one.times, one.elements, one.itemsize
 
 
+def _pooling(model: Model, mesh: Mesh | AbstractMesh) -> Part:
+    """The mean over a sharded sequence: a sum of features and of their number, and one of the mean's gradient."""
+    config, rows = model.config, sizes_of(model.config, mesh).B
+    if config.model.pooling == "none":
+        return
+    for axis in _sharding_axes(mesh, SEQ, MODEL):
+        for elements in (rows * (config.model.width + 1), rows * config.model.width):
+            yield Line(POOLING, "all-reduce", (axis,)), config.optim.accumulate, elements, 4
+
+
 def _positions(model: Model, mesh: Mesh | AbstractMesh) -> Part:
     """Tables with a row per position: under zigzag rows are sent to the devices of their tokens, and gradients back.
 
@@ -224,7 +234,7 @@ def _gradients(model: Model, mesh: Mesh | AbstractMesh) -> Part:
         lambda leaf: jax.ShapeDtypeStruct((padded(leaf.shape[0]), *leaf.shape[1:]), leaf.dtype), model.shapes
     )
     for axis in sharded_axes(mesh):
-        elements = len(make_task(model.config).sums._fields)  # they ride along
+        elements = make_task(model.config).sums_size  # they ride along
         trees = map(model.only_trained, (padded_shapes, model.specs))
         for leaf, spec in zip(*map(jax.tree.leaves, trees), strict=True):
             if axis not in named_axes(spec):

@@ -10,7 +10,17 @@ from typing import NamedTuple
 
 import numpy as np
 
-from lss_jax.parallel.scopes import ATTENTION, ELSEWHERE, GRADIENTS, LOSS, MASK, OPTIMIZER, POSITIONS, REGIONS, WEIGHTS
+from lss_jax.parallel.scopes import (
+    ATTENTION,
+    ELSEWHERE,
+    GRADIENTS,
+    LOSS,
+    MASK,
+    OPTIMIZER,
+    POSITIONS,
+    REGIONS,
+    WEIGHTS,
+)
 
 PLACE = re.compile(rf"\b({'|'.join((ATTENTION, REGIONS, LOSS, MASK, POSITIONS, GRADIENTS, OPTIMIZER, WEIGHTS))})\b")
 

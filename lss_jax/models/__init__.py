@@ -19,13 +19,17 @@ from lss_jax.config.schema import Config, ConfigError, unknown_choice
 from lss_jax.models import decoder_costs
 from lss_jax.models.adapters import add_adapters
 from lss_jax.models.decoder import Decoder
+from lss_jax.models.encoder import Encoder
 from lss_jax.models.family import Costs, Family
 from lss_jax.models.freezing import freeze, name_of
 from lss_jax.models.layers import is_frozen
 from lss_jax.models.shares import NOT_GATHERED, place_weights
 
-DECODER = Costs(decoder_costs.traffic, decoder_costs.products, decoder_costs.reaches_layers)
-FAMILIES = {"decoder": Family(Decoder, DECODER, generates=True, gathers_weights=True)}
+TRANSFORMER = Costs(decoder_costs.traffic, decoder_costs.products, decoder_costs.reaches_layers)
+FAMILIES = {
+    "decoder": Family(Decoder, frozenset({"next_token"}), TRANSFORMER, generates=True, gathers_weights=True),
+    "encoder": Family(Encoder, frozenset({"tokens", "classes", "pooled"}), TRANSFORMER, gathers_weights=True),
+}
 
 Params = dict[str, Any]  # nested, leaves are arrays; names as in the modules
 

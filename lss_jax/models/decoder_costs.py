@@ -1,4 +1,4 @@
-"""What a training step of the decoder sends and computes outside attention."""
+"""What a training step of a decoder or an encoder sends and computes outside attention."""
 
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -25,7 +25,8 @@ def reaches_layers(trained: Trained) -> bool:
 
 def _reaches_features(config: Config, mesh: Mesh | AbstractMesh, trained: Trained) -> bool:
     """Whether the backward pass goes through the head; in tiles the gradient of its input takes the input's place."""
-    return reaches_layers(trained) or any(trained["final_norm"].values()) or _is_tiled(config, mesh)
+    tiled = _is_tiled(config, mesh) and config.model.pooling == "none"
+    return reaches_layers(trained) or any(trained["final_norm"].values()) or tiled
 
 
 def traffic(config: Config, mesh: Mesh | AbstractMesh, trained: Trained) -> Iterator[tuple[str, Traffic]]:
@@ -40,7 +41,8 @@ def traffic(config: Config, mesh: Mesh | AbstractMesh, trained: Trained) -> Iter
     part, tiles = sizes.l // mesh.shape[MODEL], tiles_on(config, mesh)
     token = sizes.B * model.width
     remat, blocks = int(model.remat != "none"), repeats(model)
-    tiled, head = int(_is_tiled(config, mesh)), int(model.vocab_parallel)
+    tiled, embeds = int(_is_tiled(config, mesh)), int(model.vocab_parallel)
+    head = embeds * (not model.classes)
     layers = model.layers if reaches_layers(trained) else 0  # of the backward pass
     features, embedding = int(_reaches_features(config, mesh, trained)), int(trained["tokens"]["table_VE"])
     again = max(remat, blocks) if _attention_needs_input(config, mesh, trained) else blocks
@@ -51,7 +53,7 @@ def traffic(config: Config, mesh: Mesh | AbstractMesh, trained: Trained) -> Iter
         ("backward", "all-gather", layers * (1 + again), layers * (1 + mlp_again), tiled, embedding),
         ("backward", "reduce-scatter", layers * (1 + blocks), layers * (1 + max(blocks - 1, 0)), features, 0),
     ):
-        whole, in_tiles = of_layers + of_embedding * head, of_tiles + of_head * head
+        whole, in_tiles = of_layers + of_embedding * embeds, of_tiles + of_head * head
         for tokens, times in ((part, whole), *((size, in_tiles * count) for size, count in tiles.items())):
             elements = token * tokens * (mesh.shape[MODEL] if kind == "all-gather" else 1)
             yield f"{REGIONS} {direction}", Traffic(kind, times * config.optim.accumulate, elements, sizes.itemsize)
@@ -77,10 +79,22 @@ def products(config: Config, mesh: Mesh | AbstractMesh, trained: Trained) -> int
     sizes, model = sizes_of(config, mesh), config.model
     layers = trained["stack"]["blocks"]
     layer = sum(_elements(one, reaches_layers(trained), layers[one.region][one.name]) for one in _linears(config, mesh))
-    head = trained["tokens"]["table_VE"] if model.tied_head else trained["head"]["kernel_EV"]
-    of_head = 1 + _is_tiled(config, mesh) + _reaches_features(config, mesh, trained) + head
     tokens = config.optim.accumulate * sizes.B * sizes.l
-    return 2 * tokens * (model.layers * layer + of_head * model.width * -(-model.vocab // mesh.shape[MODEL]))
+    head = trained["head"]["kernel_EV"] if "head" in trained else trained["tokens"]["table_VE"]
+    tiled = _is_tiled(config, mesh) and model.pooling == "none"
+    of_head = 1 + tiled + _reaches_features(config, mesh, trained) + head
+    return 2 * (tokens * model.layers * layer + of_head * model.width * _logits(config, mesh))
+
+
+def _logits(config: Config, mesh: Mesh | AbstractMesh) -> int:
+    """The logits that a device computes in a step."""
+    model, sizes, parts = config.model, sizes_of(config, mesh), mesh.shape[MODEL]
+    rows = config.optim.accumulate * sizes.B
+    if model.pooling != "none":
+        return rows * model.classes
+    if model.vocab_parallel and not model.classes:
+        return rows * sizes.l * -(-model.vocab // parts)
+    return rows * sizes.l // parts * (model.classes or model.vocab)
 
 
 class _Linear(NamedTuple):

@@ -36,12 +36,12 @@ class TokenEmbedding(nnx.Module):
 
 
 class Head(nnx.Module):
-    """An untied output head: `x_BlE` to logits `BlV`, float32."""
+    """An untied output head: `x_BlE` to logits `BlV`, float32; of classes, which are not sharded, instead of `V`."""
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
         self.dtype = config.dtype
-        spec = P(None, MODEL) if config.vocab_parallel else P()
-        self.kernel_EV = nnx.Param(_normal(rngs, config.width, config.vocab), spec=spec)
+        spec = P(None, MODEL) if config.vocab_parallel and not config.classes else P()
+        self.kernel_EV = nnx.Param(_normal(rngs, config.width, config.classes or config.vocab), spec=spec)
 
     def logits(self, x_BlE: jax.Array) -> jax.Array:
         """The logits of these features."""

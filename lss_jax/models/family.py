@@ -27,6 +27,7 @@ class Family(NamedTuple):
     """A family of models. Without `costs` it trains, but `audit` and `plan` refuse it."""
 
     module: Callable[[Config, nnx.Rngs], nnx.Module]
+    serves: frozenset[str]  # those of `tasks.task.NEEDS` that its outputs are
     costs: Costs | None = None
     generates: bool = False  # whether the module has a method `recall`, as the decoder's
     gathers_weights: bool = False  # whether it calls `layers.whole` where it uses weights that are sharded at rest

@@ -37,10 +37,12 @@ class Segment(NamedTuple):
     positions_l: jax.Array  # natural, of the segment
     positions_p: jax.Array  # natural, of this device's part of the segment
     embedded_l: jax.Array  # those that are embedded or rotated by: natural, or `[B, l]` if documents restart them
+    is_token_p: jax.Array  # of the part, `[p]` or `[B, p]`: false for padding, which attends to nothing
     attend: AttendWithPast
     head_groups: int  # for which `attend` is called one after the other
     dropout: Dropout | None  # for the part's activations; None if nothing is dropped
     model_axis: str | None  # the mesh axis over which parts, heads and columns are sharded; None if they are not
+    sequence_axes: tuple[str, ...]  # those of `seq` and `model` over which the sequence is sharded
 
 
 def without_past(attend: Attend) -> AttendWithPast:

@@ -1,11 +1,13 @@
-"""What a model returns for each token, before it is computed: a task takes its losses a tile of tokens at a time."""
+"""What a model returns: for each token, and computed a tile at a time by the task; or for the sequence."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 from lss_jax.models.tiles import in_tiles
+from lss_jax.parallel.scopes import POOLING
 
 
 class PerToken(NamedTuple):
@@ -30,6 +32,29 @@ class PerToken(NamedTuple):
             return reduce(self.function(modules, x_BtE), tokens, context)
 
         return _in_order(in_tiles(of_tile, self.tile, self.modules, self.x_BpE, tokens, context))
+
+
+class Pooled(NamedTuple):
+    """Outputs of whole sequences, such as logits `[B, C]`: the same on all devices that share a sequence."""
+
+    logits_BC: jax.Array
+
+
+@jax.named_scope(POOLING)
+def mean_over_sequence(x_BpE: jax.Array, is_token_p: jax.Array, axes: tuple[str, ...]) -> jax.Array:
+    """The mean `x_BE` of all tokens' features, float32: one small sum over each of the axes that shard the sequence.
+
+    `is_token_p` (or `[B, p]`) says which tokens there are; the others are padding.
+    """
+    counted_Bp1 = jnp.broadcast_to(is_token_p, x_BpE.shape[:2])[..., None]
+    sum_BE = jnp.sum(jnp.where(counted_Bp1, x_BpE.astype(jnp.float32), 0.0), axis=1)
+    total_BE1 = jnp.concatenate((sum_BE, jnp.sum(counted_Bp1, axis=1, dtype=jnp.float32)), axis=-1)
+    for axis in axes:
+        total_BE1 = jax.lax.psum(total_BE1, axis)
+    mean_BE = total_BE1[:, :-1] / jnp.maximum(total_BE1[:, -1:], 1.0)
+    for axis in axes:
+        mean_BE = jax.lax.pcast(mean_BE, axis, to="varying")  # its gradient is the sum of all devices' gradients
+    return mean_BE
 
 
 @jax.custom_vjp

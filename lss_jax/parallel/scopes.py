@@ -1,6 +1,7 @@
 """The parts of a training step, as names on the way to an operation (`jax.named_scope`), by which a program is read."""
 
-ATTENTION, REGIONS, LOSS, MASK = "attention", "regions", "loss", "mask"
+ATTENTION, REGIONS, POOLING = "attention", "regions", "pooling"
+LOSS, MASK = "loss", "mask"
 POSITIONS, GRADIENTS, OPTIMIZER = "positions", "gradients", "optimizer"
 WEIGHTS = "weights"  # gathered from their shares, and the gradients scattered to them
 ELSEWHERE = "elsewhere"  # none of these, or the compiler has lost the name

@@ -51,6 +51,11 @@ def evaluate_by_position(
       ConfigError: there is no run or no checkpoint, or a length does not fit the config, the data or the devices.
     """
     check_workdir(config, workdir, trains=False)
+    if not make_task(config).by_position:
+        raise ConfigError(
+            f"--by-position has no meaning for task={config.task!r}, which predicts nothing from what came "
+            f"before; leave it out"
+        )
     configs = {length: at_length(config, length) for length in lengths}
     gather_problems(*(lambda c=c: validate(c, len(jax.devices()), trains=False) for c in configs.values()))
     mesh = mesh_of(config, jax.devices(), trains=False)
@@ -126,8 +131,8 @@ def binned(task: Task, sums: Any) -> list[dict[str, Any]]:
 
 def totals(task: Task, sums: Any) -> dict[str, Any]:
     """The task's metrics over all positions, and the number of items counted."""
-    total = jax.tree.map(lambda each_L: float(each_L.sum()), sums)
-    return {**values_of(task, means_of(total)), task.items: round(total[-1])}
+    total = jax.tree.map(lambda each_L: each_L.sum(0), sums)
+    return {**values_of(task, means_of(total)), task.items: round(float(total[-1]))}
 
 
 def table_of(task: Task, result: dict[str, Any]) -> str:

@@ -27,7 +27,7 @@ MORE = 16  # times as many batches as an evaluation, since each bin has few of t
 
 def learned(trainer: Trainer) -> list[str]:
     """What the model has learned, in lines; every process must ask, since the devices of all compute them."""
-    return [*by_position(trainer), *sample(trainer)]
+    return [*(by_position(trainer) if trainer.task.by_position else ()), *sample(trainer)]
 
 
 def by_position(trainer: Trainer) -> list[str]:
@@ -125,7 +125,7 @@ def conclusion(trainer: Trainer, learned: list[str], again: str) -> str:
         f"  files  {workdir}/: checkpoints/, metrics.jsonl, tensorboard/, config.json{profile}",
         "next:",
         *[f"  python -m lss_jax.generate --workdir {folder} --prompt {shlex.quote(prompt)}"] * bool(prompt),
-        f"  python -m lss_jax.evaluate --workdir {folder} --split test --by-position",
+        f"  python -m lss_jax.evaluate --workdir {folder} --split test" + " --by-position" * trainer.task.by_position,
         f"  {again} --config.optim.steps={2 * trainer.step}   # train on",
         f"  pip install tensorboard && tensorboard --logdir {folder}",
     ]

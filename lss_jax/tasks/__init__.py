@@ -4,9 +4,17 @@ from collections.abc import Iterator
 
 from lss_jax.config.schema import Config, ConfigError, unknown_choice
 from lss_jax.tasks.language_model import LanguageModel
+from lss_jax.tasks.masked_language_model import MaskedLanguageModel
+from lss_jax.tasks.sequence_label import SequenceLabel
 from lss_jax.tasks.task import Task
+from lss_jax.tasks.token_labels import TokenLabels
 
-TASKS: dict[str, type[Task]] = {"language_model": LanguageModel}
+TASKS: dict[str, type[Task]] = {
+    "language_model": LanguageModel,
+    "masked_language_model": MaskedLanguageModel,
+    "token_labels": TokenLabels,
+    "sequence_label": SequenceLabel,
+}
 
 
 def make_task(config: Config) -> Task:

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import AbstractMesh, Mesh
 
 from lss_jax.attention.mask import Intervals
@@ -15,6 +16,15 @@ from lss_jax.data.split import WindowSplit
 from lss_jax.data.text import Tokenizer
 
 Means = Mapping[str, Any]  # a task's sums divided by its count: `loss`, and its other sums under their names
+
+# What a task may need of a model: logits of the vocabulary for each token, which tokens after it cannot reach, or which
+# may depend on all; or logits of `model.classes`, for each token or for the whole sequence.
+NEEDS = {
+    "next_token": "predicts each next token",
+    "tokens": "predicts tokens from both sides",
+    "classes": "predicts a class for each token",
+    "pooled": "predicts a class for each sequence",
+}
 
 
 class Metric(NamedTuple):
@@ -37,10 +47,12 @@ class Task(abc.ABC):
     Each is summed over the mesh by the gradient law; only then is anything divided.
     """
 
+    needs: str  # of a family: one of `NEEDS`
     sums: Any  # that NamedTuple's class
     items: str  # what the loss counts, in the plural: `bytes`
     metrics: tuple[Metric, ...]  # the first is the loss
     headline: Metric  # the one of them that curves and tables show
+    by_position: bool  # whether losses by what came before a position mean anything
 
     def __init__(self, config: Config):
         self.config = config
@@ -49,6 +61,11 @@ class Task(abc.ABC):
     def text(self) -> Tokenizer | None:
         """What the tokens stand for, read when it is asked for; None: there is no text to generate."""
         return None
+
+    @property
+    def sums_size(self) -> int:
+        """The number of elements of all sums."""
+        return len(self.sums._fields)
 
     def introduction(self, split: WindowSplit) -> Iterator[str]:
         """What a run says of its training data beside their size, a line each."""
@@ -102,10 +119,10 @@ class Task(abc.ABC):
 
     @abc.abstractmethod
     def losses(self, outputs: Any, batch: Any, axis: str | None) -> Any:
-        """The terms of the task's sums, one per item of this device: float32 arrays `[B, p]`.
+        """The terms of the task's sums, one per item of this device: float32 arrays `[B, p]`; `[B, p, C]` by class.
 
         Args:
-          outputs: the model's, for this device's part `p` of its segment, or its vocabulary shard.
+          outputs: the model's, for this device's part `p` of its segment, or its vocabulary shard; or for sequences.
           batch: local arrays, of all tokens or of a tile of them, without `rows`.
           axis: the mesh axis over which the segment is sharded into parts, None if it is not.
         """
@@ -113,7 +130,8 @@ class Task(abc.ABC):
 
 def means_of(sums: Any) -> dict[str, Any]:
     """A task's finished sums divided by its count: `loss`, and the others under their names."""
-    count = max(sums[-1], 1.0) if isinstance(sums[-1], float) else jnp.maximum(sums[-1], 1.0)
+    numpy = jnp if isinstance(sums[-1], jax.Array) else np
+    count = numpy.maximum(sums[-1], 1.0)
     named = zip(("loss", *sums._fields[1:-1]), sums[:-1], strict=True)
     return {name: total / count for name, total in named}
 

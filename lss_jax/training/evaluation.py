@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import jax
+import numpy as np
 from jax.sharding import Mesh
 from tqdm import tqdm
 
@@ -51,7 +52,7 @@ def evaluate_split(
     """The task's metrics over the first `batches` batches of a split, None for all of them."""
     total: Any = None
     for sums in sums_on(eval_step, params, split, name, batches):
-        sums = jax.tree.map(float, sums)
+        sums = jax.tree.map(lambda each: np.asarray(each, np.float64), sums)
         total = sums if total is None else jax.tree.map(operator.add, total, sums)
     return values_of(task, means_of(total))
 

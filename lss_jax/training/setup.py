@@ -1,6 +1,6 @@
 """Before anything is opened or compiled: is the config possible on these devices, and which mesh are they?"""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import jax
 from jax.sharding import Mesh
@@ -10,9 +10,10 @@ from lss_jax.attention.strategies import strategy_problems
 from lss_jax.attention.strategy import Shards
 from lss_jax.config.rules import MeshSizes, optimizer_problems, problems
 from lss_jax.config.schema import Config, ConfigError
-from lss_jax.models import build_model, family_problems
+from lss_jax.models import FAMILIES, build_model, family_problems
 from lss_jax.parallel.mesh import make_mesh
-from lss_jax.tasks import task_problems
+from lss_jax.tasks import TASKS, task_problems
+from lss_jax.tasks.task import NEEDS
 
 
 def validate(config: Config, device_count: int, *, trains: bool = True) -> MeshSizes:
@@ -25,7 +26,7 @@ def validate(config: Config, device_count: int, *, trains: bool = True) -> MeshS
     """
     found, sizes = problems(config, device_count)
     found += strategy_problems(config.attention, _shards(config, sizes))
-    found += [*family_problems(config), *task_problems(config)]
+    found += [*family_problems(config), *task_problems(config), *_unserved(config)]
     found += optimizer_problems(config, sizes) if trains else []
     if found:
         raise ConfigError("\n".join(found))
@@ -44,6 +45,19 @@ def mesh_of(config: Config, devices: Sequence[jax.Device], *, trains: bool = Tru
     mesh = make_mesh(validate(config, len(devices), trains=trains), devices)
     kernel_on(config.attention, mesh)
     return mesh
+
+
+def _unserved(config: Config) -> Iterator[str]:
+    """Whether the family gives what the task needs."""
+    if config.task not in TASKS or config.model.family not in FAMILIES:
+        return
+    needs = TASKS[config.task].needs
+    if needs not in FAMILIES[config.model.family].serves:
+        others = " or ".join(f'"{name}"' for name, family in FAMILIES.items() if needs in family.serves)
+        yield (
+            f"task={config.task!r} {NEEDS[needs]}, which model.family={config.model.family!r} does not do; "
+            f"use model.family={others}"
+        )
 
 
 def _shards(config: Config, sizes: MeshSizes | None) -> Shards:

@@ -15,7 +15,7 @@ from lss_jax.attention.strategies import make_attend
 from lss_jax.config.schema import Config
 from lss_jax.models import Model, Params
 from lss_jax.models.layers import Segment, without_past
-from lss_jax.models.outputs import PerToken
+from lss_jax.models.outputs import PerToken, Pooled
 from lss_jax.parallel.dropout import Dropout
 from lss_jax.parallel.gradients import double_sum, varying
 from lss_jax.parallel.hashing import hashed
@@ -83,7 +83,7 @@ def make_means_and_gradient(model: Model, mesh: Mesh | AbstractMesh) -> MeansAnd
             def loss(trained: Params) -> tuple[jax.Array, Any]:
                 dropout = dropout_of(model.config, mesh, batch, step)
                 losses = local_losses(model, mesh, model.with_part(trained, params), batch, dropout)
-                sums = jax.tree.map(jnp.sum, losses)
+                sums = jax.tree.map(partial(jnp.sum, axis=(0, 1)), losses)
                 return sums[0], sums
 
             gradient, sums = jax.grad(loss, has_aux=True)(model.only_trained(params))
@@ -103,8 +103,8 @@ def make_means_and_gradient(model: Model, mesh: Mesh | AbstractMesh) -> MeansAnd
 
 
 def make_eval_step(model: Model, mesh: Mesh | AbstractMesh) -> jax.stages.Wrapped:
-    """The jitted evaluation step: from global parameters and a global batch to the task's sums, which are scalars."""
-    return _sums(model, mesh, over=None, spec=P())  # scalars
+    """The jitted evaluation step: from global parameters and a global batch to the task's sums."""
+    return _sums(model, mesh, over=(0, 1), spec=P())
 
 
 def make_position_step(model: Model, mesh: Mesh | AbstractMesh) -> jax.stages.Wrapped:
@@ -116,8 +116,8 @@ def make_position_step(model: Model, mesh: Mesh | AbstractMesh) -> jax.stages.Wr
     return _sums(model, mesh, over=0, spec=P((SEQ, MODEL)))
 
 
-def _sums(model: Model, mesh: Mesh | AbstractMesh, over: int | None, spec: P) -> jax.stages.Wrapped:
-    """The jitted sums of the task's losses over dimension `over` (None: all), and the mesh axes that `spec` omits."""
+def _sums(model: Model, mesh: Mesh | AbstractMesh, over: int | tuple[int, int], spec: P) -> jax.stages.Wrapped:
+    """The jitted sums of the task's losses over dimensions `over`, and the mesh axes that `spec` omits."""
     task = make_task(model.config)
     in_specs = on_mesh((model.specs, task.batch_specs()), mesh)
 
@@ -131,20 +131,31 @@ def _sums(model: Model, mesh: Mesh | AbstractMesh, over: int | None, spec: P) ->
 
 
 def local_losses(model: Model, mesh: Mesh | AbstractMesh, params: Params, batch: Any, dropout: Dropout | None) -> Any:
-    """The task's losses on this device's part of its segment, `[B, p]` each, from local parameters and batch."""
+    """The task's losses on this device's part of its segment, `[B, p]` each, from local parameters and batch.
+
+    Those of whole sequences are `[B, 1]`, and zero but on the first device of those that share a sequence.
+    """
     config, axis, task = model.config, axis_if_sharded(MODEL, mesh), make_task(model.config)
     positions_l, positions_p = batch.positions, own_part(batch.positions, axis, 0)
-    attend = make_attend(config.attention.strategy, task.mask(batch.positions, batch), setting_on(config, mesh))
+    mask = task.mask(batch.positions, batch)
+    attend, sees_l = make_attend(config.attention.strategy, mask, setting_on(config, mesh)), mask.start < mask.end
+    sequence_axes = tuple(axis for axis in sharded_axes(mesh) if axis != DATA)
     segment = Segment(
         positions_l=positions_l,
         positions_p=positions_p,
         embedded_l=task.positions(batch),
+        is_token_p=own_part(sees_l, axis, sees_l.ndim - 1),
         attend=without_past(attend),
         head_groups=config.attention.head_groups,
         dropout=dropout and dropout._replace(position_l=positions_p),
         model_axis=axis,
+        sequence_axes=sequence_axes,
     )
     outputs = model.apply(params, task.inputs(batch), segment)
+    if isinstance(outputs, Pooled):
+        first = jnp.array([jax.lax.axis_index(axis) == 0 for axis in sequence_axes]).all()
+        whole = task.losses(outputs.logits_BC, batch, axis)
+        return jax.tree.map(lambda losses_B1: jnp.where(first, losses_B1, 0.0), whole)
     if not isinstance(outputs, PerToken):
         return task.losses(outputs, batch, axis)
     # What has tokens goes with them in tiles, and all else but the numbers of rows, which are for dropout, to each.

@@ -1,0 +1,67 @@
+"""Windows into streams of tokens, which become the rows of batches: equal ones, or a document each."""
+
+from typing import NamedTuple, Protocol
+
+import numpy as np
+
+from lss_jax.data.packing import Packing, Stream, Tokens
+
+
+class Window(NamedTuple):
+    """A row of a batch: the tokens of a stream from `start` to `stop`, of which the stream may have fewer."""
+
+    stream: Stream
+    start: int
+    stop: int
+
+
+class Windows(Protocol):
+    """The windows of a stream by their numbers; a number behind the last one gives a window without tokens."""
+
+    stream: Stream
+    training: int  # how many there are to train on
+    evaluation: int  # how many to evaluate on
+
+    def __getitem__(self, number: int, /) -> Window: ...
+
+
+class EqualWindows:
+    """Windows of `seq_len` tokens, one after the other; only whole ones are trained on.
+
+    With `ahead=1` a window has a token behind its last one, as the target of that.
+    """
+
+    def __init__(self, stream: Stream, seq_len: int, ahead: int):
+        self.stream, self._seq_len, length = stream, seq_len, len(stream.tokens) - ahead
+        self.training, self.evaluation = length // seq_len, -(-length // seq_len)
+
+    def __getitem__(self, number: int) -> Window:
+        start = number * self._seq_len
+        return Window(self.stream, start, start + self._seq_len)
+
+
+class PromptWindows:
+    """A window for the prompt of each document of a stream, as far as `seq_len` tokens reach."""
+
+    def __init__(self, stream: Stream, seq_len: int):
+        assert stream.documents is not None, "prompts come in documents"
+        self.stream, self._seq_len, self._documents = stream, seq_len, stream.documents
+        self.training = self.evaluation = len(stream.documents)
+
+    def __getitem__(self, number: int) -> Window:
+        if number >= self.evaluation:
+            return Window(self.stream, len(self.stream.tokens), len(self.stream.tokens))
+        start, _ = self._documents[number]
+        return Window(self.stream, start, min(self._documents.first_target(number), start + self._seq_len))
+
+    @property
+    def longer(self) -> int:
+        """The number of prompts that have more tokens."""
+        lengths = (self._documents.first_target(n) - self._documents[n][0] for n in range(self.evaluation))
+        return sum(length > self._seq_len for length in lengths)
+
+
+def windows_at(tokens: Tokens, starts_B: np.ndarray, seq_len: int, documents: Packing | None = None) -> list[Window]:
+    """The windows of one stream at `starts_B`."""
+    stream = Stream(tokens, documents, None)
+    return [Window(stream, int(start), int(start) + seq_len) for start in starts_B]

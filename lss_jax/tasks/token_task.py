@@ -1,0 +1,178 @@
+"""What tasks on windows of tokens have in common: their batches, documents and positions, and losses per token."""
+
+import abc
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+from jax.sharding import AbstractMesh, Mesh
+
+from lss_jax.attention.mask import Intervals, bidirectional, documents, neighbours
+from lss_jax.attention.traffic import Traffic, sizes_of
+from lss_jax.config.schema import Config, ConfigError
+from lss_jax.data.batch import Batch, batch_like, batch_specs
+from lss_jax.data.corpus import Corpus, is_packed, open_corpus
+from lss_jax.data.loader import Read, read_batch
+from lss_jax.data.packing import Stream, undivided
+from lss_jax.data.split import WindowSplit
+from lss_jax.data.text import BYTES, ByteText, Tokenizer
+from lss_jax.data.tokenizer import load_tokenizer
+from lss_jax.data.windows import EqualWindows, Window, Windows
+from lss_jax.models.losses import LossSum, cross_entropy, vocab_parallel_cross_entropy
+from lss_jax.models.tiles import tiles_on
+from lss_jax.parallel.layout import layout_on
+from lss_jax.parallel.mesh import MODEL
+from lss_jax.parallel.scopes import LOSS
+from lss_jax.parallel.tensor_parallel import own_part
+from lss_jax.tasks.task import Task
+
+
+class TokenTask(Task):
+    """A task on windows of `data.seq_len` tokens, which are bytes, or what a tokenizer makes of the text."""
+
+    items = "bytes"
+    by_position = False
+    sees_documents: bool  # whether batches say which documents their windows hold, be it only one
+    counts_bytes = False  # whether they say how many bytes of text each target stands for
+
+    def __init__(self, config: Config):
+        super().__init__(config)
+        self.encoded = config.data.tokenizer != BYTES
+        self.sees_documents = self.packed = is_packed(config.data)
+        if self.encoded:
+            self.items = "tokens"
+
+    @property
+    def text(self) -> Tokenizer:
+        """What the tokens stand for.
+
+        Raises:
+          ConfigError: the file of the tokenizer cannot be used.
+        """
+        return load_tokenizer(self.config.data.tokenizer)
+
+    def introduction(self, split: WindowSplit) -> Iterator[str]:
+        if self.packed:
+            separator = self.config.data.separator
+            ends = f", each ending with {separator!r}" if separator else ""
+            yield f"packed   {split.documents:,} documents in the training data{ends}"
+        shares = split.shares
+        if shares[1:]:
+            for part, stream, share in zip(self.config.data.parts, split.streams, shares, strict=True):
+                yield f"source   {share:.1%} of the windows from {part}, {len(stream.tokens):,} {self.items}"
+
+    def counted(self) -> dict[str, Any]:
+        return {"data.separator": self.config.data.separator}
+
+    def problems(self) -> Iterator[str]:
+        data = self.config.data
+        if not self.encoded:
+            yield from self.too_few_tokens(ByteText.vocab, "byte-level data")
+        if data.restart_positions and not self.packed:
+            yield (
+                f"data.restart_positions=True has no use with data.source={data.source!r}, data.path={data.path!r}, "
+                f"which is one document; give a data.separator or several documents, or use False"
+            )
+
+    def too_few_tokens(self, needed: int, what: str) -> Iterator[str]:
+        """Whether the model has fewer tokens than `what` needs."""
+        if self.config.model.vocab < needed:
+            vocab = self.config.model.vocab
+            yield f"model.vocab={vocab} is less than {needed}, which {what} needs; use model.vocab={needed}"
+
+    def batch_specs(self) -> Any:
+        return batch_specs(self.sees_documents, self.counts_bytes)
+
+    def batch_like(self, mesh: Mesh | AbstractMesh) -> Any:
+        data, layout = self.config.data, layout_on(self.config, mesh)
+        return batch_like(data.batch_size, data.seq_len, mesh, layout, self.sees_documents, self.counts_bytes)
+
+    def splits(self, mesh: Mesh) -> dict[str, WindowSplit]:
+        config, corpus = self.config, open_corpus(self.config.data)
+        self.check(corpus)
+
+        def read(windows: Sequence[Window], turn: int) -> Any:
+            return self.read(windows, turn, mesh, corpus)
+
+        return {
+            name: WindowSplit([self.windows(self._divided(stream)) for stream in streams], config, read)
+            for name, streams in corpus.streams.items()
+        }
+
+    def _divided(self, stream: Stream) -> Stream:
+        needs_one = self.sees_documents and stream.documents is None
+        return stream._replace(documents=undivided()) if needs_one else stream
+
+    def read(self, windows: Sequence[Window], turn: int, mesh: Mesh, corpus: Corpus) -> Any:
+        """The global batch of some windows; see `WindowSplit` for its turn."""
+        token_bytes = corpus.token_bytes if self.counts_bytes else None
+        layout, reading = layout_on(self.config, mesh), self.reading(turn)
+        return read_batch(windows, self.config.data.seq_len, mesh, layout, read=reading, token_bytes=token_bytes)
+
+    def windows(self, stream: Stream) -> Windows:
+        """The windows of a stream."""
+        return EqualWindows(stream, self.config.data.seq_len, ahead=0)
+
+    @abc.abstractmethod
+    def reading(self, turn: int) -> Read:
+        """How tokens and targets are read from the windows of a batch."""
+
+    def check(self, corpus: Corpus) -> None:
+        """Raises a ConfigError if there are more tokens than the model has."""
+        if corpus.token_bytes is None:
+            return
+        for _ in self.too_few_tokens(len(corpus.token_bytes), ""):
+            needed = len(corpus.token_bytes)
+            raise ConfigError(
+                f"model.vocab={self.config.model.vocab} is less than the {needed} tokens of data.tokenizer="
+                f"{self.config.data.tokenizer!r}; use model.vocab={needed} or more"
+            )
+
+    def inputs(self, batch: Batch) -> jax.Array:
+        return batch.tokens
+
+    def positions(self, batch: Batch) -> jax.Array:
+        """Natural positions in the window; with `data.restart_positions`, in what the window has of a document."""
+        return batch.positions - batch.documents[0] if self.config.data.restart_positions else batch.positions
+
+    def cross_entropy(self, outputs: jax.Array, targets_Bl: jax.Array, axis: str | None) -> LossSum:
+        """The losses of this device's part, from logits of the vocabulary or this device's shard of it."""
+        if axis and self.config.model.vocab_parallel:
+            return vocab_parallel_cross_entropy(outputs, targets_Bl, axis)
+        return cross_entropy(outputs, own_part(targets_Bl, axis, 1))
+
+    def traffic(self, mesh: Mesh | AbstractMesh) -> Iterator[tuple[str, Traffic]]:
+        """Over a sharded vocabulary two sums and a maximum per token, and the gradient of the two."""
+        if self.config.model.vocab_parallel and not self.config.model.classes:
+            sizes, times = sizes_of(self.config, mesh), self.config.optim.accumulate
+            tiles, parts = tiles_on(self.config, mesh), mesh.shape[MODEL]
+            passes = 1 if sizes.l // parts in tiles else 2  # a tile is recomputed
+            for size, count in tiles.items():
+                yield LOSS, Traffic("all-reduce", passes * times * count, sizes.B * size * parts, 4)
+                yield LOSS, Traffic("reduce-scatter", passes * times * count, 2 * sizes.B * size, 4)
+                yield LOSS, Traffic("all-gather", times * count, 2 * sizes.B * size * parts, 4)
+
+
+class BidirectionalTask(TokenTask):
+    """A task in which each token may attend to all others of its document, or to those in a window around it."""
+
+    def __init__(self, config: Config):
+        super().__init__(config)
+        self.sees_documents = True  # what lies behind the end of the data is padding, which nobody attends to
+
+    def problems(self) -> Iterator[str]:
+        yield from super().problems()
+        prefix = self.config.attention.prefix
+        if prefix:
+            yield (
+                f"attention.prefix={prefix} has no use with task={self.config.task!r}, where all tokens attend to one "
+                f"another; use 0"
+            )
+
+    def mask(self, positions_l: jax.Array, batch: Batch | None = None) -> Intervals:
+        """A bidirectional mask within a token's own document, and in the config's window around it."""
+        width = self.config.attention.window
+        mask = bidirectional(positions_l, self.config.data.seq_len)
+        if width:
+            mask &= neighbours(positions_l, left=width // 2, right=(width - 1) // 2)
+        return mask & documents(batch.documents) if batch is not None else mask
