@@ -141,7 +141,8 @@ def seen_by(case: Case) -> np.ndarray:
     end_B11 = (ENDS if case.padded else np.full(B, TOKENS))[:, None, None]
     seen = (i < end_B11) & (j < end_B11) & ((j <= i) | (not case.causal))
     if case.strategy == "longformer":
-        seen &= (abs(i - j) < case.window) | (i < case.global_tokens) | (j < case.global_tokens)
+        near = i - j < case.window if case.causal else (i - j <= case.window // 2) & (j - i <= (case.window - 1) // 2)
+        seen &= near | (i < case.global_tokens) | (j < case.global_tokens)
     return seen
 
 

@@ -15,7 +15,7 @@ from lss_jax.attention.head_groups import in_head_groups
 from lss_jax.attention.kernels import KERNELS
 from lss_jax.attention.mask import Intervals, bidirectional, causal
 from lss_jax.attention.setting import Setting
-from lss_jax.attention.strategies import STRATEGIES, make_attend
+from lss_jax.attention.strategies import EXACT, make_attend
 from lss_jax.config.schema import AttentionConfig, DataConfig
 from lss_jax.data.sources import SOURCES
 from lss_jax.parallel.dropout import Dropout
@@ -85,7 +85,7 @@ def setting_on(layout: Layout) -> Setting:
     )
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("strategy", EXACT)
 def test_each_device_gets_another_one_s_keys_and_gives_back_their_gradients(strategy):
     """Rank-coded: device i sees the keys of device i + 3, whose values are their rank; its cotangents are 10**i."""
     case = Case(strategy, seq=8)
@@ -99,7 +99,7 @@ def test_each_device_gets_another_one_s_keys_and_gives_back_their_gradients(stra
     np.testing.assert_allclose(results.dv, zeros + 10.0 ** ((rank_L - 3) % 8)[:, None, None], rtol=1e-5)
 
 
-LAYOUTS = [(strategy, layout) for strategy in STRATEGIES for layout in CHUNKS_PER_DEVICE]
+LAYOUTS = [(strategy, layout) for strategy in EXACT for layout in CHUNKS_PER_DEVICE]
 
 
 @pytest.mark.parametrize(

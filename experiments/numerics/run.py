@@ -29,7 +29,7 @@ from matplotlib.figure import Figure
 
 from lss_jax.attention.mask import causal
 from lss_jax.attention.setting import Setting
-from lss_jax.attention.strategies import STRATEGIES, make_attend
+from lss_jax.attention.strategies import EXACT, make_attend
 from lss_jax.parallel.layout import Layout
 from lss_jax.parallel.mesh import SEQ, make_mesh, without_unsharded
 from lss_jax.runtime import distributed
@@ -173,7 +173,7 @@ def main() -> None:
     for dtype in DTYPES:
         arrays_1LHK = inputs(dtype, arguments.length)
         references_LHK = exact(arrays_1LHK)
-        for strategy in STRATEGIES:
+        for strategy in EXACT:
             results.append(measure(strategy, list(arguments.devices), arrays_1LHK, references_LHK))
             print(verdict(results[-1]), flush=True)
     print(table(results))

@@ -1,8 +1,9 @@
 """Window with global tokens (Beltagy et al. 2020, arXiv 2004.05150): exact for a mask that is no interval.
 
-A token sees its neighbours, less than `attention.window` away (Sec. 3.1, "sliding window"), and the first
-`attention.global_tokens` of the sequence, which see all and are seen by all ("global attention"), as far as the task's
-mask shows them. Global and local attention have the same projections, where the paper gives each its own.
+A token sees its neighbours (Sec. 3.1, "sliding window"): `attention.window` tokens around it, or up to it where it sees
+nothing later. And it sees the first `attention.global_tokens` of the sequence, which see all and are seen by all
+("global attention"), as far as the task's mask shows them. Global and local attention have the same projections, where
+the paper gives each its own.
 
 A device fetches what its tokens see: halos, from the devices before it (and behind, unless causal), and the global
 tokens, once. Where these see later tokens, every device answers for its own keys, and one gather of the answers, with
@@ -59,8 +60,7 @@ def _told(setting: Setting) -> Approximation:
 def near(mask: Intervals, first: jax.Array | int, l: int, told: Approximation) -> Intervals:
     """What local queries see of the neighbours that are not global."""
     positions_l = first + jnp.arange(l, dtype=jnp.int32)
-    reach = told.window - 1
-    window = neighbours(positions_l, reach, reach)
+    window = neighbours(positions_l, *_reach(told))
     return mask & window & Intervals(jnp.full_like(positions_l, told.global_tokens), window.end)
 
 
@@ -78,9 +78,13 @@ def answered(mask: Intervals, told: Approximation) -> Intervals:
 
 def halo(l: int, setting: Setting) -> tuple[int, int]:
     """How many tokens before and behind a segment its queries may see; no more than there are."""
-    told = _told(setting)
-    reach = min(told.window - 1, (setting.layout.devices - 1) * l)
-    return reach, 0 if told.causal else reach
+    left, right = (min(reach, (setting.layout.devices - 1) * l) for reach in _reach(_told(setting)))
+    return left, right
+
+
+def _reach(told: Approximation) -> tuple[int, int]:
+    """How many tokens a token sees before itself and behind; with itself they are the window."""
+    return (told.window - 1, 0) if told.causal else (told.window // 2, (told.window - 1) // 2)
 
 
 def _hops(reach: int, l: int) -> Iterator[tuple[int, int]]:

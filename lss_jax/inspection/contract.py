@@ -146,7 +146,8 @@ def _attention(model: Model, mesh: Mesh | AbstractMesh) -> Part:
     config, axes = model.config, _sharding_axes(mesh, SEQ)
     if not axes:
         return
-    groups, sizes, setting = config.attention.head_groups, sizes_of(config, mesh), setting_on(config, mesh)
+    groups, sizes = config.attention.head_groups, sizes_of(config, mesh)
+    setting = setting_on(config, mesh, make_task(config).mask_kind)
     sizes = dataclasses.replace(sizes, H=sizes.H // groups, G=sizes.G // groups)
     traffic = STRATEGIES[config.attention.strategy].traffic(sizes, setting)
     backward = [*traffic["forward"] * repeats(config.model), *traffic["backward"]] if _reaches_layers(model) else []

@@ -70,13 +70,17 @@ def _axes_of_matrices(params: Any) -> list[Any]:
 def attention(model: Model, mesh: Mesh) -> int:
     """Predicts the operations of all layers' attention on the busiest device; packed documents count as one."""
     config, task, strategy = model.config, make_task(model.config), STRATEGIES[model.config.attention.strategy]
-    sizes, setting = strategy.in_kernel(sizes_of(config, mesh), setting_on(config, mesh))
+    sizes, setting = sizes_of(config, mesh), setting_on(config, mesh, task.mask_kind)
+    layers, reached = config.model.layers * config.optim.accumulate, costs_of(model).reaches_layers(model.trained)
+    if strategy.operations:
+        forward, training = strategy.operations(task.mask, sizes, setting)
+        return layers * (training + forward * repeats(config.model) if reached else forward)
+    assert strategy.in_kernel, "a strategy declares its kernel's sizes or its operations"
+    sizes, setting = strategy.in_kernel(sizes, setting)
     positions_Nl = setting.layout.positions(sizes.l * setting.layout.devices).reshape(-1, sizes.l)
     scores = max(_scores(task.mask(jnp.asarray(positions_l)), sizes, setting, strategy) for positions_l in positions_Nl)
     products = PRODUCTS[setting.kernel] + FORWARD * repeats(config.model)
-    if not costs_of(model).reaches_layers(model.trained):
-        products = FORWARD
-    return config.model.layers * config.optim.accumulate * scores * 2 * sizes.K * products
+    return layers * scores * 2 * sizes.K * (products if reached else FORWARD)
 
 
 def _scores(mask: Intervals, sizes: Sizes, setting: Setting, strategy: Strategy) -> int:
@@ -93,6 +97,7 @@ def _scores(mask: Intervals, sizes: Sizes, setting: Setting, strategy: Strategy)
         tiling = tiling_of(queries, kv_N2BGlK, setting, TARGETS[setting.kernel])
         tables, _, _ = facts(tiling, queries)
         return int((tables.stop_B - tables.first_B).sum()) * H * tiling.queries.size * tiling.key_size
+    assert strategy.key_blocks
     keys = strategy.key_blocks(l, setting)
     blocks = query_blocking((B, l, H, G), layout, (setting.block_queries, setting.block_keys), keys.size)
     return visits(keys, blocks, mask.start, mask.end) * blocks.block_heads * (H // G) * blocks.size * keys.size

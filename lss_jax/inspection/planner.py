@@ -72,8 +72,11 @@ def plan(config: Config, devices: int, room: Room) -> tuple[list[Candidate], lis
     """
     validate(dataclasses.replace(config, mesh=MeshConfig(1, 1, 1, "none")), 1)
     candidates, impossible = [], []
+    alike = [config.attention.strategy]  # what is not exact is another model, and takes no other strategy's place
+    if STRATEGIES[config.attention.strategy].exact:
+        alike = [name for name, strategy in STRATEGIES.items() if strategy.exact]
     for sizes in meshes(devices):
-        for strategy in STRATEGIES if sizes[1] > 1 else [config.attention.strategy]:  # on one device they are the same
+        for strategy in alike if sizes[1] > 1 else [config.attention.strategy]:  # on one device they are the same
             try:
                 candidates.append(roomiest(config, sizes, strategy, room))
             except ConfigError as error:

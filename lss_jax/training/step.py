@@ -138,7 +138,8 @@ def local_losses(model: Model, mesh: Mesh | AbstractMesh, params: Params, batch:
     config, axis, task = model.config, axis_if_sharded(MODEL, mesh), make_task(model.config)
     positions_l, positions_p = batch.positions, own_part(batch.positions, axis, 0)
     mask = task.mask(batch.positions, batch)
-    attend, sees_l = make_attend(config.attention.strategy, mask, setting_on(config, mesh)), mask.start < mask.end
+    attend = make_attend(config.attention.strategy, mask, setting_on(config, mesh, task.mask_kind))
+    sees_l = mask.start < mask.end
     sequence_axes = tuple(axis for axis in sharded_axes(mesh) if axis != DATA)
     segment = Segment(
         positions_l=positions_l,
