@@ -81,6 +81,10 @@ def get_config() -> ConfigDict:
     model.rope_attention_factor = 0.0  # of rotated queries and keys; 0: 1, for "yarn" 0.1 ln(rope_factor) + 1
     model.classes = 0  # the head gives logits of so many classes; 0: of the vocabulary
     model.pooling = "none"  # of families with classes: for each token; or "mean", for the whole sequence
+    # "hierarchical": tokens in a patch; the decoder over patches has the keys above, that within patches these.
+    model.patch = 0
+    model.local_layers = 0
+    model.local_width = 0
     model.tied_head = True  # the head is the transpose of the token embedding
     model.vocab_parallel = False  # shard the token embedding and the head over mesh.model, for large vocabularies
     model.dropout = 0.0  # on embeddings, attention weights and both residual branches; the same on every mesh

@@ -26,7 +26,7 @@ from lss_jax.attention.setting import Approximation, Setting
 from lss_jax.attention.strategy import Local, Operations, Shards, Shown, Strategy
 from lss_jax.attention.traffic import Sizes, Traffic
 from lss_jax.config.schema import AttentionConfig, Config
-from lss_jax.parallel.residuals import COMMUNICATED
+from lss_jax.parallel.residuals import ATTENDED, COMMUNICATED
 
 FORWARD, TRAINING = 2, 7  # products per score, of the blockwise kernel
 
@@ -49,7 +49,7 @@ def longformer_attention(local: Local, setting: Setting) -> jax.Array:
     o_BlHK = together(_stacked(parts)).o_BlHK
     if not told.causal:
         o_BlHK = _with_answers(o_BlHK, q_BgHK, kv_2BGlK, local, setting)
-    return o_BlHK.astype(q_BlHK.dtype)
+    return checkpoint_name(o_BlHK.astype(q_BlHK.dtype), ATTENDED)
 
 
 def _told(setting: Setting) -> Approximation:

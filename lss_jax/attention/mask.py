@@ -68,6 +68,11 @@ def neighbours(positions_l: jax.Array, left: int, right: int) -> Intervals:
     return Intervals(jnp.maximum(positions_l - left, 0), positions_l + right + 1)
 
 
+def of_patches(mask: Intervals, patch: int) -> Intervals:
+    """The patches of so many tokens that each patch sees: those in which its first token sees anything."""
+    return Intervals(mask.start[..., ::patch] // patch, -(-mask.end[..., ::patch] // patch))
+
+
 def documents(bounds_2Bl: jax.Array) -> Intervals:
     """Each token sees its own document: `bounds_2Bl` has where that starts and where it ends (exclusive)."""
     return Intervals(bounds_2Bl[0], bounds_2Bl[1])

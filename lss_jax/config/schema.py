@@ -82,6 +82,9 @@ class ModelConfig:
     rope_attention_factor: float
     classes: int
     pooling: Literal["none", "mean"]
+    patch: int
+    local_layers: int
+    local_width: int
     tied_head: bool
     vocab_parallel: bool
     dropout: float

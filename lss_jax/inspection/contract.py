@@ -70,7 +70,18 @@ def found(collectives: Iterable[Collective], mesh: Mesh | AbstractMesh) -> Contr
 
 def predicted(model: Model, mesh: Mesh | AbstractMesh) -> Contract:
     """Predicts the collectives of this model's training step on this mesh, by line."""
-    parts = (_attention, _weights, _regions, _pooling, _positions, _masks, _gradients, _norms, _sharded_state)
+    parts = (
+        _attention,
+        _exchanges,
+        _weights,
+        _regions,
+        _pooling,
+        _positions,
+        _masks,
+        _gradients,
+        _norms,
+        _sharded_state,
+    )
     total: Contract = defaultdict(lambda: Total(0, 0, 0, 0))
     for part in parts:
         for line, times, elements, itemsize in part(model, mesh):
@@ -143,18 +154,31 @@ Part = Iterator[tuple[Line, int, int, int]]  # times, elements and itemsize of e
 
 def _attention(model: Model, mesh: Mesh | AbstractMesh) -> Part:
     """Attention's collectives, per layer and microbatch, as its strategy predicts them."""
-    config, axes = model.config, _sharding_axes(mesh, SEQ)
+    for config, over in costs_of(model).attended(model.config, mesh):
+        yield from _attention_of(config, over, _reaches_layers(model))
+
+
+def _attention_of(config: Config, mesh: Mesh | AbstractMesh, reached: bool) -> Part:
+    axes = _sharding_axes(mesh, SEQ)
     if not axes:
         return
     groups, sizes = config.attention.head_groups, sizes_of(config, mesh)
     setting = setting_on(config, mesh, make_task(config).mask_kind)
     sizes = dataclasses.replace(sizes, H=sizes.H // groups, G=sizes.G // groups)
     traffic = STRATEGIES[config.attention.strategy].traffic(sizes, setting)
-    backward = [*traffic["forward"] * repeats(config.model), *traffic["backward"]] if _reaches_layers(model) else []
+    backward = [*traffic["forward"] * repeats(config.model), *traffic["backward"]] if reached else []
     for direction, collectives in (("forward", traffic["forward"]), ("backward", backward)):
         for one in collectives:
             times = one.times * groups * config.model.layers * config.optim.accumulate
             yield Line(f"{ATTENTION} {direction}", one.kind, axes), times, one.elements, one.itemsize
+
+
+def _exchanges(model: Model, mesh: Mesh | AbstractMesh) -> Part:
+    """What the family says of other collectives over `seq`."""
+    axes = _sharding_axes(mesh, SEQ)
+    if axes:
+        for place, one in costs_of(model).exchanges(model.config, mesh):
+            yield Line(place, one.kind, axes), one.times, one.elements, one.itemsize
 
 
 def _weights(model: Model, mesh: Mesh | AbstractMesh) -> Part:
@@ -219,13 +243,14 @@ def _positions(model: Model, mesh: Mesh | AbstractMesh) -> Part:
 
 def _masks(model: Model, mesh: Mesh | AbstractMesh) -> Part:
     """Some strategies gather the intervals of all queries: per step, or per microbatch where rows have their own."""
-    config, axes, sizes = model.config, _sharding_axes(mesh, SEQ), sizes_of(model.config, mesh)
-    if STRATEGIES[config.attention.strategy].whole_mask and axes:
-        task = make_task(config)
-        batch = task.batch_like(mesh)
-        of_rows = jax.eval_shape(task.mask, batch.positions, batch).start.ndim == 2
-        rows, times = (sizes.B, config.optim.accumulate) if of_rows else (1, 1)
-        yield Line(MASK, "all-gather", axes), times, mesh.shape[SEQ] * 2 * rows * sizes.l, 4
+    task = make_task(model.config)
+    batch = task.batch_like(mesh)
+    of_rows = jax.eval_shape(task.mask, batch.positions, batch).start.ndim == 2
+    for config, over in costs_of(model).attended(model.config, mesh):
+        axes, sizes = _sharding_axes(over, SEQ), sizes_of(config, over)
+        if STRATEGIES[config.attention.strategy].whole_mask and axes:
+            rows, times = (sizes.B, config.optim.accumulate) if of_rows else (1, 1)
+            yield Line(MASK, "all-gather", axes), times, over.shape[SEQ] * 2 * rows * sizes.l, 4
 
 
 def _gradients(model: Model, mesh: Mesh | AbstractMesh) -> Part:

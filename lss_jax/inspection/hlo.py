@@ -17,12 +17,14 @@ from lss_jax.parallel.scopes import (
     LOSS,
     MASK,
     OPTIMIZER,
+    PATCHES,
     POSITIONS,
     REGIONS,
     WEIGHTS,
 )
 
-PLACE = re.compile(rf"\b({'|'.join((ATTENTION, REGIONS, LOSS, MASK, POSITIONS, GRADIENTS, OPTIMIZER, WEIGHTS))})\b")
+PLACES = (ATTENTION, REGIONS, LOSS, MASK, PATCHES, POSITIONS, GRADIENTS, OPTIMIZER, WEIGHTS)
+PLACE = re.compile(rf"\b({'|'.join(PLACES)})\b")
 
 KINDS = "all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute|collective-broadcast"
 INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%(?P<name>[\w.-]+) = (?P<type>.*?) (?P<op>[\w-]+)\((?P<operands>.*)$")

@@ -25,6 +25,7 @@ from lss_jax.attention.setting import Setting
 from lss_jax.attention.strategies import STRATEGIES
 from lss_jax.attention.strategy import Strategy
 from lss_jax.attention.traffic import Sizes, sizes_of
+from lss_jax.config.schema import Config
 from lss_jax.models import Model, costs_of
 from lss_jax.models.stack import repeats
 from lss_jax.parallel.scopes import ATTENTION
@@ -69,9 +70,15 @@ def _axes_of_matrices(params: Any) -> list[Any]:
 
 def attention(model: Model, mesh: Mesh) -> int:
     """Predicts the operations of all layers' attention on the busiest device; packed documents count as one."""
-    config, task, strategy = model.config, make_task(model.config), STRATEGIES[model.config.attention.strategy]
+    costs = costs_of(model)
+    reached = costs.reaches_layers(model.trained)
+    return sum(_attention_of(config, over, reached) for config, over in costs.attended(model.config, mesh))
+
+
+def _attention_of(config: Config, mesh: Mesh | AbstractMesh, reached: bool) -> int:
+    task, strategy = make_task(config), STRATEGIES[config.attention.strategy]
     sizes, setting = sizes_of(config, mesh), setting_on(config, mesh, task.mask_kind)
-    layers, reached = config.model.layers * config.optim.accumulate, costs_of(model).reaches_layers(model.trained)
+    layers = config.model.layers * config.optim.accumulate
     if strategy.operations:
         forward, training = strategy.operations(task.mask, sizes, setting)
         return layers * (training + forward * repeats(config.model) if reached else forward)

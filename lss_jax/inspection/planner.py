@@ -186,7 +186,7 @@ def evaluate(config: Config, sizes: MeshSizes, strategy: str, room: Room, change
         of_host = math.ceil(memory.host / room.host * room.memory) if room.host else 0
         return max(memory.total, of_host)
 
-    step = math.lcm(layout_on(config, mesh).padded(1), TILE)
+    step = math.lcm(layout_on(config, mesh).padded(1) * max(config.model.patch, 1), TILE)
     first = max(1, config.data.seq_len // step)
     tiles = largest(lambda count: needs(count * step), room.memory, LONGEST // step, first)
     if not tiles:

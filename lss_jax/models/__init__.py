@@ -16,19 +16,40 @@ from flax import nnx, traverse_util
 from jax.sharding import AbstractMesh, Mesh
 
 from lss_jax.config.schema import Config, ConfigError, unknown_choice
-from lss_jax.models import decoder_costs
+from lss_jax.models import decoder_costs, hierarchical_costs
 from lss_jax.models.adapters import add_adapters
 from lss_jax.models.decoder import Decoder
 from lss_jax.models.encoder import Encoder
-from lss_jax.models.family import Costs, Family
+from lss_jax.models.family import Costs, Family, attends_over_tokens, exchanges_nothing
 from lss_jax.models.freezing import freeze, name_of
+from lss_jax.models.hierarchical import Hierarchical
 from lss_jax.models.layers import is_frozen
 from lss_jax.models.shares import NOT_GATHERED, place_weights
 
-TRANSFORMER = Costs(decoder_costs.traffic, decoder_costs.products, decoder_costs.reaches_layers)
+TRANSFORMER = Costs(
+    decoder_costs.traffic,
+    decoder_costs.products,
+    decoder_costs.reaches_layers,
+    attends_over_tokens,
+    exchanges_nothing,
+)
+HIERARCHICAL = Costs(
+    hierarchical_costs.traffic,
+    hierarchical_costs.products,
+    hierarchical_costs.reaches_layers,
+    hierarchical_costs.attended,
+    hierarchical_costs.exchanges,
+)
 FAMILIES = {
     "decoder": Family(Decoder, frozenset({"next_token"}), TRANSFORMER, generates=True, gathers_weights=True),
     "encoder": Family(Encoder, frozenset({"tokens", "classes", "pooled"}), TRANSFORMER, gathers_weights=True),
+    "hierarchical": Family(
+        Hierarchical,
+        frozenset({"next_token"}),
+        HIERARCHICAL,
+        problems=hierarchical_costs.problems,
+        gathers_weights=True,
+    ),
 }
 
 Params = dict[str, Any]  # nested, leaves are arrays; names as in the modules

@@ -25,7 +25,7 @@ def reaches_layers(trained: Trained) -> bool:
 
 def _reaches_features(config: Config, mesh: Mesh | AbstractMesh, trained: Trained) -> bool:
     """Whether the backward pass goes through the head; in tiles the gradient of its input takes the input's place."""
-    tiled = _is_tiled(config, mesh) and config.model.pooling == "none"
+    tiled = is_tiled(config, mesh) and config.model.pooling == "none"
     return reaches_layers(trained) or any(trained["final_norm"].values()) or tiled
 
 
@@ -41,7 +41,7 @@ def traffic(config: Config, mesh: Mesh | AbstractMesh, trained: Trained) -> Iter
     part, tiles = sizes.l // mesh.shape[MODEL], tiles_on(config, mesh)
     token = sizes.B * model.width
     remat, blocks = int(model.remat != "none"), repeats(model)
-    tiled, embeds = int(_is_tiled(config, mesh)), int(model.vocab_parallel)
+    tiled, embeds = int(is_tiled(config, mesh)), int(model.vocab_parallel)
     head = embeds * (not model.classes)
     layers = model.layers if reaches_layers(trained) else 0  # of the backward pass
     features, embedding = int(_reaches_features(config, mesh, trained)), int(trained["tokens"]["table_VE"])
@@ -67,7 +67,8 @@ def _attention_needs_input(config: Config, mesh: Mesh | AbstractMesh, trained: T
     return gradients or any(STRATEGIES[config.attention.strategy].recomputed(setting_on(config, mesh)))
 
 
-def _is_tiled(config: Config, mesh: Mesh | AbstractMesh) -> bool:
+def is_tiled(config: Config, mesh: Mesh | AbstractMesh) -> bool:
+    """Whether a device computes its tokens in several tiles."""
     return sizes_of(config, mesh).l // mesh.shape[MODEL] not in tiles_on(config, mesh)
 
 
@@ -77,13 +78,17 @@ def products(config: Config, mesh: Mesh | AbstractMesh, trained: Trained) -> int
     A kernel has one product forward, one backward for its input, and one for its own gradient, if it is trained.
     """
     sizes, model = sizes_of(config, mesh), config.model
-    layers = trained["stack"]["blocks"]
-    layer = sum(_elements(one, reaches_layers(trained), layers[one.region][one.name]) for one in _linears(config, mesh))
+    layer = layer_products(config, mesh, trained["stack"]["blocks"], reaches_layers(trained))
     tokens = config.optim.accumulate * sizes.B * sizes.l
     head = trained["head"]["kernel_EV"] if "head" in trained else trained["tokens"]["table_VE"]
-    tiled = _is_tiled(config, mesh) and model.pooling == "none"
+    tiled = is_tiled(config, mesh) and model.pooling == "none"
     of_head = 1 + tiled + _reaches_features(config, mesh, trained) + head
     return 2 * (tokens * model.layers * layer + of_head * model.width * _logits(config, mesh))
+
+
+def layer_products(config: Config, mesh: Mesh | AbstractMesh, trained: Trained, reached: bool) -> int:
+    """The elements of all matrices of a layer that a token is multiplied with, in both passes."""
+    return sum(_elements(one, reached, trained[one.region][one.name]) for one in _linears(config, mesh))
 
 
 def _logits(config: Config, mesh: Mesh | AbstractMesh) -> int:
@@ -129,7 +134,7 @@ def _linears(config: Config, mesh: Mesh | AbstractMesh) -> Iterator[_Linear]:
     """
     model, sizes, parts = config.model, sizes_of(config, mesh), mesh.shape[MODEL]
     E, F, rank, groups = model.width, model.mlp_width // parts, config.lora.rank, config.attention.head_groups
-    remat, tiled, blocks = model.remat, _is_tiled(config, mesh), repeats(model)
+    remat, tiled, blocks = model.remat, is_tiled(config, mesh), repeats(model)
     in_groups = remat == "block" or groups > 1
     queries, keys = STRATEGIES[config.attention.strategy].recomputed(setting_on(config, mesh))
     for name, heads, projected in (("query", sizes.H, queries), ("key", sizes.G, keys), ("value", sizes.G, keys)):

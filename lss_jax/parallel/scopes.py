@@ -4,4 +4,5 @@ ATTENTION, REGIONS, POOLING = "attention", "regions", "pooling"
 LOSS, MASK = "loss", "mask"
 POSITIONS, GRADIENTS, OPTIMIZER = "positions", "gradients", "optimizer"
 WEIGHTS = "weights"  # gathered from their shares, and the gradients scattered to them
+PATCHES = "patches"  # of a hierarchy, from each chunk to the next
 ELSEWHERE = "elsewhere"  # none of these, or the compiler has lost the name

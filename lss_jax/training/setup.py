@@ -28,6 +28,7 @@ def validate(config: Config, device_count: int, *, trains: bool = True) -> MeshS
     found += strategy_problems(config.attention, _shards(config, sizes))
     found += [*family_problems(config), *task_problems(config), *_unserved(config)]
     found += _inexpressible(config, _shards(config, sizes))
+    found += FAMILIES[config.model.family].problems(config, sizes) if config.model.family in FAMILIES else []
     found += optimizer_problems(config, sizes) if trains else []
     if found:
         raise ConfigError("\n".join(found))

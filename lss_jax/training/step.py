@@ -10,6 +10,7 @@ import optax
 from jax.sharding import AbstractMesh, Mesh
 from jax.sharding import PartitionSpec as P
 
+from lss_jax.attention.mask import of_patches
 from lss_jax.attention.placement import setting_on
 from lss_jax.attention.strategies import make_attend
 from lss_jax.config.schema import Config
@@ -138,7 +139,8 @@ def local_losses(model: Model, mesh: Mesh | AbstractMesh, params: Params, batch:
     config, axis, task = model.config, axis_if_sharded(MODEL, mesh), make_task(model.config)
     positions_l, positions_p = batch.positions, own_part(batch.positions, axis, 0)
     mask = task.mask(batch.positions, batch)
-    attend = make_attend(config.attention.strategy, mask, setting_on(config, mesh, task.mask_kind))
+    over = of_patches(mask, config.model.patch) if config.model.patch else mask
+    attend = make_attend(config.attention.strategy, over, setting_on(config, mesh, task.mask_kind))
     sees_l = mask.start < mask.end
     sequence_axes = tuple(axis for axis in sharded_axes(mesh) if axis != DATA)
     segment = Segment(
