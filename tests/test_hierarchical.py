@@ -21,7 +21,7 @@ from helpers import (
 from lss_jax.config.schema import ConfigError
 from lss_jax.generation.decode import task_and_text
 from lss_jax.inspection import contract, hlo, operations
-from lss_jax.inspection.planner import Room, plan
+from lss_jax.inspection.planner import Room, evaluate
 from lss_jax.training.setup import validate
 from lss_jax.training.step import trace_train_step
 
@@ -177,6 +177,6 @@ def test_it_generates_nothing():
 
 
 @pytest.mark.grid
-def test_it_is_planned():
-    candidates, _ = plan(small_config(**PATCHES_OF_2), 2, Room(2**26, None))
-    assert candidates[0].longest.seq_len > 48
+def test_it_is_planned_for_lengths_of_whole_patches():
+    candidate = evaluate(small_config(**{**HIERARCHY, "optim__steps": 20}), (1, 2, 1), "lss", Room(2**24, None))
+    assert candidate.longest.seq_len > 48 and candidate.longest.seq_len % (3 * 4) == 0

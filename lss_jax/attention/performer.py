@@ -6,7 +6,8 @@ linear attention: what it sends does not depend on the length of the sequence, b
 
 Features are drawn once, from the seed: the same for all layers, heads and meshes, where the paper may draw them anew in
 each step. Its stabilizer, the largest exponent, is taken per query and per key, and states carry the largest of theirs
-along: sums are rescaled, nothing is added to a feature, and the result is the same however the sequence is sharded.
+along. What is added to each feature, so that no sum of weights vanishes, is a share of the token's own largest one. So
+the result is the same however the sequence is sharded.
 """
 
 from collections.abc import Iterator
@@ -28,6 +29,8 @@ from lss_jax.attention.strategy import Local, Operations, Shards, Shown, Strateg
 from lss_jax.attention.traffic import Sizes, Traffic
 from lss_jax.config.schema import AttentionConfig
 
+SMALLEST = 1e-6
+
 
 @cache
 def random_features(seed: int, features: int, width: int) -> np.ndarray:
@@ -43,12 +46,15 @@ def random_features(seed: int, features: int, width: int) -> np.ndarray:
 
 
 def softmax_features(x: jax.Array, setting: Setting) -> tuple[jax.Array, jax.Array]:
-    """Positive features of the softmax kernel (Lemma 1), divided by the largest, and the logarithm of that."""
+    """Positive features of the softmax kernel (Lemma 1), divided by the largest, and the logarithm of that.
+
+    No feature is less than `SMALLEST`, which the authors' code adds too.
+    """
     K, (features, seed) = x.shape[-1], _drawn(setting)
     x = x.astype(jnp.float32) * K**-0.25  # a score is a product of two of these
     exponent = jnp.einsum("...K,DK->...D", x, random_features(seed, features, K)) - (x * x).sum(-1, keepdims=True) / 2
     largest = jax.lax.stop_gradient(exponent.max(-1))
-    return jnp.exp(exponent - largest[..., None]), largest
+    return jnp.exp(exponent - largest[..., None]) + SMALLEST, largest
 
 
 def performer_attention(local: Local, setting: Setting) -> jax.Array:
