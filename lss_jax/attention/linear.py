@@ -114,7 +114,7 @@ def _chunk_states(blocks: Blocks, features: FeatureMap) -> State:
     """The state of each of this device's chunks: of all keys in it."""
 
     def one_block(state: State, block: Blocks) -> tuple[State, None]:
-        return _with(*_rescaled(state, block, features), block), None
+        return _with(state, _keys(block, features), block), None
 
     return jax.lax.scan(jax.checkpoint(one_block, prevent_cse=False), _no_keys(blocks, features), blocks)[0]
 
@@ -127,20 +127,25 @@ def _no_keys(blocks: Blocks, features: FeatureMap) -> State:
     return varying_like(nothing, blocks)
 
 
-def _rescaled(state: State, block: Blocks, features: FeatureMap) -> tuple[State, jax.Array]:
-    """The state at the scale that this block's keys ask for, and these keys' features at that scale."""
-    f_nBGcD, scale_nBGc = features(block.k_tnBGcK)
-    scale_nBGc = jnp.where(block.seen_tnB1c, jax.lax.stop_gradient(scale_nBGc), -jnp.inf)
-    scale_nBG = jnp.maximum(state.scale_nBG, scale_nBGc.max(-1))
-    weighted_nBGcD = f_nBGcD * jnp.exp(scale_nBGc - scale_nBG[..., None])[..., None]
-    shrink_nBG = jnp.exp(state.scale_nBG - scale_nBG)
-    return State(state.sums_nBGDW * shrink_nBG[..., None, None], scale_nBG), weighted_nBGcD
+class Keys(NamedTuple):
+    """The features of a block's keys, which are to be multiplied by `exp(scale)`: zero for padding."""
+
+    f_nBGkD: jax.Array
+    scale_nBGk: jax.Array
 
 
-def _with(state: State, weighted_nBGcD: jax.Array, block: Blocks) -> State:
-    """The state with the keys of a block, whose features are at its scale."""
-    added_nBGDW = jnp.einsum("nBGcD,nBGcW->nBGDW", weighted_nBGcD, block.v1_tnBGcW)
-    return state._replace(sums_nBGDW=state.sums_nBGDW + added_nBGDW)
+def _keys(block: Blocks, features: FeatureMap) -> Keys:
+    f_nBGkD, scale_nBGk = features(block.k_tnBGcK)
+    return Keys(f_nBGkD, jnp.where(block.seen_tnB1c, jax.lax.stop_gradient(scale_nBGk), -jnp.inf))
+
+
+def _with(state: State, keys: Keys, block: Blocks) -> State:
+    """The state with the keys of a block, at the larger of their scales."""
+    scale_nBG = jnp.maximum(state.scale_nBG, keys.scale_nBGk.max(-1))
+    weighted_nBGkD = keys.f_nBGkD * jnp.exp(keys.scale_nBGk - scale_nBG[..., None])[..., None]
+    added_nBGDW = jnp.einsum("nBGkD,nBGkW->nBGDW", weighted_nBGkD, block.v1_tnBGcW)
+    shrink_nBG11 = jnp.exp(state.scale_nBG - scale_nBG)[..., None, None]
+    return State(state.sums_nBGDW * shrink_nBG11 + added_nBGDW, scale_nBG)
 
 
 def _exchanged(own: State, setting: Setting) -> State:
@@ -166,16 +171,21 @@ def _exchanged(own: State, setting: Setting) -> State:
 @partial(jax.checkpoint, static_argnums=(2, 3))
 def _rows(blocks: Blocks, before: State, causal: bool, features: FeatureMap) -> jax.Array:
     """The output of each query, `o_tnBGRcK`, float32; in the backward pass recomputed a block at a time."""
+    earlier_ck = jnp.tri(blocks.q_tnBGRcK.shape[5], dtype=bool)
 
     def one_block(state: State, block: Blocks) -> tuple[State, jax.Array]:
         f_nBGRcD, _ = features(block.q_tnBGRcK)  # the scale of a query's features cancels
         if not causal:
             return state, _divided(jnp.einsum("nBGRcD,nBGDW->nBGRcW", f_nBGRcD, state.sums_nBGDW), block)
-        state, weighted_nBGkD = _rescaled(state, block, features)
-        a_nBGRck = jnp.tril(jnp.einsum("nBGRcD,nBGkD->nBGRck", f_nBGRcD, weighted_nBGkD))
-        o1_nBGRcW = jnp.einsum("nBGRck,nBGkW->nBGRcW", a_nBGRck, block.v1_tnBGcW)
-        o1_nBGRcW += jnp.einsum("nBGRcD,nBGDW->nBGRcW", f_nBGRcD, state.sums_nBGDW)
-        return _with(state, weighted_nBGkD, block), _divided(o1_nBGRcW, block)
+        keys = _keys(block, features)
+        # each query's own scale: what comes after it may be larger by any factor
+        scale_nBGc = jnp.maximum(jax.lax.cummax(keys.scale_nBGk, 3), state.scale_nBG[..., None])
+        factor_nBGck = jnp.where(earlier_ck, keys.scale_nBGk[..., None, :] - scale_nBGc[..., None], -jnp.inf)
+        a_nBGRck = jnp.einsum("nBGRcD,nBGkD->nBGRck", f_nBGRcD, keys.f_nBGkD) * jnp.exp(factor_nBGck)[:, :, :, None]
+        o1_nBGRcW = jnp.einsum("nBGRcD,nBGDW->nBGRcW", f_nBGRcD, state.sums_nBGDW)
+        o1_nBGRcW *= jnp.exp(state.scale_nBG[..., None] - scale_nBGc)[:, :, :, None, :, None]
+        o1_nBGRcW += jnp.einsum("nBGRck,nBGkW->nBGRcW", a_nBGRck, block.v1_tnBGcW)
+        return _with(state, keys, block), _divided(o1_nBGRcW, block)
 
     start = varying_like(before, (before, blocks))
     return jax.lax.scan(jax.checkpoint(one_block, prevent_cse=False), start, blocks)[1]
