@@ -80,9 +80,10 @@ def _longest(bounds: Bounds) -> int:
 def _operation(source: random.Random, bounds: Bounds, depth: int) -> tuple[str, int]:
     """A random operation with its arguments, and its value; it stops growing where it is too long anyway."""
     name = source.choice(list(OPERATIONS))
-    texts, values = [], []
+    texts: list[str] = []
+    values: list[int] = []
     for _ in range(source.randint(2, bounds.arguments)):
-        if depth < bounds.depth and source.random() < NESTED and sum(map(len, texts)) <= bounds.most:
+        if depth < bounds.depth and source.random() < NESTED and len("".join(texts)) <= bounds.most:
             text, value = _operation(source, bounds, depth + 1)
         else:
             value = source.randrange(10)
