@@ -37,7 +37,8 @@ def get_config() -> ConfigDict:
     labels.weights = ()  # of each class in the loss; empty: all alike
 
     config.attention = attention = ConfigDict()
-    attention.strategy = "lss"  # the paper's; or "ring" or "ulysses"
+    # The paper's; or "ring" or "ulysses", exact too. Not exact: "linear", "performer" and "longformer".
+    attention.strategy = "lss"
     attention.layout = "zigzag"  # an early and a late chunk per device, for balance; or the paper's "contiguous"
     attention.source_layout = "contiguous"  # of an encoder-decoder's source, all of which a token sees; or "zigzag"
     attention.window = 0  # a token attends to this many tokens, itself included; 0: to all before it
@@ -51,6 +52,8 @@ def get_config() -> ConfigDict:
     attention.regather = (
         False  # "lss", "ulysses": re-gather keys and values in the backward pass instead of saving them
     )
+    attention.global_tokens = 0  # "longformer": this many first tokens see all, and are seen by all
+    attention.features = 0  # "performer": random features of each query and key
 
     config.model = model = ConfigDict()
     model.family = "decoder"  # one of lss_jax.models.FAMILIES
@@ -81,6 +84,10 @@ def get_config() -> ConfigDict:
     model.rope_columns = 0  # tokens per row of an image: half of each head rotates by row, half by column; 0: no rows
     model.classes = 0  # the head gives logits of so many classes; 0: of the vocabulary
     model.pooling = "none"  # of families with classes: for each token; or "mean", for the whole sequence
+    # "hierarchical": tokens in a patch; the decoder over patches has the keys above, that within patches these.
+    model.patch = 0
+    model.local_layers = 0
+    model.local_width = 0
     model.tied_head = True  # the head is the transpose of the token embedding
     model.vocab_parallel = False  # shard the token embedding and the head over mesh.model, for large vocabularies
     model.dropout = 0.0  # on embeddings, attention weights and both residual branches; the same on every mesh

@@ -74,7 +74,9 @@ def program(case: Case):
     mesh = mesh_of(case.data, case.seq)
     x_spec, rows_spec, sequence_spec = (without_unsharded(spec, mesh) for spec in (P(DATA, SEQ), P(DATA), P(SEQ)))
     axis = SEQ if case.seq > 1 else None
-    setting = Setting(axis, case.order, case.order, case.kernel, *case.blocks, case.regather, interpret=True)
+    setting = Setting(
+        axis, case.order, case.order, case.kernel, *case.blocks, case.regather, interpret=True, approximation=None
+    )
 
     def on_device(q_BlHK, k_BlGK, v_BlGK, do_BlHK, mask, dropout):
         attend = partial(in_head_groups(make_attend(case.strategy, mask, setting), case.head_groups), dropout=dropout)

@@ -15,7 +15,7 @@ from lss_jax.attention.head_groups import in_head_groups
 from lss_jax.attention.kernels import KERNELS
 from lss_jax.attention.mask import Intervals, bidirectional, causal
 from lss_jax.attention.setting import Setting
-from lss_jax.attention.strategies import STRATEGIES, make_attend
+from lss_jax.attention.strategies import EXACT, make_attend
 from lss_jax.config.schema import AttentionConfig, DataConfig
 from lss_jax.data.corpus import KINDS
 from lss_jax.data.sources import SOURCES
@@ -75,11 +75,19 @@ def test_dropout_of_a_part_is_that_part_of_dropout():
 
 def setting_on(layout: Layout) -> Setting:
     return Setting(
-        SEQ if layout.devices > 1 else None, layout, layout, "blockwise", 8, 8, regather=False, interpret=True
+        SEQ if layout.devices > 1 else None,
+        layout,
+        layout,
+        "blockwise",
+        8,
+        8,
+        regather=False,
+        interpret=True,
+        approximation=None,
     )
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("strategy", EXACT)
 def test_each_device_gets_another_one_s_keys_and_gives_back_their_gradients(strategy):
     """Rank-coded: device i sees the keys of device i + 3, whose values are their rank; its cotangents are 10**i."""
     case = Case(strategy, seq=8)
@@ -93,7 +101,7 @@ def test_each_device_gets_another_one_s_keys_and_gives_back_their_gradients(stra
     np.testing.assert_allclose(results.dv, zeros + 10.0 ** ((rank_L - 3) % 8)[:, None, None], rtol=1e-5)
 
 
-LAYOUTS = [(strategy, layout) for strategy in STRATEGIES for layout in CHUNKS_PER_DEVICE]
+LAYOUTS = [(strategy, layout) for strategy in EXACT for layout in CHUNKS_PER_DEVICE]
 
 
 @pytest.mark.parametrize(
@@ -162,7 +170,7 @@ def test_of_many_groups_one_is_held_at_a_time(way):
 
     def temporary_bytes(groups):
         layout = Layout("zigzag", 8)
-        setting = Setting(SEQ, layout, layout, "blockwise", 256, 256, regather=True, interpret=True)
+        setting = Setting(SEQ, layout, layout, "blockwise", 256, 256, True, interpret=True, approximation=None)
 
         @partial(jax.shard_map, mesh=mesh_of(1, 8), in_specs=P(None, SEQ), out_specs=P(None, SEQ))
         def rows(q_BlHK, k_BlHK, v_BlHK):

@@ -18,7 +18,7 @@ from jax.sharding import PartitionSpec as P
 import lss_jax
 from configs import base
 from lss_jax.attention.mask import packed
-from lss_jax.attention.strategies import STRATEGIES
+from lss_jax.attention.strategies import EXACT
 from lss_jax.inspection.hlo import collectives
 from lss_jax.parallel.layout import CHUNKS_PER_DEVICE
 from lss_jax.parallel.mesh import SEQ
@@ -78,7 +78,7 @@ def masks(length: int) -> dict[str, tuple[dict, np.ndarray]]:
 
 CASES = [
     (strategy, layout, sizes, *shape)
-    for strategy in STRATEGIES
+    for strategy in EXACT
     for layout in CHUNKS_PER_DEVICE
     for sizes in [(1, 1, 1), (1, 2, 1), (1, 3, 1), (1, 8, 1), (2, 2, 2)]
     for shape in [(48, H), (43, 2)]  # of no mesh but the first is 43 a multiple
@@ -155,7 +155,7 @@ def test_a_mesh_may_have_other_names(axes):
     assert_equal_to_jax(arrays_of(48, 6, (4,)), mesh=mesh, axes=axes)
 
 
-@pytest.mark.parametrize("strategy", sampled(STRATEGIES, ["lss"]))
+@pytest.mark.parametrize("strategy", sampled(EXACT, ["lss"]))
 def test_a_query_that_sees_nothing_has_a_row_of_zeros_and_no_gradient(strategy):
     found = with_gradients(
         partial(attention, mesh=mesh_of(1, 2), strategy=strategy, intervals=(5, np.where(np.arange(43) < 20, 9, 5))),
@@ -169,7 +169,7 @@ def test_a_query_that_sees_nothing_has_a_row_of_zeros_and_no_gradient(strategy):
 # In somebody's program
 
 
-@pytest.mark.parametrize("strategy", sampled(STRATEGIES, ["lss"]))
+@pytest.mark.parametrize("strategy", sampled(EXACT, ["lss"]))
 @pytest.mark.parametrize("layout", sampled(CHUNKS_PER_DEVICE, ["contiguous"]))
 def test_vmap_over_one_more_axis(strategy, layout):
     ours = partial(attention, mesh=mesh_of(2, 4), is_causal=True, strategy=strategy, layout=layout, **BLOCKS)
@@ -196,7 +196,7 @@ def test_vmap_over_queries_and_intervals_alone():
     assert_close(ours(q, k[0], v[0], end_3), expected, BOUND)
 
 
-@pytest.mark.parametrize("strategy", sampled(STRATEGIES, ["lss"]))
+@pytest.mark.parametrize("strategy", sampled(EXACT, ["lss"]))
 def test_under_checkpoint_in_a_jitted_gradient(strategy):
     def loss(attend, q, k, v):
         attend = jax.checkpoint(partial(attend, is_causal=True))

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from lss_jax.attention.mask import Intervals, bidirectional, neighbours, prefix_causal
-from lss_jax.attention.strategies import strategy_problems
+from lss_jax.attention.strategies import EXACT, STRATEGIES, strategy_problems
 from lss_jax.attention.strategy import Shards
 from lss_jax.config.rules import attention_problems, less_than_1
 from lss_jax.config.schema import AttentionConfig, ConfigError
@@ -130,3 +130,8 @@ def option_problems(attention: AttentionConfig, seen: Seen, shards: Shards) -> I
     if shards.heads % shards.kv_heads:
         shards = shards._replace(seq=1, model=1)  # on no mesh would they do
     yield from strategy_problems(attention, shards)
+    if attention.strategy in STRATEGIES and attention.strategy not in EXACT:
+        yield (
+            f"attention.strategy={attention.strategy!r} is not exact, which these arrays are promised; use one of "
+            f"{', '.join(map(repr, EXACT))}, or train a model with it (docs/alternatives.md)"
+        )

@@ -98,6 +98,7 @@ def dot_product_attention(
     refuse((*array_problems(query, key, value), *mesh_problems(mesh, axes)))
     options = dict(strategy=strategy, layout=layout, kernel=kernel, block_queries=block_queries, block_keys=block_keys)
     options |= dict(head_groups=head_groups, regather=regather, prefix=prefix, window=0, source_layout=layout)
+    options |= dict(global_tokens=0, features=0)
     seen, heads = Seen(is_causal, local_window_size, prefix, intervals), (query.shape[-2], key.shape[-2])
     how = _how(options, seen, heads, _sharded(mesh, axes, math.prod(query.shape[:-3]), math.gcd(*heads)))
     return _attention((_scaled(query, scale), key, value), seen.mask(query.shape[:-2]), how)

@@ -28,6 +28,19 @@ class Intervals(NamedTuple):
         return (self.start[..., None] <= key_L) & (key_L < self.end[..., None])
 
 
+class MaskKind(NamedTuple):
+    """What a task's masks are made of, whatever the batch: what a strategy has to express.
+
+    Exact strategies express any mask and do not ask. The others must know before anything is compiled.
+    """
+
+    causal: bool  # a token sees nothing after itself; if not, all of its row
+    window: int  # the width of a sliding window; 0: none
+    prefix: int  # first tokens that see one another under a causal mask
+    documents: bool  # rows hold several documents, which do not see one another
+    padded: bool  # rows end at lengths of their own
+
+
 def bidirectional(positions_l: jax.Array, length: int) -> Intervals:
     """Each token sees all of the `length` tokens; the padding behind them is masked out, as keys and as queries."""
     start = jnp.zeros_like(positions_l)
@@ -62,6 +75,11 @@ def window(positions_l: jax.Array, width: int) -> Intervals:
 def neighbours(positions_l: jax.Array, left: int, right: int) -> Intervals:
     """Each token sees itself, `left` tokens before it and `right` tokens after it."""
     return Intervals(jnp.maximum(positions_l - left, 0), positions_l + right + 1)
+
+
+def of_patches(mask: Intervals, patch: int) -> Intervals:
+    """The patches of so many tokens that each patch sees: those in which its first token sees anything."""
+    return Intervals(mask.start[..., ::patch] // patch, -(-mask.end[..., ::patch] // patch))
 
 
 def documents(bounds_2Bl: jax.Array) -> Intervals:

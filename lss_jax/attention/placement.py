@@ -4,7 +4,8 @@ import dataclasses
 
 from jax.sharding import AbstractMesh, Mesh
 
-from lss_jax.attention.setting import SELF, Between, Setting
+from lss_jax.attention.mask import MaskKind
+from lss_jax.attention.setting import SELF, Approximation, Between, Setting
 from lss_jax.attention.strategies import STRATEGIES
 from lss_jax.config.schema import AttentionConfig, Config, ConfigError
 from lss_jax.parallel.layout import Layout, layout_on
@@ -13,11 +14,18 @@ from lss_jax.parallel.mesh import SEQ, axis_if_sharded
 FUSED = {"triton": "NVIDIA GPUs of compute capability 8.0 or more", "mosaic": "TPUs"}  # kernels for some devices alone
 
 
-def setting_on(config: Config, mesh: Mesh | AbstractMesh, between: Between = SELF) -> Setting:
-    """The static side of a config's attention on this mesh."""
-    layout, key_layout = (layout_on(config, mesh, sequence) for sequence in between)
-    setting = setting_of(config.attention, layout, axis_if_sharded(SEQ, mesh), mesh)
-    return dataclasses.replace(setting, key_layout=key_layout)
+def setting_on(
+    config: Config, mesh: Mesh | AbstractMesh, between: Between = SELF, seen: MaskKind | None = None
+) -> Setting:
+    """The static side of a config's attention on this mesh.
+
+    `seen` is the kind of the task's mask, which strategies that are not exact have to know.
+    """
+    attention, (layout, key_layout) = config.attention, (layout_on(config, mesh, sequence) for sequence in between)
+    setting = setting_of(attention, layout, axis_if_sharded(SEQ, mesh), mesh)
+    told = Approximation(seen, attention.window, attention.global_tokens, attention.features, config.seed)
+    exact = STRATEGIES[attention.strategy].exact
+    return dataclasses.replace(setting, key_layout=key_layout, approximation=None if exact else told)
 
 
 def setting_of(attention: AttentionConfig, layout: Layout, axis: str | None, mesh: Mesh | AbstractMesh) -> Setting:
@@ -31,6 +39,7 @@ def setting_of(attention: AttentionConfig, layout: Layout, axis: str | None, mes
         block_keys=attention.block_keys,
         regather=attention.regather,
         interpret=False,
+        approximation=None,
     )
 
 

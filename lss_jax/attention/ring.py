@@ -25,7 +25,7 @@ from lss_jax.attention.kernels.blockwise import (
 )
 from lss_jax.attention.kernels.interface import Output, Queries
 from lss_jax.attention.setting import Setting
-from lss_jax.attention.strategy import Local, Shards, Strategy, own_segment
+from lss_jax.attention.strategy import Local, Shards, Strategy, own_segment, refuses_nothing
 from lss_jax.attention.traffic import Sizes, Traffic
 from lss_jax.config.schema import AttentionConfig
 from lss_jax.parallel.residuals import ATTENDED
@@ -133,13 +133,17 @@ def _key_blocks(segment_length: int, setting: Setting) -> KeyBlocks:
 
 
 RING = Strategy(
+    exact=True,
     attention=ring_attention,
     traffic=traffic,
     whole_mask=None,
     kernels=("blockwise",),
     options=(),
     problems=_problems,
+    refuses=refuses_nothing,
+    own_window=False,
     in_kernel=own_segment,
     recomputed=lambda _: (True, True),
     key_blocks=_key_blocks,
+    operations=None,
 )

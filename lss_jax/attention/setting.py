@@ -3,6 +3,7 @@
 import dataclasses
 from typing import NamedTuple
 
+from lss_jax.attention.mask import MaskKind
 from lss_jax.parallel.layout import SEQUENCE, SOURCE, Layout
 
 
@@ -14,6 +15,22 @@ class Between(NamedTuple):
 
 
 SELF, IN_SOURCE, CROSS = Between(SEQUENCE, SEQUENCE), Between(SOURCE, SOURCE), Between(SEQUENCE, SOURCE)
+
+
+class Approximation(NamedTuple):
+    """What a strategy that is not exact is told: the mask's kind, and keys of the config that are for such alone."""
+
+    seen: MaskKind | None  # None where only costs outside attention are asked for
+    window: int
+    global_tokens: int
+    features: int
+    seed: int  # of random features
+
+    @property
+    def causal(self) -> bool:
+        """Whether a token sees nothing after itself."""
+        assert self.seen is not None
+        return self.seen.causal
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,6 +48,7 @@ class Setting:
     block_keys: int
     regather: bool  # what came from other devices is communicated again in the backward pass, not saved
     interpret: bool  # fused kernels step by step, as on CPUs
+    approximation: Approximation | None  # None: attention is exact
 
     @property
     def unsharded(self) -> "Setting":

@@ -8,13 +8,16 @@ from collections.abc import Callable, Iterator
 
 import jax
 
+from lss_jax.attention.linear import LINEAR
+from lss_jax.attention.longformer import LONGFORMER
 from lss_jax.attention.lss_strategy import LSS
-from lss_jax.attention.mask import Intervals
+from lss_jax.attention.mask import Intervals, MaskKind
+from lss_jax.attention.performer import PERFORMER
 from lss_jax.attention.ring import RING
 from lss_jax.attention.setting import Setting
 from lss_jax.attention.strategy import OPTIONS, Local, Shards, Strategy
 from lss_jax.attention.ulysses import ULYSSES
-from lss_jax.config.schema import AttentionConfig, unknown_choice
+from lss_jax.config.schema import AttentionConfig, Config, unknown_choice
 from lss_jax.parallel.dropout import Dropout
 from lss_jax.parallel.scopes import ATTENTION, MASK
 
@@ -22,7 +25,11 @@ STRATEGIES: dict[str, Strategy] = {
     "lss": LSS,
     "ring": RING,
     "ulysses": ULYSSES,
+    "linear": LINEAR,
+    "performer": PERFORMER,
+    "longformer": LONGFORMER,
 }
+EXACT = {name: strategy for name, strategy in STRATEGIES.items() if strategy.exact}
 
 Attend = Callable[..., jax.Array]  # (q_BlHK, k_BlGK, v_BlGK, dropout) -> o_BlHK
 
@@ -60,6 +67,18 @@ def strategy_problems(attention: AttentionConfig, shards: Shards) -> Iterator[st
             )
     yield from _group_problems(attention.head_groups, shards)
     yield from STRATEGIES[name].problems(attention, shards)
+
+
+def mask_problems(config: Config, seen: MaskKind | None, shards: Shards) -> Iterator[str]:
+    """What of a config and of its task's mask its strategy cannot express, a line each."""
+    strategy = STRATEGIES[config.attention.strategy]
+    if seen is not None:
+        yield from strategy.refuses(config, seen, shards)
+    elif not strategy.exact:
+        yield (
+            f"task={config.task!r} does not say what its mask is made of (`Task.mask_kind`), which "
+            f"attention.strategy={config.attention.strategy!r} has to know; use one of {', '.join(EXACT)}"
+        )
 
 
 def _group_problems(groups: int, shards: Shards) -> Iterator[str]:

@@ -10,10 +10,10 @@ from typing import Any, NamedTuple
 import jax
 
 from lss_jax.attention.kernels.blocks import KeyBlocks
-from lss_jax.attention.mask import Intervals
+from lss_jax.attention.mask import Intervals, MaskKind
 from lss_jax.attention.setting import Setting
 from lss_jax.attention.traffic import Sizes, Traffic
-from lss_jax.config.schema import AttentionConfig
+from lss_jax.config.schema import AttentionConfig, Config
 from lss_jax.parallel.dropout import Dropout
 
 
@@ -46,23 +46,54 @@ class Option(NamedTuple):
 
 OPTIONS = {
     "regather": Option(False, "which saves nothing of other devices", "use attention.regather=False"),
+    "global_tokens": Option(0, "whose tokens see what the mask shows", "use attention.global_tokens=0"),
+    "features": Option(0, "which has no random features", "use attention.features=0"),
 }
 
 
-class Strategy(NamedTuple):
-    """A way to attend across a sharded sequence."""
+Shown = Callable[[jax.Array], Intervals]  # the task's mask of queries at these natural positions
 
+
+class Operations(NamedTuple):
+    """Operations of matrix products in one layer's attention, on the busiest device."""
+
+    forward: int
+    training: int  # in both passes
+
+
+class Strategy(NamedTuple):
+    """A way to attend across a sharded sequence.
+
+    An `exact` one computes softmax attention over all that the mask shows. Any other one is another model: nobody
+    recommends it, takes it in place of an exact one, or generates text from its keys and values.
+    """
+
+    exact: bool
     attention: Callable[[Local, Setting], jax.Array]  # this segment's output `o_BlHK`
     traffic: Callable[[Sizes, Setting], dict[str, list[Traffic]]]  # the collectives of one layer, by direction
     whole_mask: Callable[[Intervals, Setting], Intervals] | None  # gathers all queries' intervals, once per step
     kernels: tuple[str, ...]  # those that it can use
     options: tuple[str, ...]  # those of `OPTIONS` that it has a use for
     problems: Callable[[AttentionConfig, Shards], Iterable[str]]  # what it cannot do, a line each
-    in_kernel: Callable[[Sizes, Setting], tuple[Sizes, Setting]]  # the sizes of a kernel's queries, and its setting
+    refuses: Callable[
+        [Config, MaskKind, Shards], Iterable[str]
+    ]  # what of a config and its task's mask it cannot express
+    own_window: bool  # whether `attention.window` is a matter of the strategy, and not of the task's mask
+    in_kernel: (
+        Callable[[Sizes, Setting], tuple[Sizes, Setting]] | None
+    )  # the sizes of a kernel's queries, and its setting; None: no kernel, and `operations` instead
     recomputed: Callable[
         [Setting], tuple[bool, bool]
     ]  # whether queries, and keys and values, if only outputs are saved
-    key_blocks: Callable[[int, Setting], KeyBlocks]  # that the blockwise kernel meets, of segments of this length
+    key_blocks: (
+        Callable[[int, Setting], KeyBlocks] | None
+    )  # that the blockwise kernel meets, of segments of this length
+    operations: Callable[[Shown, Sizes, Setting], Operations] | None  # None: those of a kernel over `key_blocks`
+
+
+def refuses_nothing(_config: Config, _seen: MaskKind, _shards: Shards) -> Iterable[str]:
+    """`Strategy.refuses` of exact strategies, which express any mask."""
+    return ()
 
 
 def own_segment(sizes: Sizes, setting: Setting) -> tuple[Sizes, Setting]:

@@ -20,7 +20,7 @@ from lss_jax.attention.kernels.blockwise import blocks_of_keys
 from lss_jax.attention.kernels.interface import Queries, Residuals
 from lss_jax.attention.mask import Intervals
 from lss_jax.attention.setting import Setting
-from lss_jax.attention.strategy import Local, Shards, Strategy
+from lss_jax.attention.strategy import Local, Shards, Strategy, refuses_nothing
 from lss_jax.attention.traffic import Sizes, Traffic
 from lss_jax.config.rules import next_multiple
 from lss_jax.config.schema import AttentionConfig
@@ -156,13 +156,17 @@ def _whole_sequence(sizes: Sizes, setting: Setting) -> tuple[Sizes, Setting]:
 
 
 ULYSSES = Strategy(
+    exact=True,
     attention=ulysses_attention,
     traffic=traffic,
     whole_mask=whole_mask,
     kernels=tuple(KERNELS),
     options=("regather",),
     problems=_problems,
+    refuses=refuses_nothing,
+    own_window=False,
     in_kernel=_whole_sequence,
     recomputed=lambda setting: (setting.regather, setting.regather),
     key_blocks=blocks_of_keys,
+    operations=None,
 )

@@ -53,6 +53,8 @@ class AttentionConfig:
     block_keys: int
     head_groups: int
     regather: bool
+    global_tokens: int
+    features: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,6 +85,9 @@ class ModelConfig:
     rope_columns: int
     classes: int
     pooling: Literal["none", "mean"]
+    patch: int
+    local_layers: int
+    local_width: int
     tied_head: bool
     vocab_parallel: bool
     dropout: float

@@ -20,7 +20,7 @@ from jax.sharding import PartitionSpec as P
 from lss_jax.attention.collectives import stacked
 from lss_jax.attention.mask import Intervals
 from lss_jax.attention.placement import setting_on
-from lss_jax.attention.strategies import make_attend
+from lss_jax.attention.strategies import EXACT, make_attend
 from lss_jax.config.schema import Config, ConfigError
 from lss_jax.data.text import Tokenizer
 from lss_jax.generation.cache import CACHE_SPECS, Cache, attend_to_cache, fill, write
@@ -247,6 +247,12 @@ def task_and_text(config: Config) -> tuple[Task, Tokenizer]:
     if not FAMILIES[family].generates:
         able = ", ".join(repr(name) for name, one in FAMILIES.items() if one.generates)
         raise ConfigError(f"model.family={family!r} cannot generate; give a run of one that can: {able}")
+    if config.attention.strategy not in EXACT:
+        able = ", ".join(map(repr, EXACT))
+        raise ConfigError(
+            f"attention.strategy={config.attention.strategy!r} cannot generate: a step attends exactly to cached "
+            f"keys and values, and so would continue another model than was trained; give a run of one that can: {able}"
+        )
     if config.model.vocab < text.vocab:
         raise ConfigError(
             f"data.tokenizer={text.name!r} has {text.vocab} tokens, but the model model.vocab={config.model.vocab}; "

@@ -70,7 +70,18 @@ def found(collectives: Iterable[Collective], mesh: Mesh | AbstractMesh) -> Contr
 
 def predicted(model: Model, mesh: Mesh | AbstractMesh) -> Contract:
     """Predicts the collectives of this model's training step on this mesh, by line."""
-    parts = (_attention, _weights, _regions, _pooling, _positions, _masks, _gradients, _norms, _sharded_state)
+    parts = (
+        _attention,
+        _exchanges,
+        _weights,
+        _regions,
+        _pooling,
+        _positions,
+        _masks,
+        _gradients,
+        _norms,
+        _sharded_state,
+    )
     total: Contract = defaultdict(lambda: Total(0, 0, 0, 0))
     for part in parts:
         for line, times, elements, itemsize in part(model, mesh):
@@ -143,18 +154,26 @@ Part = Iterator[tuple[Line, int, int, int]]  # times, elements and itemsize of e
 
 def _attention(model: Model, mesh: Mesh | AbstractMesh) -> Part:
     """The collectives of each attention, per layer and microbatch, as the strategy predicts them."""
-    config, axes, groups = model.config, _sharding_axes(mesh, SEQ), model.config.attention.head_groups
-    if not axes:
-        return
-    for between, scope, layers, reached in costs_of(model).attentions(config, model.trained):
-        sizes, setting = sizes_of(config, mesh, between), setting_on(config, mesh, between)
+    for config, over, between, scope, reached in costs_of(model).attentions(model.config, mesh, model.trained):
+        axes, groups = _sharding_axes(over, SEQ), config.attention.head_groups
+        if not axes:
+            continue
+        sizes, setting = sizes_of(config, over, between), setting_on(config, over, between, make_task(config).mask_kind)
         sizes = dataclasses.replace(sizes, H=sizes.H // groups, G=sizes.G // groups)
         traffic = STRATEGIES[config.attention.strategy].traffic(sizes, setting)
         backward = [*traffic["forward"] * repeats(config.model), *traffic["backward"]] if reached else []
         for direction, collectives in (("forward", traffic["forward"]), ("backward", backward)):
             for one in collectives:
-                times = one.times * groups * layers * config.optim.accumulate
+                times = one.times * groups * config.model.layers * config.optim.accumulate
                 yield Line(f"{scope} {direction}", one.kind, axes), times, one.elements, one.itemsize
+
+
+def _exchanges(model: Model, mesh: Mesh | AbstractMesh) -> Part:
+    """What the family says of other collectives over `seq`."""
+    axes = _sharding_axes(mesh, SEQ)
+    if axes:
+        for place, one in costs_of(model).exchanges(model.config, mesh):
+            yield Line(place, one.kind, axes), one.times, one.elements, one.itemsize
 
 
 def _weights(model: Model, mesh: Mesh | AbstractMesh) -> Part:
@@ -222,16 +241,16 @@ def _positions(model: Model, mesh: Mesh | AbstractMesh) -> Part:
 
 def _masks(model: Model, mesh: Mesh | AbstractMesh) -> Part:
     """Some strategies gather the intervals of all queries: per step, or per microbatch where rows have their own."""
-    config, axes, task = model.config, _sharding_axes(mesh, SEQ), make_task(model.config)
-    if not STRATEGIES[config.attention.strategy].whole_mask or not axes:
-        return
+    task = make_task(model.config)
     batch = task.batch_like(mesh)
     positions = {SEQUENCE: batch.positions, SOURCE: task.source_positions(batch)}
-    for between, *_ in costs_of(model).attentions(config, model.trained):
-        sizes = sizes_of(config, mesh, between)
+    for config, over, between, *_ in costs_of(model).attentions(model.config, mesh, model.trained):
+        axes, sizes = _sharding_axes(over, SEQ), sizes_of(config, over, between)
+        if not STRATEGIES[config.attention.strategy].whole_mask or not axes:
+            continue
         of_rows = jax.eval_shape(partial(task.mask_between, between), positions[between.queries], batch).start.ndim == 2
         rows, times = (sizes.B, config.optim.accumulate) if of_rows else (1, 1)
-        yield Line(MASK, "all-gather", axes), times, mesh.shape[SEQ] * 2 * rows * sizes.l, 4
+        yield Line(MASK, "all-gather", axes), times, over.shape[SEQ] * 2 * rows * sizes.l, 4
 
 
 def _gradients(model: Model, mesh: Mesh | AbstractMesh) -> Part:

@@ -71,20 +71,26 @@ def _axes_of_matrices(params: Any) -> list[Any]:
 
 def attention(model: Model, mesh: Mesh) -> int:
     """Predicts the operations of all layers' attention on the busiest device; packed documents count as one."""
-    config, kinds = model.config, costs_of(model).attentions(model.config, model.trained)
-    by_device = sum(_of_devices(model, mesh, kind) for kind in kinds)
-    return config.optim.accumulate * 2 * config.model.head_width * int(np.max(by_device))
+    kinds = costs_of(model).attentions(model.config, mesh, model.trained)
+    return int(np.max(sum(map(_of_devices, kinds))))
 
 
-def _of_devices(model: Model, mesh: Mesh, kind: AttentionLayers) -> np.ndarray:
-    """The products of scores in all layers of one kind of attention: of each device, or one number for all of them."""
-    config, task, strategy = model.config, make_task(model.config), STRATEGIES[model.config.attention.strategy]
-    sizes, setting = strategy.in_kernel(sizes_of(config, mesh, kind.between), setting_on(config, mesh, kind.between))
+def _of_devices(kind: AttentionLayers) -> np.ndarray:
+    """The operations of all layers of one kind of attention: of each device, or one number for all of them."""
+    config, mesh, between, _, reached = kind
+    task, strategy = make_task(config), STRATEGIES[config.attention.strategy]
+    sizes, setting = sizes_of(config, mesh, between), setting_on(config, mesh, between, task.mask_kind)
+    layers = config.model.layers * config.optim.accumulate
+    if strategy.operations:
+        forward, training = strategy.operations(task.mask, sizes, setting)
+        return layers * np.array([training + forward * repeats(config.model) if reached else forward])
+    assert strategy.in_kernel, "a strategy declares its kernel's sizes or its operations"
+    sizes, setting = strategy.in_kernel(sizes, setting)
     positions_Nl = setting.layout.positions(sizes.l * setting.layout.devices).reshape(-1, sizes.l)
-    masks = (task.mask_between(kind.between, jnp.asarray(positions_l)) for positions_l in positions_Nl)
+    masks = (task.mask_between(between, jnp.asarray(positions_l)) for positions_l in positions_Nl)
     scores_N = np.array([_scores(mask, sizes, setting, strategy) for mask in masks])
-    products = PRODUCTS[setting.kernel] + FORWARD * repeats(config.model) if kind.reached else FORWARD
-    return kind.layers * products * scores_N
+    products = PRODUCTS[setting.kernel] + FORWARD * repeats(config.model) if reached else FORWARD
+    return layers * scores_N * 2 * sizes.K * products
 
 
 def _scores(mask: Intervals, sizes: Sizes, setting: Setting, strategy: Strategy) -> int:
@@ -100,6 +106,7 @@ def _scores(mask: Intervals, sizes: Sizes, setting: Setting, strategy: Strategy)
         tiling = tiling_of(queries, kv_N2BGlK, setting, TARGETS[setting.kernel])
         tables, _, _ = facts(tiling, queries)
         return int((tables.stop_B - tables.first_B).sum()) * H * tiling.queries.size * tiling.key_size
+    assert strategy.key_blocks
     keys = strategy.key_blocks(s, setting)
     blocks = query_blocking((B, l, H, G), setting.layout, (setting.block_queries, setting.block_keys), keys.size)
     return visits(keys, blocks, mask.start, mask.end) * blocks.block_heads * (H // G) * blocks.size * keys.size

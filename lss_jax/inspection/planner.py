@@ -72,8 +72,11 @@ def plan(config: Config, devices: int, room: Room) -> tuple[list[Candidate], lis
     """
     validate(dataclasses.replace(config, mesh=MeshConfig(1, 1, 1, "none")), 1)
     candidates, impossible = [], []
+    alike = [config.attention.strategy]  # what is not exact is another model, and takes no other strategy's place
+    if STRATEGIES[config.attention.strategy].exact:
+        alike = [name for name, strategy in STRATEGIES.items() if strategy.exact]
     for sizes in meshes(devices):
-        for strategy in STRATEGIES if sizes[1] > 1 else [config.attention.strategy]:  # on one device they are the same
+        for strategy in alike if sizes[1] > 1 else [config.attention.strategy]:  # on one device they are the same
             try:
                 candidates.append(roomiest(config, sizes, strategy, room))
             except ConfigError as error:
@@ -183,7 +186,7 @@ def evaluate(config: Config, sizes: MeshSizes, strategy: str, room: Room, change
         of_host = math.ceil(memory.host / room.host * room.memory) if room.host else 0
         return max(memory.total, of_host)
 
-    step = math.lcm(layout_on(config, mesh).padded(1), TILE)
+    step = math.lcm(layout_on(config, mesh).padded(1) * max(config.model.patch, 1), TILE)
     first = max(1, config.data.seq_len // step)
     tiles = largest(lambda count: needs(count * step), room.memory, LONGEST // step, first)
     if not tiles:

@@ -16,26 +16,34 @@ from flax import nnx, traverse_util
 from jax.sharding import AbstractMesh, Mesh
 
 from lss_jax.config.schema import Config, ConfigError, unknown_choice
-from lss_jax.models import decoder_costs, encoder_decoder_costs
+from lss_jax.models import decoder_costs, encoder_decoder_costs, hierarchical_costs
 from lss_jax.models.adapters import add_adapters
 from lss_jax.models.decoder import Decoder
 from lss_jax.models.encoder import Encoder
 from lss_jax.models.encoder_decoder import EncoderDecoder
 from lss_jax.models.family import Costs, Family
 from lss_jax.models.freezing import freeze, name_of
+from lss_jax.models.hierarchical import Hierarchical
 from lss_jax.models.layers import is_frozen
 from lss_jax.models.shares import NOT_GATHERED, place_weights
 from lss_jax.parallel.layout import SEQUENCE, SOURCE
 
-TRANSFORMER, OF_PAIRS = (
-    Costs(costs.traffic, costs.products, costs.attentions, costs.reaches_layers)
-    for costs in (decoder_costs, encoder_decoder_costs)
+TRANSFORMER, OF_PAIRS, HIERARCHICAL = (
+    Costs(costs.traffic, costs.products, costs.attentions, costs.reaches_layers, costs.exchanges)
+    for costs in (decoder_costs, encoder_decoder_costs, hierarchical_costs)
 )
 FAMILIES = {
     "decoder": Family(Decoder, frozenset({"next_token"}), TRANSFORMER, generates=True, gathers_weights=True),
     "encoder": Family(Encoder, frozenset({"tokens", "classes", "pooled"}), TRANSFORMER, gathers_weights=True),
     "encoder_decoder": Family(
         EncoderDecoder, frozenset({"pairs"}), OF_PAIRS, gathers_weights=True, sequences=(SEQUENCE, SOURCE)
+    ),
+    "hierarchical": Family(
+        Hierarchical,
+        frozenset({"next_token"}),
+        HIERARCHICAL,
+        problems=hierarchical_costs.problems,
+        gathers_weights=True,
     ),
 }
 

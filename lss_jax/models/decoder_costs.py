@@ -46,9 +46,14 @@ def any_trained(trained: Trained, *parts: str) -> bool:
     return any(jax.tree.leaves([trained[part] for part in parts if part in trained]))
 
 
-def attentions(config: Config, trained: Trained) -> list[AttentionLayers]:
+def attentions(config: Config, mesh: Mesh | AbstractMesh, trained: Trained) -> list[AttentionLayers]:
     """The one attention of a decoder's or an encoder's layers."""
-    return [AttentionLayers(SELF, ATTENTION, config.model.layers, reaches_layers(trained, "stack"))]
+    return [AttentionLayers(config, mesh, SELF, ATTENTION, reaches_layers(trained, "stack"))]
+
+
+def exchanges(_config: Config, _mesh: Mesh | AbstractMesh) -> Iterator[tuple[str, Traffic]]:
+    """Nothing over `seq` but what attention sends."""
+    yield from ()
 
 
 def _layers(config: Config, trained: Trained) -> Layers:
@@ -88,7 +93,7 @@ def traffic_of_layers(config: Config, mesh: Mesh | AbstractMesh, layers: Layers)
         gathers, scatters = backward * (1 + again), backward * (1 + blocks)
         yield from moved(config, mesh, "backward", part, gathers=gathers, scatters=scatters)
     more = max(blocks - 1, 0)  # the last block that is recomputed needs no output of its MLP
-    again = max(remat, int(_is_tiled(config, mesh, layers.sequence))) + more
+    again = max(remat, int(is_tiled(config, mesh, layers.sequence))) + more
     yield from moved(config, mesh, "forward", tiles, gathers=forward, scatters=forward)
     yield from moved(config, mesh, "backward", tiles, gathers=backward * (1 + again), scatters=backward * (1 + more))
 
@@ -108,7 +113,7 @@ def traffic_of_head(
 ) -> Iterator[tuple[str, Traffic]]:
     """With a sharded vocabulary the head's input is gathered, tile by tile, once per microbatch."""
     if config.model.vocab_parallel and not config.model.classes:
-        tiles, tiled = tiles_on(config, mesh), int(_is_tiled(config, mesh))
+        tiles, tiled = tiles_on(config, mesh), int(is_tiled(config, mesh))
         features = int(_reaches_features(config, mesh, trained, reached))
         yield from moved(config, mesh, "forward", tiles, gathers=1, scatters=0)
         yield from moved(config, mesh, "backward", tiles, gathers=tiled, scatters=features)
@@ -127,7 +132,7 @@ def moved(
 
 def _reaches_features(config: Config, mesh: Mesh | AbstractMesh, trained: Trained, reached: bool) -> bool:
     """Whether the backward pass goes through the head; in tiles the gradient of its input takes the input's place."""
-    tiled = _is_tiled(config, mesh) and config.model.pooling == "none"
+    tiled = is_tiled(config, mesh) and config.model.pooling == "none"
     return reached or any(trained["final_norm"].values()) or tiled
 
 
@@ -149,7 +154,8 @@ def part_of(config: Config, mesh: Mesh | AbstractMesh, sequence: str) -> int:
     return sizes_of(config, mesh, Between(sequence, sequence)).l // mesh.shape[MODEL]
 
 
-def _is_tiled(config: Config, mesh: Mesh | AbstractMesh, sequence: str = SEQUENCE) -> bool:
+def is_tiled(config: Config, mesh: Mesh | AbstractMesh, sequence: str = SEQUENCE) -> bool:
+    """Whether a device computes its tokens in several tiles."""
     return part_of(config, mesh, sequence) not in tiles_on(config, mesh, sequence)
 
 
@@ -168,7 +174,7 @@ def products_of_layers(config: Config, mesh: Mesh | AbstractMesh, layers: Layers
 def products_of_head(config: Config, mesh: Mesh | AbstractMesh, trained: Trained, reached: bool) -> int:
     """Operations of the head, whose input has a gradient if the layers are `reached`."""
     head = trained["head"]["kernel_EV"] if "head" in trained else trained["tokens"]["table_VE"]
-    tiled = _is_tiled(config, mesh) and config.model.pooling == "none"
+    tiled = is_tiled(config, mesh) and config.model.pooling == "none"
     of_head = 1 + tiled + _reaches_features(config, mesh, trained, reached) + head
     return 2 * of_head * config.model.width * _logits(config, mesh)
 
@@ -228,7 +234,7 @@ def _linears(config: Config, mesh: Mesh | AbstractMesh, layers: Layers) -> Itera
         yield from _projections(config, mesh, name, between)
     model, sequence, rank = config.model, layers.sequence, config.lora.rank
     E, F = model.width, model.mlp_width // mesh.shape[MODEL]
-    again, tile_again = max(repeats(model) - 1, 0), model.remat != "none" or _is_tiled(config, mesh, sequence)
+    again, tile_again = max(repeats(model) - 1, 0), model.remat != "none" or is_tiled(config, mesh, sequence)
     for name in ("gate", "up") if model.mlp == "swiglu" else ("up",):
         yield _Linear("mlp", name, sequence, E * F, E * rank, rank * F, again + tile_again, False, 0)
     yield _Linear("mlp", "down", sequence, F * E, F * rank, rank * E, again, tile_again, 0)
@@ -246,7 +252,7 @@ def _projections(config: Config, mesh: Mesh | AbstractMesh, region: str, between
         ("value", sizes.G, keys, between.keys),
     ):
         normalized = model.qk_norm and name != "value"  # by a norm whose backward pass starts from its input
-        width, tiled = heads * sizes.K, _is_tiled(config, mesh, sequence)
+        width, tiled = heads * sizes.K, is_tiled(config, mesh, sequence)
         projected = in_groups and projected
         again = blocks + (projected + normalized if tiled else max(projected, in_groups and normalized))
         inner = tiled or (in_groups and not projected)

@@ -1,5 +1,6 @@
 """What a training step of the encoder-decoder sends and computes outside attention, and which attentions it has."""
 
+import dataclasses
 from collections.abc import Iterator
 
 from jax.sharding import AbstractMesh, Mesh
@@ -18,6 +19,7 @@ from lss_jax.models.decoder_costs import (
     traffic_of_head,
     traffic_of_layers,
 )
+from lss_jax.models.encoder_decoder import encoder_of
 from lss_jax.models.family import AttentionLayers, Trained
 from lss_jax.parallel.layout import SEQUENCE, SOURCE
 from lss_jax.parallel.scopes import ATTENTION, CROSS_ATTENTION
@@ -29,13 +31,14 @@ def reaches_layers(trained: Trained, stack: str) -> bool:
     return any_trained(trained, *before, *(() if stack == "encoder" else ("encoder_norm", "positions", "stack")))
 
 
-def attentions(config: Config, trained: Trained) -> list[AttentionLayers]:
+def attentions(config: Config, mesh: Mesh | AbstractMesh, trained: Trained) -> list[AttentionLayers]:
     """Within the sequence, within the source, and from one to the other."""
-    model, encoder, decoder = config.model, *(reaches_layers(trained, stack) for stack in ("encoder", "stack"))
+    encoder, decoder = (reaches_layers(trained, stack) for stack in ("encoder", "stack"))
+    of_encoder = dataclasses.replace(config, model=encoder_of(config.model))
     return [
-        AttentionLayers(SELF, ATTENTION, model.layers, decoder),
-        AttentionLayers(IN_SOURCE, ATTENTION, model.encoder_layers, encoder),
-        AttentionLayers(CROSS, CROSS_ATTENTION, model.layers, decoder),
+        AttentionLayers(config, mesh, SELF, ATTENTION, decoder),
+        AttentionLayers(of_encoder, mesh, IN_SOURCE, ATTENTION, encoder),
+        AttentionLayers(config, mesh, CROSS, CROSS_ATTENTION, decoder),
     ]
 
 

@@ -5,9 +5,10 @@ CROSS_ATTENTION = "cross attention"  # to the keys and values of another sequenc
 LOSS, MASK = "loss", "mask"
 POSITIONS, GRADIENTS, OPTIMIZER = "positions", "gradients", "optimizer"
 WEIGHTS = "weights"  # gathered from their shares, and the gradients scattered to them
+PATCHES = "patches"  # of a hierarchy, from each chunk to the next
 ELSEWHERE = "elsewhere"  # none of these, or the compiler has lost the name
 
-PLACES = (CROSS_ATTENTION, ATTENTION, REGIONS, POOLING, LOSS, MASK, POSITIONS, GRADIENTS, OPTIMIZER, WEIGHTS)
+PLACES = (CROSS_ATTENTION, ATTENTION, REGIONS, POOLING, LOSS, MASK, PATCHES, POSITIONS, GRADIENTS, OPTIMIZER, WEIGHTS)
 BY_PASS = (
     CROSS_ATTENTION,
     ATTENTION,

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lss_jax.attention.mask import Intervals, bidirectional, documents, prefix_causal, window
+from lss_jax.attention.mask import Intervals, MaskKind, bidirectional, documents, prefix_causal, window
 from lss_jax.config.schema import Config, ConfigError
 from lss_jax.data.batch import IGNORED, Batch
 from lss_jax.data.corpus import Corpus
@@ -83,12 +83,17 @@ class LanguageModel(TokenTask):
                 f"shorter prefix or a longer file"
             )
 
+    @property
+    def mask_kind(self) -> MaskKind:
+        prefix = self.config.attention.prefix
+        return MaskKind(causal=True, window=self.window, prefix=prefix, documents=self.packed, padded=False)
+
     def mask(self, positions_l: jax.Array, batch: Batch | None = None) -> Intervals:
         """A causal mask with the config's prefix and window; in packed windows, within a token's own document."""
-        attention, seq_len = self.config.attention, self.config.data.seq_len
-        mask = prefix_causal(positions_l, attention.prefix) & bidirectional(positions_l, seq_len)
-        if attention.window:
-            mask &= window(positions_l, attention.window)
+        prefix, seq_len = self.config.attention.prefix, self.config.data.seq_len
+        mask = prefix_causal(positions_l, prefix) & bidirectional(positions_l, seq_len)
+        if self.window:
+            mask &= window(positions_l, self.window)
         if batch is not None and batch.documents is not None:
             mask &= documents(batch.documents)
         return mask

@@ -8,6 +8,7 @@ import numpy as np
 from jax.sharding import AbstractMesh, Mesh
 from jax.sharding import PartitionSpec as P
 
+from lss_jax.attention.mask import MaskKind
 from lss_jax.config.schema import Config, ConfigError
 from lss_jax.data.batch import IGNORED, Batch
 from lss_jax.data.corpus import Corpus
@@ -49,6 +50,10 @@ class SequenceLabel(BidirectionalTask):
     @property
     def sums_size(self) -> int:
         return 2 + 3 * len(self.names)
+
+    @property
+    def mask_kind(self) -> MaskKind:
+        return super().mask_kind._replace(documents=False)  # each row is one
 
     def introduction(self, split: WindowSplit) -> Iterator[str]:
         yield from super().introduction(split)

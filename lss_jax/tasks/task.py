@@ -9,8 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AbstractMesh, Mesh
 
-from lss_jax.attention.mask import Intervals
+from lss_jax.attention.mask import Intervals, MaskKind
 from lss_jax.attention.setting import SELF, Between
+from lss_jax.attention.strategies import STRATEGIES
 from lss_jax.attention.traffic import Traffic
 from lss_jax.config.schema import Config
 from lss_jax.data.split import WindowSplit
@@ -63,6 +64,17 @@ class Task(abc.ABC):
     def text(self) -> Tokenizer | None:
         """What the tokens stand for, read when it is asked for; None: there is no text to generate."""
         return None
+
+    @property
+    def mask_kind(self) -> MaskKind | None:
+        """What the masks are made of, whatever the batch; None: not said, and only exact attention expresses them."""
+        return None
+
+    @property
+    def window(self) -> int:
+        """The width of the masks' window, 0 for none: some strategies make more of `attention.window` than a mask."""
+        attention = self.config.attention
+        return 0 if STRATEGIES[attention.strategy].own_window else attention.window
 
     @property
     def sums_size(self) -> int:

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 from jax.sharding import AbstractMesh, Mesh
 
-from lss_jax.attention.mask import Intervals, bidirectional, documents, neighbours
+from lss_jax.attention.mask import Intervals, MaskKind, bidirectional, documents, neighbours
 from lss_jax.attention.traffic import Traffic, sizes_of
 from lss_jax.config.schema import Config, ConfigError
 from lss_jax.data.bases import on_either_strand
@@ -187,9 +187,13 @@ class BidirectionalTask(TokenTask):
                 f"another; use 0"
             )
 
+    @property
+    def mask_kind(self) -> MaskKind:
+        return MaskKind(causal=False, window=self.window, prefix=0, documents=self.packed, padded=True)
+
     def mask(self, positions_l: jax.Array, batch: Batch | None = None) -> Intervals:
         """A bidirectional mask within a token's own document, and in the config's window around it."""
-        width = self.config.attention.window
+        width = self.window
         mask = bidirectional(positions_l, self.config.data.seq_len)
         if width:
             mask &= neighbours(positions_l, left=width // 2, right=(width - 1) // 2)

@@ -5,7 +5,7 @@ from typing import Any
 import jax
 from jax.sharding import AbstractMesh, Mesh
 
-from lss_jax.attention.mask import Intervals
+from lss_jax.attention.mask import Intervals, of_patches
 from lss_jax.attention.placement import setting_on
 from lss_jax.attention.setting import CROSS, IN_SOURCE, SELF, Between
 from lss_jax.attention.strategies import make_attend
@@ -23,7 +23,9 @@ def segment_of(config: Config, mesh: Mesh | AbstractMesh, batch: Any, dropout: D
     task, source_s = make_task(config), make_task(config).source_positions(batch)
 
     def attend(between: Between, mask: Intervals, scope: str) -> AttendWithPast:
-        return without_past(make_attend(config.attention.strategy, mask, setting_on(config, mesh, between), scope))
+        over = of_patches(mask, config.model.patch) if config.model.patch else mask
+        setting = setting_on(config, mesh, between, task.mask_kind)
+        return without_past(make_attend(config.attention.strategy, over, setting, scope))
 
     def within(between: Between, positions_l: jax.Array, embedded_l: jax.Array, dropout: Dropout | None) -> Segment:
         axis, mask = axis_if_sharded(MODEL, mesh), task.mask_between(between, positions_l, batch)

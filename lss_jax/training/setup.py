@@ -6,13 +6,13 @@ import jax
 from jax.sharding import Mesh
 
 from lss_jax.attention.placement import kernel_on
-from lss_jax.attention.strategies import strategy_problems
+from lss_jax.attention.strategies import STRATEGIES, mask_problems, strategy_problems
 from lss_jax.attention.strategy import Shards
 from lss_jax.config.rules import MeshSizes, optimizer_problems, problems
 from lss_jax.config.schema import Config, ConfigError
 from lss_jax.models import FAMILIES, build_model, family_problems
 from lss_jax.parallel.mesh import make_mesh
-from lss_jax.tasks import TASKS, task_problems
+from lss_jax.tasks import TASKS, make_task, task_problems
 from lss_jax.tasks.task import NEEDS
 
 
@@ -27,6 +27,8 @@ def validate(config: Config, device_count: int, *, trains: bool = True) -> MeshS
     found, sizes = problems(config, device_count)
     found += strategy_problems(config.attention, _shards(config, sizes))
     found += [*family_problems(config), *task_problems(config), *_unserved(config)]
+    found += _inexpressible(config, _shards(config, sizes))
+    found += FAMILIES[config.model.family].problems(config, sizes) if config.model.family in FAMILIES else []
     found += optimizer_problems(config, sizes) if trains else []
     if found:
         raise ConfigError("\n".join(found))
@@ -58,6 +60,12 @@ def _unserved(config: Config) -> Iterator[str]:
             f"task={config.task!r} {NEEDS[needs]}, which model.family={config.model.family!r} does not do; "
             f"use model.family={others}"
         )
+
+
+def _inexpressible(config: Config, shards: Shards) -> Iterator[str]:
+    """What of the task's mask the strategy cannot express."""
+    if config.task in TASKS and config.attention.strategy in STRATEGIES:
+        yield from mask_problems(config, make_task(config).mask_kind, shards)
 
 
 def _shards(config: Config, sizes: MeshSizes | None) -> Shards:
