@@ -83,7 +83,15 @@ class Case:
         told = Approximation(kind, self.window, self.global_tokens, FEATURES, SEED)
         axis = SEQ if self.seq > 1 else None
         return Setting(
-            axis, self.order, "blockwise", self.block, self.block, regather=False, interpret=True, approximation=told
+            axis,
+            self.order,
+            self.order,
+            "blockwise",
+            self.block,
+            self.block,
+            regather=False,
+            interpret=True,
+            approximation=told,
         )
 
     def mask(self) -> Intervals:
@@ -252,7 +260,8 @@ def test_a_wrong_collective_is_seen(mutation, monkeypatch):
 
 
 def sizes(case: Case) -> Sizes:
-    return Sizes(B // case.data, case.length // case.seq, H // case.head_groups, case.kv_heads, K, 4)
+    l = case.length // case.seq
+    return Sizes(B // case.data, l, l, H // case.head_groups, case.kv_heads, K, 4)
 
 
 PROGRAMS = [

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import optax
 import pytest
-from helpers import make_loss_and_gradient, small_config
+from helpers import change, make_loss_and_gradient, small_config
 
 from configs import base
 from lss_jax.config.loading import override
@@ -33,6 +33,8 @@ def load(name):
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_every_config_is_well_formed(path):
     config = load(path.stem)
+    if config.data.source == "fasta":
+        config = change(config, data__path="genomes of a user")
     validate(config, 3456 if path.stem == "paper_50112" else 8)
 
 

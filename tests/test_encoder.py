@@ -42,7 +42,7 @@ def labelled_text(monkeypatch):
     from lss_jax.data import corpus
     from lss_jax.tasks import token_labels
 
-    kinds = {"stdlib": corpus.Kind(corpus.open_corpus, False, ("no", "yes", "maybe"), "bytes")}
+    kinds = {"stdlib": corpus.Kind(corpus.open_corpus, False, ("no", "yes", "maybe"), "bytes", corpus.check_files)}
     monkeypatch.setattr(token_labels, "KINDS", kinds)
 
 

@@ -46,8 +46,8 @@ def expected(params, windows, config):
 
     def stack(params, x, model):
         seen, position = np.tri(x.shape[1], dtype=bool)[None], np.arange(x.shape[1])[None]
-        for layer in range(model.layers):
-            x = oracle._block(jax.tree.map(lambda leaf, i=layer: leaf[i], params["blocks"]), x, seen, model, position)
+        for p in oracle.layers(params["blocks"]):
+            x = oracle.mlp(p, x + oracle.attention(p, x, seen, model, position), model)
         return x
 
     def loss(params):
@@ -55,13 +55,13 @@ def expected(params, windows, config):
         x = params["tokens"]["table_VE"][before].reshape(B, K, model.width)
         if model.positions == "learned":
             x = x + params["positions"]["table_LE"]
-        x = oracle._norm(params["global_norm"], stack(params["stack"], x, model), model)
+        x = oracle.norm(params["global_norm"], stack(params["stack"], x, model), model)
         x = oracle._linear(params["to_local"], x.reshape(B, K, patch, -1))
         x = x + params["local_tokens"]["table_VE"][padded_BL].reshape(x.shape)
         if model.positions == "learned":
             x = x + params["local_positions"]["table_LE"]
         x = stack(params["local_stack"], x.reshape(B * K, patch, -1), local)
-        x = oracle._norm(params["final_norm"], x, model).reshape(B, K * patch, -1)[:, :L]
+        x = oracle.norm(params["final_norm"], x, model).reshape(B, K * patch, -1)[:, :L]
         head = params["local_tokens"]["table_VE"].T if model.tied_head else params["head"]["kernel_EV"]
         logp = jnp.take_along_axis(jax.nn.log_softmax(x @ head), np.maximum(targets_BL, 0)[..., None], 2)[..., 0]
         return -(logp * (targets_BL >= 0)).sum() / (targets_BL >= 0).sum()

@@ -87,7 +87,7 @@ class Hierarchical(nnx.Module):
         self.local_stack = Stack(local.model, rngs)
         self.final_norm = norm(local.model, rngs)
         if not model.tied_head:
-            self.head = Head(local.model, rngs)
+            self.head = Head(local.model, 1, rngs)
 
     def __call__(self, tokens_Bl: jax.Array, segment: Segment) -> PerToken:
         """Next-token logits for local `tokens_Bl`, whose chunks are whole patches; `segment.attend` is over patches."""
