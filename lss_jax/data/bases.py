@@ -109,10 +109,11 @@ def other_strand(stream: Stream) -> Stream:
 
 def on_either_strand(windows: Sequence[Window], seed: int, turn: int) -> list[Window]:
     """Windows of which each is, with probability one half, the reverse complement: a hash of seed, turn and row."""
-    turned = hashed_on_host(seed, turn, np.arange(len(windows)), STRAND) % 2
-    return [_on_other_strand(window) if turn else window for window, turn in zip(windows, turned, strict=True)]
+    are_turned = hashed_on_host(seed, turn, np.arange(len(windows)), STRAND) % 2
+    return [_on_other_strand(window) if turned else window for window, turned in zip(windows, are_turned, strict=True)]
 
 
 def _on_other_strand(window: Window) -> Window:
+    """The same bases of the reverse complement; the next base there is the complement of the one before them here."""
     stream, length = window.stream, len(window.stream.tokens)
     return Window(other_strand(stream), length - window.stop, length - window.start)
