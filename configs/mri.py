@@ -36,6 +36,9 @@ def get_config() -> ConfigDict:
     config.data.patch = 1
     config.data.seq_len = 2842
     config.data.batch_size = 2
+    config.optim.name = "muon"
     config.optim.steps = 300
-    config.optim.learning_rate = 3e-3
+    config.optim.learning_rate = 8e-3
+    config.optim.beta1 = 0.95
+    config.optim.beta2 = 0.99
     return config

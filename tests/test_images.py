@@ -1,5 +1,6 @@
 """Images as tokens: what is read of them, how windows and patches lie in them, and what is refused."""
 
+import io
 import re
 import sys
 from types import SimpleNamespace
@@ -146,7 +147,13 @@ def test_arrays_that_are_no_labelled_images_are_refused(bad, tmp_path):
         of_file(of(path=str(tmp_path / "images.npz")))
 
 
-@pytest.mark.parametrize("content", [b"", b"GIF89a", b"PK\x03\x04 cut off"])
+def one_array():
+    file = io.BytesIO()
+    np.save(file, GOOD["images"])
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("content", [b"", b"GIF89a", b"PK\x03\x04 cut off", one_array()], ids=range(4))
 def test_a_file_that_is_no_npz_is_refused(content, tmp_path):
     path = tmp_path / "images.npz"
     path.write_bytes(content)

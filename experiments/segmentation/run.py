@@ -70,6 +70,7 @@ def views(config: Config, height: int, width: int) -> dict[str, dict[str, Any]]:
         rows = -(-grid.rows // count)
         windows = -(-grid.rows // rows)
         found[name] = {"data.seq_len": rows * grid.columns, "data.batch_size": batch * windows}
+        found[name]["model.rope_columns"] = grid.columns
     for name, patch in PATCHES.items():
         grid = Grid(height, width, patch, 1)
         tokens, columns = grid.rows * grid.columns, grid.columns

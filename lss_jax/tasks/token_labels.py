@@ -9,8 +9,9 @@ from lss_jax.config.schema import Config, ConfigError
 from lss_jax.data.batch import Batch
 from lss_jax.data.corpus import KINDS, Corpus
 from lss_jax.data.image_sources import IMAGES
-from lss_jax.data.images import check_labels
+from lss_jax.data.images import check_labels, grid_of
 from lss_jax.data.loader import Read, labelled
+from lss_jax.data.split import WindowSplit
 from lss_jax.parallel.tensor_parallel import own_part
 from lss_jax.tasks.labels import LabelSums, class_problems, label_metrics, label_sums
 from lss_jax.tasks.token_task import BidirectionalTask
@@ -29,8 +30,9 @@ class TokenLabels(BidirectionalTask):
         super().__init__(config)
         kinds = [kind for source, kind in KINDS.items() if source == config.data.source]  # none, or one
         self.names = config.labels.classes or next((kind.classes or () for kind in kinds), ())
-        self.items = next((kind.items for kind in kinds), "tokens")
-        self.metrics = label_metrics(self.names, self.items.removesuffix("s"))
+        items = next((kind.items for kind in kinds), "tokens")
+        self.items = "patches" if config.data.patch > 1 else items
+        self.metrics = label_metrics(self.names, items.removesuffix("s"))
         self.headline = self.metrics[2]
 
     @property
@@ -59,6 +61,14 @@ class TokenLabels(BidirectionalTask):
                 )
             for stream in streams:
                 check_labels(split, stream, self.config.model.classes)
+
+    def introduction(self, split: WindowSplit) -> Iterator[str]:
+        yield from super().introduction(split)
+        for stream, windows in zip(split.streams, split.windows, strict=True):
+            grid = grid_of(stream)
+            if grid is not None:
+                images = len(stream.tokens) // (grid.rows * grid.columns)
+                yield f"windows  {windows.training:,} of {grid.window_rows} rows of tokens, of {images:,} {grid.shown}"
 
     def reading(self, turn: int) -> Read:
         return labelled
