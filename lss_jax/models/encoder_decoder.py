@@ -13,7 +13,7 @@ from flax import nnx
 
 from lss_jax.config.schema import Config, ModelConfig
 from lss_jax.models.blocks import CrossBlock
-from lss_jax.models.embeddings import LearnedPositions
+from lss_jax.models.embeddings import LearnedPositions, TokenEmbedding
 from lss_jax.models.layers import Segment, norm
 from lss_jax.models.outputs import PerToken
 from lss_jax.models.stack import Stack
@@ -49,14 +49,15 @@ class EncoderDecoder(Transformer):
     def __call__(self, pair: Pair, segment: Segment) -> PerToken:
         """Next-token logits, float32, for local tokens of the sequence at the positions `segment.positions_l`."""
         assert segment.source, "the task gives pairs"
-        source_BsE = self.encoded(pair.source_Bs, segment.source.segment)
-        x_BpE, _ = self.features(pair.tokens_Bl, segment, None, source_BsE)
-        return self.logits_of(x_BpE, segment)
+        embedding = self.embedding()
+        source_BsE = self.encoded(embedding, pair.source_Bs, segment.source.segment)
+        x_BpE, _ = self.features(embedding, pair.tokens_Bl, segment, None, source_BsE)
+        return self.logits_of(embedding, x_BpE, segment)
 
-    def encoded(self, source_Bs: jax.Array, segment: Segment) -> jax.Array:
+    def encoded(self, embedding: TokenEmbedding, source_Bs: jax.Array, segment: Segment) -> jax.Array:
         """The encoder's output, all of this device's segment: gathered over `model` once, for all layers to read."""
         table = self.source_positions if hasattr(self, "source_positions") else None
-        x_BpE, _ = self.encoder(self.embedded(source_Bs, table, segment), segment)
+        x_BpE, _ = self.encoder(self.embedded(embedding, source_Bs, table, segment), segment)
         with jax.named_scope(REGIONS):
             return gather_sequence(self.encoder_norm(x_BpE), segment.model_axis)
 
