@@ -8,9 +8,4 @@ WEIGHTS = "weights"  # gathered from their shares, and the gradients scattered t
 ELSEWHERE = "elsewhere"  # none of these, or the compiler has lost the name
 
 PLACES = (CROSS_ATTENTION, ATTENTION, REGIONS, POOLING, LOSS, MASK, POSITIONS, GRADIENTS, OPTIMIZER, WEIGHTS)
-BY_PASS = (
-    CROSS_ATTENTION,
-    ATTENTION,
-    REGIONS,
-    WEIGHTS,
-)  # whose collectives are told apart by forward and backward pass
+BY_PASS = (CROSS_ATTENTION, ATTENTION, REGIONS, WEIGHTS)  # told apart by forward and backward pass
