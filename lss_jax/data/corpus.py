@@ -18,7 +18,7 @@ import numpy as np
 from lss_jax.config.schema import ConfigError, DataConfig, gather_problems
 from lss_jax.data.documents import Fields, files_of, is_jsonl
 from lss_jax.data.encoding import encode
-from lss_jax.data.generated import repeated
+from lss_jax.data.generated import GENERATED, repeated
 from lss_jax.data.packing import Stream, documents_between, separated, split_ends, undivided
 from lss_jax.data.sources import SPLITS, FileSource, check_file, enwik8, open_splits, splits_of, stdlib_files, text
 from lss_jax.data.text import BYTES
@@ -45,14 +45,8 @@ class Kind(NamedTuple):
     items: str  # what a token is, in the plural
 
 
-def _symbols(reverse: bool) -> Kind:
-    def opened(config: DataConfig) -> Corpus:
-        return Corpus(repeated(config, reverse=reverse), None)
-
-    return Kind(opened, packed=True, classes=(), items="symbols")
-
-
-KINDS: dict[str, Kind] = {"copy": _symbols(reverse=False), "reverse": _symbols(reverse=True)}
+SYMBOLS = Kind(lambda config: Corpus(repeated(config), None), packed=True, classes=(), items="symbols")
+KINDS: dict[str, Kind] = dict.fromkeys(GENERATED, SYMBOLS)
 
 
 def is_packed(config: DataConfig) -> bool:
