@@ -19,7 +19,7 @@ from lss_jax.training.step import trace_train_step
 
 PAIRS = {
     **{"task": "sequence_to_sequence", "model__family": "encoder_decoder", "model__vocab": 65, "model__heads": 8},
-    **{"data__source": "copy", "data__source_len": 29, "data__seq_len": 47, "model__encoder_layers": 1},
+    **{"data__source": "copy", "data__source_len": 29, "data__seq_len": 47, "model__encoder_layers": 3},
 }
 MESHES = [(1, 8, 1), (2, 4, 1), (2, 2, 2), (1, 3, 1)]  # data x seq x model; no number of segments divides either length
 LAYOUTS = [("contiguous", "contiguous"), ("zigzag", "contiguous"), ("contiguous", "zigzag"), ("zigzag", "zigzag")]

@@ -20,7 +20,7 @@ from lss_jax.config.schema import ConfigError, DataConfig, gather_problems
 from lss_jax.data.annotation import NAMES as LABELS_OF_BASES
 from lss_jax.data.documents import Fields, files_of, is_jsonl
 from lss_jax.data.encoding import encode
-from lss_jax.data.generated import repeated
+from lss_jax.data.generated import GENERATED, repeated
 from lss_jax.data.genome_splits import genome_files, open_genomes
 from lss_jax.data.image_sources import DIGITS, TISSUES
 from lss_jax.data.images import open_images
@@ -64,17 +64,10 @@ def _image_file(config: DataConfig) -> None:
         check_file(config.path)
 
 
-def _symbols(reverse: bool) -> Kind:
-    def opened(config: DataConfig) -> Corpus:
-        return Corpus(repeated(config, reverse=reverse), None)
-
-    return Kind(opened, packed=True, classes=None, items="symbols", check=lambda _: None)
-
-
+SYMBOLS = Kind(lambda config: Corpus(repeated(config), None), True, None, "symbols", lambda _: None)
 KINDS: dict[str, Kind] = {
+    **dict.fromkeys(GENERATED, SYMBOLS),
     FASTA: Kind(_genomes, True, LABELS_OF_BASES, BASES, genome_files),
-    "copy": _symbols(reverse=False),
-    "reverse": _symbols(reverse=True),
     "mri": Kind(_of_images, False, TISSUES, "pixels", _image_file),
     "mosaics": Kind(_of_images, False, DIGITS, "pixels", _image_file),
     "images": Kind(_of_images, False, (), "pixels", _image_file),

@@ -64,27 +64,22 @@ class PairWindows:
         return self._documents.lengths()
 
 
-def sides(window: Window) -> tuple[int, int, int]:
-    """Where in the stream a document's prompt starts, its answer starts, and it ends."""
-    documents, (_, start, stop) = window.stream.documents, window
-    assert documents is not None
-    return start, documents.first_target(documents.number(start)) if start < stop else stop, stop
+def sides(window: Window, config: Config) -> tuple[Window, Window]:
+    """The prompt and the answer of a document, each without what is too long for its side."""
+    (stream, start, stop), data = window, config.data
+    assert stream.documents is not None, "pairs come in documents"
+    first = stream.documents.first_target(stream.documents.number(start)) if start < stop else stop
+    source = Window(stream, start, min(first, start + data.source_len))
+    return source, Window(stream, first, min(stop, first + data.seq_len))
 
 
 def read_pairs(windows: Sequence[Window], config: Config, mesh: Mesh, *, read: Read, start_token: int) -> PairBatch:
     """The global batch of some documents, sharded over the mesh; `read` says what the tokens of sources are.
 
-    Prompts and answers that are too long lose their ends. Tokens of padding are 0, and its targets ignored.
+    Tokens of padding are 0, and its targets ignored.
     """
-    like, data, places = pairs_like(config, mesh), config.data, list(map(sides, windows))
-    sources = [
-        Window(w.stream, start, min(first, start + data.source_len))
-        for w, (start, first, _) in zip(windows, places, strict=True)
-    ]
-    targets = [
-        Window(w.stream, first, min(stop, first + data.seq_len))
-        for w, (_, first, stop) in zip(windows, places, strict=True)
-    ]
+    like = pairs_like(config, mesh)
+    sources, targets = zip(*(sides(window, config) for window in windows), strict=True)
     lengths_2B = np.array([[stop - start for _, start, stop in side] for side in (sources, targets)], np.int32)
 
     def behind_start(window: Window, run: range, _row: int) -> np.ndarray:

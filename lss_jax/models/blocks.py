@@ -204,7 +204,7 @@ class Block(nnx.Module):
         self.mlp_norm = norm(config, rngs)
         self.mlp = Mlp(config, rngs)
 
-    def __call__(self, x_BpE: jax.Array, shared: None, segment: Segment, past: Any) -> tuple[jax.Array, Any]:
+    def __call__(self, x_BpE: jax.Array, shared: Any, segment: Segment, past: Any) -> tuple[jax.Array, Any]:
         x_BpE, own = self._attended(x_BpE, segment, past)
         return self._transformed(x_BpE, segment), own
 
@@ -228,9 +228,10 @@ class CrossBlock(Block):
         self.cross_norm = norm(config, rngs)
         self.cross_attention = CrossAttention(config, rngs)
 
-    def __call__(self, x_BpE: jax.Array, source_BsE: jax.Array, segment: Segment, past: Any) -> tuple[jax.Array, Any]:
+    def __call__(self, x_BpE: jax.Array, shared: jax.Array, segment: Segment, past: Any) -> tuple[jax.Array, Any]:
+        """The residual stream after the layer; `shared` is the encoder's output of this device's segment, `BsE`."""
         x_BpE, own = self._attended(x_BpE, segment, past)
-        attended_BpE = self.cross_attention(x_BpE, source_BsE, self.cross_norm, segment)
+        attended_BpE = self.cross_attention(x_BpE, shared, self.cross_norm, segment)
         x_BpE = x_BpE + drop(attended_BpE, segment.dropout, AFTER_CROSS)
         return self._transformed(x_BpE, segment), own
 

@@ -9,9 +9,4 @@ PATCHES = "patches"  # of a hierarchy, from each chunk to the next
 ELSEWHERE = "elsewhere"  # none of these, or the compiler has lost the name
 
 PLACES = (CROSS_ATTENTION, ATTENTION, REGIONS, POOLING, LOSS, MASK, PATCHES, POSITIONS, GRADIENTS, OPTIMIZER, WEIGHTS)
-BY_PASS = (
-    CROSS_ATTENTION,
-    ATTENTION,
-    REGIONS,
-    WEIGHTS,
-)  # told apart by forward and backward pass
+BY_PASS = (CROSS_ATTENTION, ATTENTION, REGIONS, WEIGHTS)  # told apart by forward and backward pass
