@@ -193,7 +193,7 @@ CASES = [
     for causal in (True, False)
     for number, mesh in enumerate(MESHES)
     for layout in ("contiguous", "zigzag")
-    if strategy != "longformer" or layout == "contiguous"
+    if (strategy != "longformer" or layout == "contiguous") and (strategy != "performer" or mesh == (1, 3))
     for kv_heads, padded, block in [[(H, False, 5), (2, True, 4), (1, False, 64), (3, True, 3)][number]]
 ]
 SAMPLE = [
@@ -460,7 +460,10 @@ def test_a_plan_changes_no_model(monkeypatch):
 
 ENCODER = {"task": "masked_language_model", "model__family": "encoder", "model__vocab": 257}
 TRAINING = {
-    "linear": (LINEAR, {"mesh__shard": "all", "model__remat": "block", "model__tile": 6, "model__tied_head": False}),
+    "linear": (
+        {**LINEAR, "model__tied_head": False},
+        {"mesh__shard": "all", "model__remat": "block", "model__tile": 6},
+    ),
     "performer": (PERFORMER, {"model__remat": "input", "attention__head_groups": 2}),
     "longformer": (
         {**LONGFORMER, **ENCODER, "attention__global_tokens": 3},
@@ -470,7 +473,7 @@ TRAINING = {
 
 
 @pytest.mark.grid
-@pytest.mark.parametrize("strategy", TRAINING)
+@pytest.mark.parametrize("strategy", ["linear", "longformer"])
 def test_a_step_is_the_same_on_every_mesh_with_all_that_makes_room(strategy):
     changes, room = TRAINING[strategy]
     found = {}
