@@ -10,20 +10,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from lss_jax.parallel.scopes import (
-    ATTENTION,
-    ELSEWHERE,
-    GRADIENTS,
-    LOSS,
-    MASK,
-    OPTIMIZER,
-    PATCHES,
-    POSITIONS,
-    REGIONS,
-    WEIGHTS,
-)
+from lss_jax.parallel.scopes import BY_PASS, ELSEWHERE, PLACES
 
-PLACES = (ATTENTION, REGIONS, LOSS, MASK, PATCHES, POSITIONS, GRADIENTS, OPTIMIZER, WEIGHTS)
 PLACE = re.compile(rf"\b({'|'.join(PLACES)})\b")
 
 KINDS = "all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute|collective-broadcast"
@@ -60,7 +48,7 @@ class Collective(NamedTuple):
         places = PLACE.findall(self.source)
         if not places:
             return ELSEWHERE
-        if places[-1] not in (ATTENTION, REGIONS, WEIGHTS):
+        if places[-1] not in BY_PASS:
             return places[-1]
         return places[-1] + (" backward" if "transpose(" in self.source else " forward")
 

@@ -40,13 +40,18 @@ class Transformer(nnx.Module):
         if model.classes or not model.tied_head:
             self.head = Head(model, rngs)
 
-    def features(self, tokens_Bl: jax.Array, segment: Segment, past: Any) -> tuple[jax.Array, Any]:
+    def embedding(self) -> TokenEmbedding:
+        """The token embedding, gathered if it is sharded at rest: once, for both of its uses in a tied model."""
+        return whole(self.tokens, self.model.dtype)
+
+    def features(
+        self, embedding: TokenEmbedding, tokens_Bl: jax.Array, segment: Segment, past: Any
+    ) -> tuple[jax.Array, Any]:
         """This device's part `x_BpE` of the residual stream after all layers, and what they add to the cache."""
-        embedding = whole(self.tokens, self.model.dtype)
         x_BpE = self._with_positions(embedding(tokens_Bl, segment.model_axis), segment)
         return self.stack(drop(x_BpE, segment.dropout, EMBEDDING), segment, past)
 
-    def logits_of(self, x_BpE: jax.Array, segment: Segment) -> PerToken:
+    def logits_of(self, embedding: TokenEmbedding, x_BpE: jax.Array, segment: Segment) -> PerToken:
         """Logits of each token, float32: `BpV` for this device's part of the segment.
 
         With `model.vocab_parallel` they are `BlV`, the whole segment and this device's shard of the vocabulary. Classes
@@ -65,7 +70,7 @@ class Transformer(nnx.Module):
                 x_BlE = gather_sequence(x_BtE, axis)  # a vocabulary shard needs every token
             return without_padding(head.logits(x_BlE), model.vocab, axis)
 
-        head = whole(self.head if hasattr(self, "head") else self.tokens, model.dtype)
+        head = whole(self.head, model.dtype) if hasattr(self, "head") else embedding
         return PerToken(logits, (self.final_norm, head), x_BpE, model.tile)
 
     def _with_positions(self, x_BpE: jax.Array, segment: Segment) -> jax.Array:
