@@ -178,5 +178,5 @@ def test_it_generates_nothing():
 
 @pytest.mark.grid
 def test_it_is_planned_for_lengths_of_whole_patches():
-    candidate = evaluate(small_config(**{**HIERARCHY, "optim__steps": 20}), (1, 2, 1), "lss", Room(2**24, None))
+    candidate = evaluate(small_config(**HIERARCHY, data__batch_size=1), (1, 2, 1), "lss", Room(2**25, None))
     assert candidate.longest.seq_len > 48 and candidate.longest.seq_len % (3 * 4) == 0

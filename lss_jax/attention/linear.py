@@ -237,6 +237,7 @@ def _operations(_shown: Shown, sizes: Sizes, setting: Setting) -> Operations:
 
 LINEAR = Strategy(
     exact=False,
+    defined_by=(),
     attention=linear_attention,
     traffic=lambda sizes, setting: state_traffic(sizes, setting, sizes.K),
     whole_mask=None,

@@ -235,6 +235,7 @@ def _refuses(config: Config, seen: MaskKind, shards: Shards) -> Iterator[str]:
 
 LONGFORMER = Strategy(
     exact=False,
+    defined_by=("attention.window", "attention.global_tokens"),
     attention=longformer_attention,
     traffic=_traffic,
     whole_mask=None,

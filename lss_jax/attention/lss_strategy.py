@@ -7,6 +7,7 @@ from lss_jax.attention.strategy import Strategy, own_segment, refuses_nothing
 
 LSS = Strategy(
     exact=True,
+    defined_by=(),
     attention=lss_attention,
     traffic=traffic,
     whole_mask=None,

@@ -88,6 +88,7 @@ def _problems(attention: AttentionConfig, shards: Shards) -> Iterator[str]:
 
 PERFORMER = Strategy(
     exact=False,
+    defined_by=("attention.features", "seed"),
     attention=performer_attention,
     traffic=_traffic,
     whole_mask=None,

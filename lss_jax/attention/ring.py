@@ -134,6 +134,7 @@ def _key_blocks(segment_length: int, setting: Setting) -> KeyBlocks:
 
 RING = Strategy(
     exact=True,
+    defined_by=(),
     attention=ring_attention,
     traffic=traffic,
     whole_mask=None,

@@ -157,6 +157,7 @@ def _whole_sequence(sizes: Sizes, setting: Setting) -> tuple[Sizes, Setting]:
 
 ULYSSES = Strategy(
     exact=True,
+    defined_by=(),
     attention=ulysses_attention,
     traffic=traffic,
     whole_mask=whole_mask,

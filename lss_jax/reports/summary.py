@@ -6,9 +6,9 @@ from pathlib import Path
 
 import jax
 
-from lss_jax.config.schema import ConfigError
+from lss_jax.config.schema import Config, ConfigError
 from lss_jax.config.units import shown_size
-from lss_jax.generation.decode import Generation
+from lss_jax.generation.decode import Generation, task_and_text
 from lss_jax.generation.sampling import Sampling
 from lss_jax.models import shown_count
 from lss_jax.parallel.layout import layout_on
@@ -59,6 +59,15 @@ def sample(trainer: Trainer) -> list[str]:
         return [f"  no sample: {error}"]
     text = b"".join([prompt, *(new for (new,) in generation)]).decode(errors="replace")
     return ["  sample", *(f"    | {line.rstrip()}" for line in text.splitlines())]
+
+
+def _generates(config: Config) -> bool:
+    """Whether there is a command that continues a prompt."""
+    try:
+        task_and_text(config)
+    except ConfigError:
+        return False
+    return True
 
 
 def introduction(trainer: Trainer) -> str:
@@ -120,11 +129,12 @@ def conclusion(trainer: Trainer, learned: list[str], again: str) -> str:
         lines.append(f"  speed  {last['train']['tokens_per_second']:,.0f} tokens/s")
     profile = ", profile/" if (workdir / "profile").is_dir() else ""
     folder, prompt = shlex.quote(str(workdir)), config.sample_prompt
+    continues = bool(prompt) and _generates(config)
     lines += [
         *learned,
         f"  files  {workdir}/: checkpoints/, metrics.jsonl, tensorboard/, config.json{profile}",
         "next:",
-        *[f"  python -m lss_jax.generate --workdir {folder} --prompt {shlex.quote(prompt)}"] * bool(prompt),
+        *[f"  python -m lss_jax.generate --workdir {folder} --prompt {shlex.quote(prompt)}"] * continues,
         f"  python -m lss_jax.evaluate --workdir {folder} --split test" + " --by-position" * trainer.task.by_position,
         f"  {again} --config.optim.steps={2 * trainer.step}   # train on",
         f"  pip install tensorboard && tensorboard --logdir {folder}",

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from lss_jax.attention.strategies import STRATEGIES
 from lss_jax.config.schema import Config, ConfigError, changes, from_dict, with_value
 from lss_jax.models import Params, build_model
 from lss_jax.storage.workdir import saved_config
@@ -20,15 +21,34 @@ def check_workdir(
     Moments must fit only where the run trains on. Where no step is saved yet, there are neither moments nor adapters.
 
     Raises:
-      ConfigError: there is no run in `workdir`, or its parameters have other shapes; one line per key that shapes them.
+      ConfigError: there is no run in `workdir`, or its parameters have other shapes, or are of another model; one line
+        per key that shapes them, or decides what they mean.
     """
     saved = from_dict(saved_config(workdir))
     fixed = saved if saved_steps else dataclasses.replace(saved, lora=config.lora)
     run, remedy = f"workdir {workdir} holds a run", "choose another --workdir, or go on"
     check_fit(fixed, config, shapes_of, run=run, what="parameters", remedy=remedy)
+    if saved_steps:
+        _check_meaning(saved, config, run, remedy)
     if trains and saved_steps:
         check_fit(fixed, config, moments_of, run=run, what="moments", remedy=remedy)
     return changes(saved, config)
+
+
+def _check_meaning(saved: Config, config: Config, run: str, remedy: str) -> None:
+    """Raises a ConfigError if attention that is not exact would be another than that of the saved config."""
+    strategies = [STRATEGIES[one.attention.strategy] for one in (saved, config)]
+    if all(strategy.exact for strategy in strategies):
+        return  # one stands in for the other
+    differing = changes(saved, config)
+    deciding = {"attention.strategy", *strategies[0].defined_by}
+    lines = [
+        f"{run} with {key}={then!r}, not {now!r}, which is another model; {remedy} with --config.{key}={then}"
+        for key, (then, now) in differing.items()
+        if key in deciding
+    ]
+    if lines:
+        raise ConfigError("\n".join(lines))
 
 
 def check_fit(
