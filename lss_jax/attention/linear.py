@@ -49,11 +49,8 @@ def attend_by_states(local: Local, setting: Setting, features: FeatureMap) -> ja
 
     The mask must show all tokens but the padding, or of these each one and those before it.
     """
-    blocks = _in_blocks(local, setting)
-    own = _chunk_states(blocks, features)
-    before = _exchanged(own, setting)
-    o_tnBGRcK = _rows(blocks, before, _causal(setting), features)
-    return checkpoint_name(_joined(o_tnBGRcK, local.q_BlHK), ATTENDED)
+    before = _exchanged(_chunk_states(local, setting, features), setting)
+    return checkpoint_name(_rows(local, before, setting, features), ATTENDED)
 
 
 class Blocks(NamedTuple):
@@ -109,9 +106,10 @@ def _joined(o_tnBGRcK: jax.Array, q_BlHK: jax.Array) -> jax.Array:
     return o_BntcGRK.reshape(B, n, t * c, -1, K)[:, :, : l // n].reshape(q_BlHK.shape).astype(q_BlHK.dtype)
 
 
-@partial(jax.checkpoint, static_argnums=1)
-def _chunk_states(blocks: Blocks, features: FeatureMap) -> State:
+@partial(jax.checkpoint, static_argnums=(1, 2))  # so that queries, keys and values are saved as they are, and once
+def _chunk_states(local: Local, setting: Setting, features: FeatureMap) -> State:
     """The state of each of this device's chunks: of all keys in it."""
+    blocks = _in_blocks(local, setting)
 
     def one_block(state: State, block: Blocks) -> tuple[State, None]:
         return _with(state, _keys(block, features), block), None
@@ -169,8 +167,9 @@ def _exchanged(own: State, setting: Setting) -> State:
 
 
 @partial(jax.checkpoint, static_argnums=(2, 3))
-def _rows(blocks: Blocks, before: State, causal: bool, features: FeatureMap) -> jax.Array:
-    """The output of each query, `o_tnBGRcK`, float32; in the backward pass recomputed a block at a time."""
+def _rows(local: Local, before: State, setting: Setting, features: FeatureMap) -> jax.Array:
+    """The output of each query, `o_BlHK`; in the backward pass recomputed a block at a time."""
+    blocks, causal = _in_blocks(local, setting), _causal(setting)
     earlier_ck = jnp.tri(blocks.q_tnBGRcK.shape[5], dtype=bool)
 
     def one_block(state: State, block: Blocks) -> tuple[State, jax.Array]:
@@ -188,7 +187,7 @@ def _rows(blocks: Blocks, before: State, causal: bool, features: FeatureMap) -> 
         return _with(state, keys, block), _divided(o1_nBGRcW, block)
 
     start = varying_like(before, (before, blocks))
-    return jax.lax.scan(jax.checkpoint(one_block, prevent_cse=False), start, blocks)[1]
+    return _joined(jax.lax.scan(jax.checkpoint(one_block, prevent_cse=False), start, blocks)[1], local.q_BlHK)
 
 
 def _divided(o1_nBGRcW: jax.Array, block: Blocks) -> jax.Array:
