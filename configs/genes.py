@@ -19,9 +19,10 @@ def get_config() -> ConfigDict:
     config = base.get_config()
     config.task = "token_labels"
     config.log_every = 20
-    config.eval_every = 100
+    config.eval_every = 0
     config.mesh.data = 1
     config.mesh.seq = -1
+    config.attention.window = 64  # codons are near: with all bases in view it takes longer to find them
     config.model.family = "encoder"
     config.model.classes = 2  # other, coding
     config.model.vocab = 5
@@ -32,10 +33,10 @@ def get_config() -> ConfigDict:
     config.data.source = "fasta"
     config.data.tokenizer = "bases"
     config.data.reverse_complement = True
-    config.data.seq_len = 1024
-    config.data.batch_size = 8
+    config.data.seq_len = 512
+    config.data.batch_size = 16
     config.optim.name = "muon"
-    config.optim.steps = 300
+    config.optim.steps = 600
     config.optim.learning_rate = 8e-3
     config.optim.warmup_steps = 20
     config.optim.beta1 = 0.95

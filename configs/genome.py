@@ -15,7 +15,7 @@ from configs import base
 def get_config() -> ConfigDict:
     config = base.get_config()
     config.log_every = 20
-    config.eval_every = 100
+    config.eval_every = 0
     config.sample_prompt = "ATGACCGAAATC"
     config.mesh.data = 1
     config.mesh.seq = -1
@@ -30,7 +30,7 @@ def get_config() -> ConfigDict:
     config.data.seq_len = 1024
     config.data.batch_size = 8
     config.optim.name = "muon"
-    config.optim.steps = 300
+    config.optim.steps = 200
     config.optim.learning_rate = 8e-3
     config.optim.warmup_steps = 20
     config.optim.beta1 = 0.95

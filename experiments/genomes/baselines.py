@@ -41,7 +41,7 @@ def k_mers(folder: Path) -> dict[str, Any]:
         *_, (_, found) = probabilities(others, {left_out: train[left_out]}, max(ORDERS), PRIORS)
         choices[left_out] = {prior: bits_per_base(found[left_out, prior]) for prior in PRIORS}
         print(f"{left_out} by prior: {choices[left_out]}", flush=True)
-    best = {name: min(PRIORS, key=lambda prior, name=name: choices[STANDS_FOR[name]][prior]) for name in HELD_OUT}
+    best = {name: min(PRIORS, key=choices[STANDS_FOR[name]].__getitem__) for name in HELD_OUT}
     tested_on, bits = {name: held_out(folder, name) for name in HELD_OUT}, {}
     for order, found in probabilities(list(train.values()), tested_on, max(ORDERS), sorted(set(best.values()))):
         bits[order] = {name: bits_per_base(found[name, best[name]]) for name in HELD_OUT}
