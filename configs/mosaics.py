@@ -1,4 +1,4 @@
-"""Handwritten digits in mosaics of 2 x 2: every pixel is a token, and gets the class of its digit or the background's.
+"""Handwritten digits in mosaics of 2 x 2: every pixel gets the class of its digit, or the background's.
 
     pip install -r requirements-images.txt
     python -m lss_jax.train --config configs/mosaics.py
@@ -29,15 +29,15 @@ def get_config() -> ConfigDict:
     config.model.classes = 11  # the background and ten digits
     config.model.positions = "rope"
     config.model.rope_base = 100.0
-    config.model.rope_columns = 28
+    config.model.rope_columns = 14
     config.data.source = "mosaics"
     config.data.grid = 2
     config.data.downsample = 2  # digits of 14 x 14 pixels
-    config.data.patch = 1
-    config.data.seq_len = 784
+    config.data.patch = 2  # a token is a patch of 2 x 2 pixels, each of which gets a class
+    config.data.seq_len = 196
     config.data.batch_size = 8
     config.optim.name = "muon"
-    config.optim.steps = 300
+    config.optim.steps = 400
     config.optim.learning_rate = 8e-3
     config.optim.beta1 = 0.95
     config.optim.beta2 = 0.99

@@ -37,8 +37,14 @@ from lss_jax.storage.workdir import load_config
 HERE = Path(__file__).parent
 SOURCES = ("mri", "mosaics")
 SEEDS = (0, 1, 2)
-PARTS = {"whole image": 1, "a quarter": 4, "a sixteenth": 16}  # of the rows
-PATCHES = {"patches of 2 x 2": 2, "patches of 4 x 4": 4}
+VIEWS = {  # the pixels on the side of a token, and into how many windows an image is divided
+    "whole image": (1, 1),
+    "a quarter": (1, 4),
+    "a sixteenth": (1, 16),
+    "patches of 2 x 2": (2, 1),
+    "patches of 4 x 4": (4, 1),
+}
+STEPS = {"mri": 300, "mosaics": 1500}
 PICTURED = ("whole image", "a sixteenth", "patches of 4 x 4")
 QUICK = {"optim.steps": 4, "optim.warmup_steps": 1}
 FULL = {"data.downsample": 1, "model.dtype": "bfloat16", "model.remat": "block"}
@@ -64,31 +70,30 @@ def config_of(source: str, changes: dict[str, Any]) -> Config:
 
 def views(config: Config, height: int, width: int) -> dict[str, dict[str, Any]]:
     """The config keys of each view of images of this size; a batch has the pixels of as many images in each."""
-    batch, found = config.data.batch_size, {}
-    for name, count in PARTS.items():
-        grid = Grid(height, width, config.data.patch, 1)
-        rows = -(-grid.rows // count)
-        windows = -(-grid.rows // rows)
-        found[name] = {"data.seq_len": rows * grid.columns, "data.batch_size": batch * windows}
-        found[name]["model.rope_columns"] = grid.columns
-    for name, patch in PATCHES.items():
+    found = {}
+    for name, (patch, parts) in VIEWS.items():
         grid = Grid(height, width, patch, 1)
-        tokens, columns = grid.rows * grid.columns, grid.columns
-        found[name] = {"data.patch": patch, "data.seq_len": tokens, "model.rope_columns": columns}
+        rows = -(-grid.rows // parts)
+        found[name] = {
+            "data.patch": patch,
+            "data.seq_len": rows * grid.columns,
+            "data.batch_size": config.data.batch_size * -(-grid.rows // rows),
+            "model.rope_columns": grid.columns,
+        }
     return found
 
 
 class Training:
     """Runs the project's commands on a run's config; `scratch` holds the workdirs."""
 
-    def __init__(self, scratch: Path, changes: dict[str, Any]):
-        self._scratch, self._changes = scratch, changes
+    def __init__(self, scratch: Path):
+        self._scratch = scratch
         self._environment = {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "8", **os.environ}
 
     def __call__(self, run: Run, changes: dict[str, Any]) -> dict[str, Any]:
         """Trains and evaluates; what is to be told of it."""
         workdir = self._scratch / run.key.replace(", ", "-").replace(" ", "_")
-        values = {**changes, **self._changes, "seed": run.seed}
+        values = {**changes, "seed": run.seed}
         options = [f"--config.{key}={value}" for key, value in values.items()]
         train = ["train", "--config", f"configs/{run.source}.py", "--workdir", str(workdir), *options]
         self._command(*train)
@@ -138,7 +143,7 @@ def rows_of(source: str, results: dict[str, Any]) -> list[str]:
         "| " + " | ".join(["---"] * (5 + len(classes))) + " |",
         f"| grey levels alone | - | - | - | {alone['dice']:.4f} | {_dices([alone], classes)} |",
     ]
-    for view in (*PARTS, *PATCHES):
+    for view in VIEWS:
         runs = [results["runs"][key] for key in results["runs"] if key.startswith(f"{source}, {view}, ")]
         if runs:
             tests = [run["test"] for run in runs]
@@ -167,7 +172,7 @@ def main() -> None:
     if path.exists() and not arguments.quick:
         results = json.loads(path.read_text())
     with tempfile.TemporaryDirectory() as scratch:
-        train = Training(Path(scratch), changes)
+        train = Training(Path(scratch))
         for seed in SEEDS[:1] if arguments.quick else SEEDS:
             for source in SOURCES:
                 measure(source, seed, train, results, changes, None if arguments.quick else path)
@@ -189,7 +194,7 @@ def measure(
         run = Run(source, view, seed)
         if run.key in results["runs"]:
             continue
-        results["runs"][run.key] = found = train(run, {**changes, **keys})
+        results["runs"][run.key] = found = train(run, {"optim.steps": STEPS[source], **changes, **keys})
         print(f"{run.key}: mean Dice {found['test']['dice']:.4f}, {found['step_seconds']:.2f} s per step", flush=True)
         if path is not None:
             path.write_text(json.dumps(results, indent=2) + "\n")
