@@ -10,6 +10,7 @@ from lss_jax.config.schema import DataConfig
 from lss_jax.data.packing import Packing, Stream
 from lss_jax.parallel.hashing import hashed_on_host
 
+REPEATED = ("copy", "reverse")  # the sources
 COUNTS = {"train": 2**17, "valid": 2**10, "test": 2**10}  # documents of each split
 
 

@@ -71,10 +71,13 @@ def sides(window: Window) -> tuple[int, int, int]:
     return start, documents.first_target(documents.number(start)) if start < stop else stop, stop
 
 
-def read_pairs(windows: Sequence[Window], config: Config, mesh: Mesh, *, read: Read, start_token: int) -> PairBatch:
+def read_pairs(
+    windows: Sequence[Window], config: Config, mesh: Mesh, *, read: Read, start_token: int, end_token: int | None
+) -> PairBatch:
     """The global batch of some documents, sharded over the mesh; `read` says what the tokens of sources are.
 
-    Prompts and answers that are too long lose their ends. Tokens of padding are 0, and its targets ignored.
+    Prompts and answers that are too long lose their ends. Answers that are not end with `end_token`, if it is given.
+    Tokens of padding are 0, and its targets ignored.
     """
     like, data, places = pairs_like(config, mesh), config.data, list(map(sides, windows))
     sources = [
@@ -85,10 +88,12 @@ def read_pairs(windows: Sequence[Window], config: Config, mesh: Mesh, *, read: R
         Window(w.stream, first, min(stop, first + data.seq_len))
         for w, (_, first, stop) in zip(windows, places, strict=True)
     ]
+    ends_B = [end_token is not None and start < stop < start + data.seq_len for _, start, stop in targets]
     lengths_2B = np.array([[stop - start for _, start, stop in side] for side in (sources, targets)], np.int32)
+    lengths_2B[1] += ends_B
 
-    def behind_start(window: Window, run: range, _row: int) -> np.ndarray:
-        return _behind_start(window, run, start_token)
+    def behind_start(window: Window, run: range, row: int) -> np.ndarray:
+        return _behind_start(window, run, start_token, end_token if ends_B[row] else None)
 
     position_S, position_L = (
         layout_on(config, mesh, sequence).positions(padded_length(config, mesh, sequence))
@@ -108,13 +113,17 @@ def read_pairs(windows: Sequence[Window], config: Config, mesh: Mesh, *, read: R
     return PairBatch(*arrays)
 
 
-def _behind_start(window: Window, run: range, start_token: int) -> np.ndarray:
-    """A window's tokens as targets, and as tokens the ones before them; before the first is the start token."""
+def _behind_start(window: Window, run: range, start_token: int, end_token: int | None) -> np.ndarray:
+    """A window's tokens and then the end as targets, and as tokens the ones before them, of which the start is first.
+
+    Without an `end_token` nothing ends them.
+    """
+    length = window.stop - window.start
+    before = min(max(run.start - 1, 0), length)
+    found = window.stream.tokens[window.start + before : window.start + min(run.stop, length)].astype(np.int32)
+    first, last = [start_token] * (run.start == 0), [end_token] * (end_token is not None)
+    sequence = np.array([*first, *found, *last], np.int32)  # from position `run.start` on
+    count = min(max(length + len(last) - run.start, 0), len(run))
     tokens, targets = np.zeros(len(run), np.int32), np.full(len(run), IGNORED, np.int32)
-    before, stop = max(run.start - 1, 0), min(run.stop, window.stop - window.start)
-    if run.start < stop:
-        found = window.stream.tokens[window.start + before : window.start + stop].astype(np.int32)
-        count = stop - run.start
-        targets[:count] = found[run.start - before :]
-        tokens[:count] = found[:count] if run.start else [start_token, *found[:-1]]
+    tokens[:count], targets[:count] = sequence[:count], sequence[1 : count + 1]
     return np.stack((tokens, targets))
