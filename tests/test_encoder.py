@@ -124,7 +124,7 @@ VARIANTS = {
     "tiles": {"model__tile": 4},
     "remat": {"model__remat": "input"},
     "head groups": {"attention__head_groups": 2},
-    "sharded weights": {"mesh__shard": "all", "model__vocab_parallel": True},
+    "sharded weights": {"mesh__shard": "all", "model__vocab_parallel": True, "model__width": 128},
     "offload": {"mesh__shard": "all", "optim__offload": True, "model__remat": "offload"},
     "microbatches": {"optim__accumulate": 2},
 }

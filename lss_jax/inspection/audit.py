@@ -153,15 +153,16 @@ def text_of(audit: Audit, room: int | None) -> str:
 
 def _table_of_collectives(audit: Audit) -> list[str]:
     predicted, found = audit.predicted, audit.collectives or {}
+    width = max([21, *(len(line.place) + 1 for line in (*found, *predicted))])
     lines = [
         "collectives per step; MB are of their results on one device",
-        f"{'':21}{'':20}{'':11}{'compiled':>14}{'':7}{'':9}{'predicted':>14}",
-        f"{'in':21}{'kind':20}{'over':11}{'times':>7}{'MB':>14}{'async':>7}  {'times':>7}{'MB':>14}",
+        f"{'':{width}}{'':20}{'':11}{'compiled':>14}{'':7}{'':9}{'predicted':>14}",
+        f"{'in':{width}}{'kind':20}{'over':11}{'times':>7}{'MB':>14}{'async':>7}  {'times':>7}{'MB':>14}",
     ]
     for line in sorted(found.keys() | predicted.keys()):
         one, other = found.get(line), predicted.get(line)
         lines.append(
-            f"{line.place:21}{line.kind:20}{','.join(line.axes):11}"
+            f"{line.place:{width}}{line.kind:20}{','.join(line.axes):11}"
             + (f"{one.times:7}{one.bytes / 1e6:14,.3f}{one.asynchronous:7}" if one else f"{'-':>7}{'-':>14}{'-':>7}")
             + (f"  {other.times:7}{other.bytes / 1e6:14,.3f}" if other else f"  {'-':>7}{'-':>14}")
         )

@@ -10,22 +10,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from lss_jax.parallel.scopes import (
-    ATTENTION,
-    CROSS_ATTENTION,
-    ELSEWHERE,
-    GRADIENTS,
-    LOSS,
-    MASK,
-    OPTIMIZER,
-    POOLING,
-    POSITIONS,
-    REGIONS,
-    WEIGHTS,
-)
+from lss_jax.parallel.scopes import BY_PASS, ELSEWHERE, PLACES
 
-OF_PASSES = (CROSS_ATTENTION, ATTENTION, REGIONS, WEIGHTS)  # the forward and the backward pass are places of their own
-PLACE = re.compile(rf"\b({'|'.join((*OF_PASSES, POOLING, LOSS, MASK, POSITIONS, GRADIENTS, OPTIMIZER))})\b")
+PLACE = re.compile(rf"\b({'|'.join(PLACES)})\b")
 
 KINDS = "all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute|collective-broadcast"
 INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%(?P<name>[\w.-]+) = (?P<type>.*?) (?P<op>[\w-]+)\((?P<operands>.*)$")
@@ -61,7 +48,7 @@ class Collective(NamedTuple):
         places = PLACE.findall(self.source)
         if not places:
             return ELSEWHERE
-        if places[-1] not in OF_PASSES:
+        if places[-1] not in BY_PASS:
             return places[-1]
         return places[-1] + (" backward" if "transpose(" in self.source else " forward")
 

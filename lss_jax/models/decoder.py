@@ -18,5 +18,6 @@ class Decoder(Transformer):
 
     def recall(self, tokens_Bl: jax.Array, segment: Segment, past: Any) -> tuple[PerToken, Any]:
         """Logits as in `__call__` with attention to the cached `past` too, and what each layer adds to the cache."""
-        x_BpE, own = self.features(tokens_Bl, segment, past)
-        return self.logits_of(x_BpE, segment), own
+        embedding = self.embedding()
+        x_BpE, own = self.features(embedding, tokens_Bl, segment, past)
+        return self.logits_of(embedding, x_BpE, segment), own

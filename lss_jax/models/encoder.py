@@ -12,8 +12,9 @@ class Encoder(Transformer):
 
     def __call__(self, tokens_Bl: jax.Array, segment: Segment) -> PerToken | Pooled:
         """Logits of each token; with `model.pooling="mean"` those of the mean of all tokens' features."""
-        x_BpE, _ = self.features(tokens_Bl, segment, None)
+        embedding = self.embedding()
+        x_BpE, _ = self.features(embedding, tokens_Bl, segment, None)
         if self.model.pooling == "none":
-            return self.logits_of(x_BpE, segment)
+            return self.logits_of(embedding, x_BpE, segment)
         mean_B1E = mean_over_sequence(self.final_norm(x_BpE), segment.is_token_p, segment.sequence_axes)[:, None]
         return Pooled(whole(self.head, self.model.dtype).logits(mean_B1E.astype(self.model.dtype))[:, 0])

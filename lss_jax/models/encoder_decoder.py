@@ -14,7 +14,7 @@ from flax import nnx
 from lss_jax.attention.collectives import stacked
 from lss_jax.config.schema import Config, ModelConfig
 from lss_jax.models.blocks import CrossBlock
-from lss_jax.models.embeddings import LearnedPositions
+from lss_jax.models.embeddings import LearnedPositions, TokenEmbedding
 from lss_jax.models.layers import Segment, norm
 from lss_jax.models.outputs import PerToken
 from lss_jax.models.stack import Stack
@@ -50,13 +50,14 @@ class EncoderDecoder(Transformer):
     def __call__(self, pair: Pair, segment: Segment) -> PerToken:
         """Next-token logits, float32, for local tokens of the sequence at the positions `segment.positions_l`."""
         assert segment.source, "the task gives pairs"
-        source_BsE = self.encoded(pair.source_Bs, segment.source.segment)
-        x_BpE, _ = self.features(pair.tokens_Bl, segment, None, source_BsE)
-        return self.logits_of(x_BpE, segment)
+        embedding = self.embedding()
+        source_BsE = self.encoded(embedding, pair.source_Bs, segment.source.segment)
+        x_BpE, _ = self.features(embedding, pair.tokens_Bl, segment, None, source_BsE)
+        return self.logits_of(embedding, x_BpE, segment)
 
     def remember(self, source_Bs: jax.Array, segment: Segment) -> jax.Array:
         """The keys and values `kv_n2BGsK` that each of the decoder's layers makes of this device's segment."""
-        source_BsE = self.encoded(source_Bs, segment)
+        source_BsE = self.encoded(self.embedding(), source_Bs, segment)
 
         def of_layer(block: CrossBlock) -> jax.Array:
             return stacked(*block.cross_attention.keys_and_values(source_BsE, segment))
@@ -65,13 +66,14 @@ class EncoderDecoder(Transformer):
 
     def recall(self, tokens_Bl: jax.Array, segment: Segment, past: Any) -> tuple[PerToken, Any]:
         """Logits from a cache, of the sequence and of what `remember` gave, and what each layer adds to the former."""
-        x_BpE, own = self.features(tokens_Bl, segment, past)
-        return self.logits_of(x_BpE, segment), own
+        embedding = self.embedding()
+        x_BpE, own = self.features(embedding, tokens_Bl, segment, past)
+        return self.logits_of(embedding, x_BpE, segment), own
 
-    def encoded(self, source_Bs: jax.Array, segment: Segment) -> jax.Array:
+    def encoded(self, embedding: TokenEmbedding, source_Bs: jax.Array, segment: Segment) -> jax.Array:
         """The encoder's output, all of this device's segment: gathered over `model` once, for all layers to read."""
         table = self.source_positions if hasattr(self, "source_positions") else None
-        x_BpE, _ = self.encoder(self.embedded(source_Bs, table, segment), segment)
+        x_BpE, _ = self.encoder(self.embedded(embedding, source_Bs, table, segment), segment)
         with jax.named_scope(REGIONS):
             return gather_sequence(self.encoder_norm(x_BpE), segment.model_axis)
 

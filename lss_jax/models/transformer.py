@@ -43,20 +43,28 @@ class Transformer(nnx.Module):
         if model.classes or not model.tied_head:
             self.head = Head(model, rngs)
 
-    def features(self, tokens_Bl: jax.Array, segment: Segment, past: Any, shared: Any = None) -> tuple[jax.Array, Any]:
+    def embedding(self) -> TokenEmbedding:
+        """The token embedding, gathered if it is sharded at rest: once, for all of its uses."""
+        return whole(self.tokens, self.model.dtype)
+
+    def features(
+        self, embedding: TokenEmbedding, tokens_Bl: jax.Array, segment: Segment, past: Any, shared: Any = None
+    ) -> tuple[jax.Array, Any]:
         """This device's part `x_BpE` of the residual stream after all layers, and what they add to the cache.
 
         `past` and `shared` are those of `Stack`.
         """
         table = self.positions if hasattr(self, "positions") else None
-        return self.stack(self.embedded(tokens_Bl, table, segment), segment, past, shared)
+        return self.stack(self.embedded(embedding, tokens_Bl, table, segment), segment, past, shared)
 
-    def embedded(self, tokens_Bl: jax.Array, table: nnx.Module | None, segment: Segment) -> jax.Array:
+    def embedded(
+        self, embedding: TokenEmbedding, tokens_Bl: jax.Array, table: nnx.Module | None, segment: Segment
+    ) -> jax.Array:
         """The tokens of this device's part, `x_BpE`, with the positions of a table, or as the model has them."""
-        x_BpE = whole(self.tokens, self.model.dtype)(tokens_Bl, segment.model_axis)
-        return drop(self._with_positions(x_BpE, table, segment), segment.dropout, EMBEDDING)
+        x_BpE = self._with_positions(embedding(tokens_Bl, segment.model_axis), table, segment)
+        return drop(x_BpE, segment.dropout, EMBEDDING)
 
-    def logits_of(self, x_BpE: jax.Array, segment: Segment) -> PerToken:
+    def logits_of(self, embedding: TokenEmbedding, x_BpE: jax.Array, segment: Segment) -> PerToken:
         """Logits of each token, float32: `BpV` for this device's part of the segment.
 
         With `model.vocab_parallel` they are `BlV`, the whole segment and this device's shard of the vocabulary. Classes
@@ -75,7 +83,7 @@ class Transformer(nnx.Module):
                 x_BlE = gather_sequence(x_BtE, axis)  # a vocabulary shard needs every token
             return without_padding(head.logits(x_BlE), model.vocab, axis)
 
-        head = whole(self.head if hasattr(self, "head") else self.tokens, model.dtype)
+        head = whole(self.head, model.dtype) if hasattr(self, "head") else embedding
         return PerToken(logits, (self.final_norm, head), x_BpE, model.tile)
 
     def _with_positions(self, x_BpE: jax.Array, table: Any, segment: Segment) -> jax.Array:

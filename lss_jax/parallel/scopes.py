@@ -6,3 +6,6 @@ LOSS, MASK = "loss", "mask"
 POSITIONS, GRADIENTS, OPTIMIZER = "positions", "gradients", "optimizer"
 WEIGHTS = "weights"  # gathered from their shares, and the gradients scattered to them
 ELSEWHERE = "elsewhere"  # none of these, or the compiler has lost the name
+
+PLACES = (CROSS_ATTENTION, ATTENTION, REGIONS, POOLING, LOSS, MASK, POSITIONS, GRADIENTS, OPTIMIZER, WEIGHTS)
+BY_PASS = (CROSS_ATTENTION, ATTENTION, REGIONS, WEIGHTS)  # told apart by forward and backward pass

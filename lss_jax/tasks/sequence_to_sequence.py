@@ -63,14 +63,14 @@ class SequenceToSequence(TokenTask):
         return None if text is None else self.start_token if text.end is None else text.end
 
     def introduction(self, split: WindowSplit) -> Iterator[str]:
-        data, lengths = self.config.data, [w.lengths for w in split.windows if isinstance(w, PairWindows)]
-        longest = np.array([[data.source_len], [data.seq_len]])
-        cut = sum(int(np.count_nonzero((lengths_2D > longest).any(0))) for lengths_2D in lengths)
-        yield f"pairs    {split.documents:,} in the training data, with sources of up to {data.source_len:,} tokens"
+        yield from super().introduction(split)
+        data = self.config.data
+        lengths_2D = np.concatenate([w.lengths for w in split.windows if isinstance(w, PairWindows)], axis=1)
+        cut = np.count_nonzero((lengths_2D > [[data.source_len], [data.seq_len]]).any(0))
         if cut:
             yield (
-                f"cut      {cut:,} of them, which are longer than data.source_len={data.source_len:,} or "
-                f"data.seq_len={data.seq_len:,}"
+                f"cut      {cut:,} pairs, with a source longer than data.source_len={data.source_len:,} or a target "
+                f"longer than data.seq_len={data.seq_len:,}"
             )
 
     def counted(self) -> dict[str, Any]:
