@@ -92,12 +92,15 @@ def get_config() -> ConfigDict:
     model.scan_layers = True  # scan over the layers, which compiles one block; False: unrolled
 
     config.data = data = ConfigDict()
-    # Python's own source files; "enwik8"; "text", the files at data.path; or "copy" or "reverse", documents of
-    # data.source_len random symbols as a prompt, and the same, or reversed, as the answer.
+    # Python's own source files; "enwik8"; "text", the files at data.path; "aclsum", papers and summaries of the package
+    # aclsum, whose fields are those below; or "copy" or "reverse", documents of data.source_len random symbols as a
+    # prompt, and the same, or reversed, as the answer.
     data.source = "stdlib"
     # "text": files, folders, globs, .jsonl, .gz or token files, comma-separated, each a source of its own; "enwik8":
     # the raw file or a prefix of it, empty to download it.
     data.path = ""
+    data.valid_path = ""  # "text": files held out for validation; empty: 5% of each source
+    data.test_path = ""  # files held out for the test; both of these, or none
     data.tokenizer = "bytes"  # each byte is a token; or the path of a tokenizer.json
     data.weights = ()  # how often windows come from each source at data.path; empty: by size
     data.separator = ""  # string that ends a document of plain text; empty: a file is one

@@ -13,14 +13,12 @@ from jax.sharding import Mesh
 from lss_jax import cli
 from lss_jax.config.schema import ConfigError
 from lss_jax.config.units import shown_size
-from lss_jax.generation.beams import Beams
+from lss_jax.generation.beams import PENALTY, Beams
 from lss_jax.generation.generate import beginnings, check, generation_of
 from lss_jax.generation.sampling import Sampling
 from lss_jax.generation.streaming import streamed
 from lss_jax.runtime import distributed
 from lss_jax.training.setup import mesh_of
-
-PENALTY = 0.6  # as in Vaswani et al. 2017, Sec. 6.1
 
 
 def main() -> int:

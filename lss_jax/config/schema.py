@@ -96,10 +96,17 @@ class ModelConfig:
             object.__setattr__(self, "head_width", self.width // self.heads)
 
 
+def parts_of(path: str) -> list[str]:
+    """The comma-separated parts of a path."""
+    return [part.strip() for part in path.split(",")]
+
+
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-    source: Literal["stdlib", "enwik8", "text", "copy", "reverse"]
+    source: Literal["stdlib", "enwik8", "text", "aclsum", "copy", "reverse"]
     path: str
+    valid_path: str
+    test_path: str
     tokenizer: str
     weights: tuple[float, ...]
     separator: str
@@ -115,7 +122,7 @@ class DataConfig:
     @property
     def parts(self) -> list[str]:
         """The comma-separated parts of `path`, each of which is a source."""
-        return [part.strip() for part in self.path.split(",")]
+        return parts_of(self.path)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,6 +7,7 @@ A text's score is the log probability of its tokens, the end token among them, o
 import dataclasses
 from collections.abc import Iterator, Sequence
 
+PENALTY = 0.6  # as in Vaswani et al. 2017 (arXiv 1706.03762), Sec. 6.1
 NOTHING = -float("inf")  # the log probability of a beam that holds no text
 
 

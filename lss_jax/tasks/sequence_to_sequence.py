@@ -83,10 +83,10 @@ class SequenceToSequence(TokenTask):
             yield from self.too_few_tokens(data.symbols + 1, f"data.symbols={data.symbols} with a start token")
         elif not self.encoded:
             yield from self.too_few_tokens(257, "byte-level data with a start token")
-        if not generated and data.source != "text":
+        if not generated and data.source not in ("text", "aclsum"):
             yield (
                 f"data.source={data.source!r} has no pairs of a source and a target, which task={self.config.task!r} "
-                f'needs; use data.source="text" with JSONL or a token file at data.path, "copy" or "reverse"'
+                f'needs; use data.source="text" with JSONL or a token file at data.path, "aclsum", "copy" or "reverse"'
             )
         for key, value, unused in (
             ("attention.window", attention.window, 0),

@@ -1,0 +1,110 @@
+"""Papers and summaries as data, files that are held out, ROUGE, and the first sentences as a baseline."""
+
+import json
+import sys
+
+import numpy as np
+import pytest
+from helpers import mesh_of, small_config
+
+from lss_jax.config.schema import ConfigError
+from lss_jax.data.pairs import sides
+from lss_jax.tasks import make_task
+from lss_jax.training.setup import validate
+
+PAIRS = {
+    **{"task": "sequence_to_sequence", "model__family": "encoder_decoder", "model__vocab": 257},
+    **{"data__source_len": 64, "data__seq_len": 32, "data__batch_size": 4},
+}
+PAPERS = {**PAIRS, "data__source": "aclsum", "data__prompt_field": "abstract", "data__answer_field": "outcome"}
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+def pairs_of(split) -> list[tuple[str, str]]:
+    """The sources and targets of a split, whole."""
+    (windows,) = split.windows
+    found = []
+    for number in range(windows.evaluation):
+        start, first, stop = sides(windows[number])
+        tokens = windows.stream.tokens
+        found.append((bytes(tokens[start:first]).decode(), bytes(tokens[first:stop]).decode()))
+    return found
+
+
+def test_papers_keep_their_splits_sentences_and_summaries():
+    aclsum = pytest.importorskip("aclsum", reason="an optional package")
+    splits = make_task(small_config(**PAPERS)).splits(mesh_of(1, 2))
+    for name, of_package, count in (("train", "train", 100), ("valid", "val", 50), ("test", "test", 100)):
+        expected = [("\n".join(p.sentences["abstract"]), p.summaries["outcome"]) for p in aclsum.ACLSum(of_package)]
+        assert pairs_of(splits[name]) == expected and len(expected) == count
+
+
+def test_without_the_package_the_error_names_it(monkeypatch):
+    monkeypatch.setitem(sys.modules, "aclsum", None)
+    with pytest.raises(ConfigError, match=r"needs the package aclsum .*; pip install aclsum==0.1.2, or use"):
+        make_task(small_config(**PAPERS)).splits(mesh_of(1, 1))
+
+
+@pytest.fixture
+def files(tmp_path):
+    for name, count in (("train", 9), ("valid", 3), ("test", 2)):
+        rows = [{"source": f"{name} source {n}", "target": f"{name} {n}"} for n in range(count)]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    fields = {"data__prompt_field": "source", "data__answer_field": "target"}
+    paths = {"data__path": "train", "data__valid_path": "valid", "data__test_path": "test"}
+    return {"data__source": "text", **fields, **{key: str(tmp_path / f"{n}.jsonl") for key, n in paths.items()}}
+
+
+def test_files_that_are_held_out_are_whole_splits(files):
+    splits = make_task(small_config(**PAIRS, **files)).splits(mesh_of(1, 2))
+    for name, count in (("train", 9), ("valid", 3), ("test", 2)):
+        assert pairs_of(splits[name]) == [(f"{name} source {n}", f"{name} {n}") for n in range(count)]
+
+
+def test_plain_texts_can_be_held_out_too(files, tmp_path):
+    (tmp_path / "held_out.txt").write_bytes(b"z" * 100)
+    (tmp_path / "text.txt").write_bytes(b"a" * 500)
+    paths = {"data__valid_path": str(tmp_path / "held_out.txt"), "data__test_path": files["data__test_path"]}
+    fields = {"data__field": "target", "data__path": str(tmp_path / "text.txt")}
+    splits = make_task(small_config(data__source="text", **fields, **paths)).splits(mesh_of(1, 1))
+    assert [len(splits[name]) for name in ("train", "valid", "test")] == [500, 100, 12]
+    assert set(np.unique(splits["valid"].evaluation_batch(0).tokens)) == {0, ord("z")}
+
+
+REFUSED = {
+    "one without the other": ({"data__test_path": ""}, "go together; name both, or none, and parts of data.path are"),
+    "nothing between commas": ({"data__valid_path": "a,,b"}, "data.valid_path='a,,b' has an empty part between commas"),
+    "not a text": ({"data__source": "copy", "data__path": ""}, "have no use with data.source='copy'; use \"\", or"),
+    "no field": (
+        {**PAPERS, "data__answer_field": "result", "data__path": ""},
+        "data.answer_field='result' is not known",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_cannot_be_held_out_is_refused(case, files):
+    changes, told = REFUSED[case]
+    held_out = {} if "answer" in told else files
+    with pytest.raises(ConfigError) as refused:
+        validate(small_config(**{**PAIRS, **held_out, **changes}), 1)
+    assert told in str(refused.value) and "\n" not in str(refused.value)
+
+
+def test_a_file_that_is_missing_is_named(files):
+    with pytest.raises(ConfigError, match=r"none.jsonl' matches no file"):
+        make_task(small_config(**PAIRS, **{**files, "data__test_path": "none.jsonl"})).splits(mesh_of(1, 1))
+
+
+def test_a_target_of_bytes_ends_with_the_start_token_unless_it_is_cut(files):
+    config = small_config(**{**PAIRS, "data__seq_len": 8, "attention__layout": "contiguous"}, **files)
+    batch = make_task(config).splits(mesh_of(2, 2))["valid"].evaluation_batch(0)
+    np.testing.assert_array_equal(batch.targets[0], [*b"valid 0", 256])
+    np.testing.assert_array_equal(batch.tokens[0], [256, *b"valid 0"])
+    np.testing.assert_array_equal(batch.lengths, [[14, 14, 14, 0], [8, 8, 8, 0]])
+    shorter = make_task(small_config(**{**PAIRS, "data__seq_len": 5}, **files)).splits(mesh_of(1, 1))
+    np.testing.assert_array_equal(shorter["valid"].evaluation_batch(0).lengths[1], [5, 5, 5, 0])
