@@ -19,10 +19,15 @@ def get_config() -> ConfigDict:
     config.model.layers = 2
     config.model.width = 64
     config.model.heads = 4
+    config.model.positions = "rope"
     config.data.source = "copy"
     config.data.symbols = 64
-    config.data.seq_len = 256
+    config.data.seq_len = 64
     config.data.batch_size = 16
-    config.optim.steps = 300
+    config.optim.steps = 200
     config.optim.learning_rate = 3e-3
+    config.log_every = 20
+    config.eval_every = 100
+    config.eval_batches = 4
+    config.checkpoint_every = 100
     return config
