@@ -19,7 +19,7 @@ def get_config() -> ConfigDict:
     config.model.family = "encoder_decoder"
     config.model.vocab = 257  # bytes and a start token
     config.model.layers = 2
-    config.model.width = 128
+    config.model.width = 64
     config.model.heads = 4
     config.model.positions = "rope"
     config.model.dropout = 0.1
@@ -28,8 +28,8 @@ def get_config() -> ConfigDict:
     config.data.answer_field = "outcome"  # or "challenge", "approach"
     config.data.source_len = 1024
     config.data.seq_len = 224
-    config.data.batch_size = 8
+    config.data.batch_size = 16
     config.optim.steps = 400
-    config.optim.learning_rate = 2e-3
+    config.optim.learning_rate = 3e-3
     config.eval_every = 100
     return config

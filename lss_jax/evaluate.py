@@ -61,6 +61,7 @@ def main() -> int:
         if arguments.rouge:
             result = evaluate_rouge(config, workdir, arguments.split, arguments.batches, beams)
             if distributed.is_first():
+                write(workdir / f"rouge_{arguments.split}.json", json.dumps(result, indent=2) + "\n")
                 print(shown(result))
             return 0
         if arguments.by_position:
@@ -108,9 +109,14 @@ def save(task: Task, result: dict[str, Any], workdir: Path) -> None:
     """Writes the result and its figure into the workdir."""
     path = workdir / f"{BY_POSITION}_{result['split']}.json"
     figure = png_of(plot_of(task, {f"windows of {window['length']:,}": window for window in result["windows"]}))
+    write(path, json.dumps(result, indent=2) + "\n")
+    write(path.with_suffix(".png"), figure)
+
+
+def write(path: Path, content: str | bytes) -> None:
+    """Writes a file, whole or not at all."""
     try:
-        write_whole(path, json.dumps(result, indent=2) + "\n")
-        write_whole(path.with_suffix(".png"), figure)
+        write_whole(path, content)
     except OSError as error:
         raise ConfigError(f"{path} cannot be written ({error.strerror}); make room or make it writable") from error
 

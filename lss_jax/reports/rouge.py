@@ -8,7 +8,7 @@ from typing import Any
 from lss_jax.config.schema import ConfigError
 
 MEASURES = {"rouge1": "ROUGE-1", "rouge2": "ROUGE-2", "rougeL": "ROUGE-L"}
-END_OF_SENTENCE = re.compile(r"(?<=[.!?])\s+(?=[^a-z\s])")
+END_OF_SENTENCE = re.compile(r"""(?:(?<=[.!?])|(?<=[.!?][\"')]))\s+(?=[\"'(]?[A-Z])""")
 
 
 class Rouge:
@@ -34,9 +34,9 @@ class Rouge:
 
 
 def first_sentences(text: str, count: int) -> str:
-    """The first sentences of a text: lines, where it has several; else they end with `.`, `!` or `?` and a space.
+    """The first sentences of a text: its lines, where it has several.
 
-    What follows the space is no small letter then.
+    Else a sentence ends with `.`, `!` or `?` before a space and a capital letter, both perhaps quoted or in brackets.
     """
     lines = text.strip().splitlines()
     sentences = lines if lines[1:] else END_OF_SENTENCE.split(text.strip())
