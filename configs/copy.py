@@ -1,8 +1,10 @@
-"""An encoder-decoder that learns to copy 256 random symbols, each of its two sequences over all devices.
+"""An encoder-decoder that learns to copy 64 random symbols, with source and target sharded over all devices.
 
-    JAX_PLATFORMS=cpu JAX_NUM_CPU_DEVICES=8 python -m lss_jax.train --config=configs/copy.py --workdir=/tmp/copy
+    JAX_PLATFORMS=cpu JAX_NUM_CPU_DEVICES=8 python -m lss_jax.train --config=configs/copy.py --workdir=runs/copy
 
-`--config.data.source=reverse` learns to write them backwards.
+Reproduces: nothing of the paper's, which names encoder-decoders as models that its attention serves.
+Cost: measured with Python 3.11 on two CPU cores that had much else to do (8 simulated devices): 3:01 minutes in all.
+Expected: all tokens of the first 4 validation batches exact after 100 steps, and 0.105 bits per token after 200.
 """
 
 from ml_collections import ConfigDict

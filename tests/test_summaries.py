@@ -34,9 +34,8 @@ def pairs_of(split) -> list[tuple[str, str]]:
     (windows,) = split.windows
     found = []
     for number in range(windows.evaluation):
-        start, first, stop = sides(windows[number])
-        tokens = windows.stream.tokens
-        found.append((bytes(tokens[start:first]).decode(), bytes(tokens[first:stop]).decode()))
+        texts = (bytes(stream.tokens[start:stop]).decode() for stream, start, stop in sides(windows[number]))
+        found.append(tuple(texts))
     return found
 
 

@@ -94,7 +94,7 @@ def setting_of(variant: Variant, blocks: tuple[int, int]) -> Setting:
 def predicted(variant: Variant, length: int) -> Counter:
     """The collectives of one layer that the strategy predicts: executions by kind and bytes of the result."""
     heads = H // variant.groups
-    sizes = Sizes(B=B, l=length // DEVICES, H=heads, G=heads, K=K, itemsize=ITEMSIZE)
+    sizes = Sizes(B=B, l=length // DEVICES, s=length // DEVICES, H=heads, G=heads, K=K, itemsize=ITEMSIZE)
     setting = setting_of(variant, (BLOCK_QUERIES, BLOCK_KEYS))
     layer = STRATEGIES[variant.strategy].traffic(sizes, setting)
     expected: Counter = Counter()

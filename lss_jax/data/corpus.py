@@ -20,7 +20,7 @@ from lss_jax.config.schema import ConfigError, DataConfig, gather_problems, part
 from lss_jax.data.aclsum import papers
 from lss_jax.data.documents import Fields, files_of, is_jsonl
 from lss_jax.data.encoding import encode
-from lss_jax.data.generated import repeated
+from lss_jax.data.generated import GENERATED, repeated
 from lss_jax.data.packing import Stream, documents_between, separated, split_ends, undivided
 from lss_jax.data.sources import (
     SPLITS,
@@ -58,15 +58,9 @@ class Kind(NamedTuple):
     items: str  # what a token is, in the plural
 
 
-def _symbols(reverse: bool) -> Kind:
-    def opened(config: DataConfig) -> Corpus:
-        return Corpus(repeated(config, reverse=reverse), None)
-
-    return Kind(opened, packed=True, classes=(), items="symbols")
-
-
 ACLSUM = "aclsum"
-KINDS: dict[str, Kind] = {"copy": _symbols(reverse=False), "reverse": _symbols(reverse=True)}
+SYMBOLS = Kind(lambda config: Corpus(repeated(config), None), packed=True, classes=(), items="symbols")
+KINDS: dict[str, Kind] = dict.fromkeys(GENERATED, SYMBOLS)
 
 
 def is_packed(config: DataConfig) -> bool:

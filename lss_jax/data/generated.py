@@ -10,7 +10,7 @@ from lss_jax.config.schema import DataConfig
 from lss_jax.data.packing import Packing, Stream
 from lss_jax.parallel.hashing import hashed_on_host
 
-REPEATED = ("copy", "reverse")  # the sources
+GENERATED = {"copy": False, "reverse": True}  # whether the prompt comes once more in reverse
 COUNTS = {"train": 2**17, "valid": 2**10, "test": 2**10}  # documents of each split
 
 
@@ -35,9 +35,9 @@ class Repeated:
         return hashed_on_host(0, self._first + document, position) % np.uint32(self._symbols)
 
 
-def repeated(config: DataConfig, *, reverse: bool) -> dict[str, list[Stream]]:
+def repeated(config: DataConfig) -> dict[str, list[Stream]]:
     """The splits of a source of such documents, of `data.source_len` symbols out of `data.symbols`."""
-    splits, first = {}, 0
+    splits, first, reverse = {}, 0, GENERATED[config.source]
     for name, count in COUNTS.items():
         tokens = Repeated(config.symbols, config.source_len, first=first, count=count, reverse=reverse)
         ends = np.arange(1, count + 1, dtype=np.int64) * 2 * config.source_len

@@ -64,11 +64,21 @@ class PairWindows:
         return self._documents.lengths()
 
 
-def sides(window: Window) -> tuple[int, int, int]:
-    """Where in the stream a document's prompt starts, its answer starts, and it ends."""
-    documents, (_, start, stop) = window.stream.documents, window
-    assert documents is not None
-    return start, documents.first_target(documents.number(start)) if start < stop else stop, stop
+def sides(window: Window) -> tuple[Window, Window]:
+    """The prompt and the answer of a document."""
+    stream, start, stop = window
+    assert stream.documents is not None, "pairs come in documents"
+    first = stream.documents.first_target(stream.documents.number(start)) if start < stop else stop
+    return Window(stream, start, first), Window(stream, first, stop)
+
+
+def cut_sides(window: Window, config: Config) -> tuple[Window, Window]:
+    """The same, each without what is too long for its side."""
+    source, target = sides(window)
+    return (
+        source._replace(stop=min(source.stop, source.start + config.data.source_len)),
+        target._replace(stop=min(target.stop, target.start + config.data.seq_len)),
+    )
 
 
 def read_pairs(
@@ -76,19 +86,11 @@ def read_pairs(
 ) -> PairBatch:
     """The global batch of some documents, sharded over the mesh; `read` says what the tokens of sources are.
 
-    Prompts and answers that are too long lose their ends. Answers that are not end with `end_token`, if it is given.
-    Tokens of padding are 0, and its targets ignored.
+    Answers that are not cut end with `end_token`, if it is given. Tokens of padding are 0, and its targets ignored.
     """
-    like, data, places = pairs_like(config, mesh), config.data, list(map(sides, windows))
-    sources = [
-        Window(w.stream, start, min(first, start + data.source_len))
-        for w, (start, first, _) in zip(windows, places, strict=True)
-    ]
-    targets = [
-        Window(w.stream, first, min(stop, first + data.seq_len))
-        for w, (_, first, stop) in zip(windows, places, strict=True)
-    ]
-    ends_B = [end_token is not None and start < stop < start + data.seq_len for _, start, stop in targets]
+    like = pairs_like(config, mesh)
+    sources, targets = zip(*(cut_sides(window, config) for window in windows), strict=True)
+    ends_B = [end_token is not None and start < stop < start + config.data.seq_len for _, start, stop in targets]
     lengths_2B = np.array([[stop - start for _, start, stop in side] for side in (sources, targets)], np.int32)
     lengths_2B[1] += ends_B
 

@@ -213,7 +213,7 @@ class Block(nnx.Module):
         self.mlp_norm = norm(config, rngs)
         self.mlp = Mlp(config, rngs)
 
-    def __call__(self, x_BpE: jax.Array, shared: None, segment: Segment, past: Any) -> tuple[jax.Array, Any]:
+    def __call__(self, x_BpE: jax.Array, shared: Any, segment: Segment, past: Any) -> tuple[jax.Array, Any]:
         x_BpE, own = self._attended(x_BpE, segment, past)
         return self._transformed(x_BpE, segment), own
 
@@ -238,11 +238,15 @@ class CrossBlock(Block):
         self.cross_attention = CrossAttention(config, rngs)
 
     def __call__(
-        self, x_BpE: jax.Array, source_BsE: jax.Array | None, segment: Segment, past: Any
+        self, x_BpE: jax.Array, shared: jax.Array | None, segment: Segment, past: Any
     ) -> tuple[jax.Array, Any]:
+        """The residual stream after the layer; `shared` is the encoder's output of this device's segment, `BsE`.
+
+        In generation it is None, and `past` is a pair, of what is cached of the sequence and of the source.
+        """
         past, past_of_source = (None, None) if past is None else past
         x_BpE, own = self._attended(x_BpE, segment, past)
-        attended_BpE = self.cross_attention(x_BpE, source_BsE, self.cross_norm, segment, past_of_source)
+        attended_BpE = self.cross_attention(x_BpE, shared, self.cross_norm, segment, past_of_source)
         x_BpE = x_BpE + drop(attended_BpE, segment.dropout, AFTER_CROSS)
         return self._transformed(x_BpE, segment), own
 

@@ -24,7 +24,7 @@ class Layers(NamedTuple):
     """A stack of layers; with parameters of `cross_attention` they attend to a source too."""
 
     sequence: str  # whose tokens they are applied to
-    count: int
+    depth: int
     reached: bool  # by the backward pass
     source_reached: bool  # the same of the source that they attend to
     trained: Trained  # of their blocks
@@ -79,7 +79,7 @@ def traffic_of_layers(config: Config, mesh: Mesh | AbstractMesh, layers: Layers)
     """
     model, tiles = config.model, tiles_on(config, mesh, layers.sequence)
     part = {part_of(config, mesh, layers.sequence): 1}
-    remat, blocks, forward = int(model.remat != "none"), repeats(model), layers.count
+    remat, blocks, forward = int(model.remat != "none"), repeats(model), layers.depth
     backward = forward * layers.reached
     for name in layers.attentions:
         again = max(remat, blocks) if _needs_input(config, mesh, layers, name) else blocks
@@ -161,7 +161,7 @@ def products_of_layers(config: Config, mesh: Mesh | AbstractMesh, layers: Layers
     for one in _linears(config, mesh, layers):
         sizes = sizes_of(config, mesh, Between(one.sequence, one.sequence))
         total += sizes.B * sizes.l * _elements(one, layers, layers.trained[one.region][one.name])
-    return 2 * config.optim.accumulate * layers.count * total
+    return 2 * config.optim.accumulate * layers.depth * total
 
 
 def products_of_head(config: Config, mesh: Mesh | AbstractMesh, trained: Trained, reached: bool) -> int:

@@ -111,9 +111,8 @@ def documents_of(config: Config, mesh: jax.sharding.Mesh, split: str, batches: i
 def _pairs(split: WindowSplit, batches: int | None) -> Iterator[Pair]:
     count = split.batches if batches is None else min(batches, split.batches)
     for window in (window for index in range(count) for window in split.evaluation_windows(index)):
-        start, first, stop = sides(window)
-        if start < stop:
-            yield Pair(window.stream.tokens[start:first], window.stream.tokens[first:stop])
+        if window.start < window.stop:
+            yield Pair(*(stream.tokens[start:stop] for stream, start, stop in sides(window)))
 
 
 class Saved:

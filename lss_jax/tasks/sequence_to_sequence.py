@@ -13,12 +13,12 @@ from lss_jax.attention.setting import CROSS, IN_SOURCE, SELF, Between
 from lss_jax.config.rules import indivisible_layers
 from lss_jax.config.schema import ConfigError
 from lss_jax.data.corpus import Corpus
-from lss_jax.data.generated import REPEATED
+from lss_jax.data.generated import GENERATED
 from lss_jax.data.loader import Read, own_tokens
 from lss_jax.data.packing import Stream
 from lss_jax.data.pairs import PAIR_SPECS, PairBatch, PairWindows, pairs_like, read_pairs
 from lss_jax.data.split import WindowSplit
-from lss_jax.data.text import Tokenizer
+from lss_jax.data.text import ByteText, Tokenizer
 from lss_jax.data.windows import Window
 from lss_jax.models.encoder_decoder import Pair
 from lss_jax.models.losses import ExactLossSum, exact_cross_entropy, vocab_parallel_exact
@@ -50,7 +50,7 @@ class SequenceToSequence(TokenTask):
     @property
     def text(self) -> Tokenizer | None:  # type: ignore[override]  # others always have one
         """What the tokens stand for; random symbols stand for nothing."""
-        return None if self.config.data.source in REPEATED else super().text
+        return None if self.config.data.source in GENERATED else super().text
 
     @property
     def start_token(self) -> int:
@@ -77,17 +77,23 @@ class SequenceToSequence(TokenTask):
         return {"data.source_len": self.config.data.source_len}
 
     def problems(self) -> Iterator[str]:
-        model, data, attention = self.config.model, self.config.data, self.config.attention
-        generated = data.source in REPEATED
-        if generated:
+        model, data = self.config.model, self.config.data
+        if data.source in GENERATED:
             yield from self.too_few_tokens(data.symbols + 1, f"data.symbols={data.symbols} with a start token")
         elif not self.encoded:
-            yield from self.too_few_tokens(257, "byte-level data with a start token")
-        if not generated and data.source not in ("text", "aclsum"):
+            yield from self.too_few_tokens(ByteText.vocab + 1, "byte-level data with a start token")
+        if data.source not in ("text", "aclsum", *GENERATED):
             yield (
                 f"data.source={data.source!r} has no pairs of a source and a target, which task={self.config.task!r} "
                 f'needs; use data.source="text" with JSONL or a token file at data.path, "aclsum", "copy" or "reverse"'
             )
+        yield from self._unused()
+        yield from no_classes(self.config)
+        yield from indivisible_layers("model.encoder_layers", model.encoder_layers, model.remat_every)
+
+    def _unused(self) -> Iterator[str]:
+        """Keys that mean nothing where each pair is a sequence, and the mask is what it is."""
+        data, attention = self.config.data, self.config.attention
         for key, value, unused in (
             ("attention.window", attention.window, 0),
             ("attention.prefix", attention.prefix, 0),
@@ -96,8 +102,6 @@ class SequenceToSequence(TokenTask):
         ):
             if value != unused:
                 yield f"{key}={value!r} has no use with task={self.config.task!r}; use {unused!r}"
-        yield from no_classes(self.config)
-        yield from indivisible_layers("model.encoder_layers", model.encoder_layers, model.remat_every)
 
     def check(self, corpus: Corpus) -> None:
         """Raises a ConfigError if the model has no token left to start with, or no document has a prompt."""

@@ -19,7 +19,8 @@ from lss_jax.data.text import Tokenizer
 Means = Mapping[str, Any]  # a task's sums divided by its count: `loss`, and its other sums under their names
 
 # What a task may need of a model: logits of the vocabulary for each token, which tokens after it cannot reach, or which
-# may depend on all; or logits of `model.classes`, for each token or for the whole sequence.
+# may depend on all; or logits of `model.classes`, for each token or for the whole sequence; or again of the vocabulary,
+# from what came before in the sequence and from another one.
 NEEDS = {
     "next_token": "predicts each next token",
     "tokens": "predicts tokens from both sides",

@@ -128,10 +128,10 @@ class TokenTask(Task):
                 f"{self.config.data.tokenizer!r}; use model.vocab={needed} or more"
             )
 
-    def inputs(self, batch: Batch) -> jax.Array:
+    def inputs(self, batch: Any) -> Any:
         return batch.tokens
 
-    def positions(self, batch: Batch) -> jax.Array:
+    def positions(self, batch: Any) -> jax.Array:
         """Natural positions in the window; with `data.restart_positions`, in what the window has of a document."""
         return batch.positions - batch.documents[0] if self.config.data.restart_positions else batch.positions
 
