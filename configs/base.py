@@ -100,13 +100,14 @@ def get_config() -> ConfigDict:
     model.scan_layers = True  # scan over the layers, which compiles one block; False: unrolled
 
     config.data = data = ConfigDict()
-    # Python's own source files; "enwik8"; "text", the files at data.path; "fasta", genomes; a source of images, below;
-    # or "copy" or "reverse": documents of data.source_len random symbols, and as the answer these again, or reversed.
+    # Python's own source files; "enwik8"; "text", the files at data.path; "fasta", genomes; "aclsum", papers with
+    # summaries (package aclsum), whose fields are those below; a source of images, below; or "copy" or "reverse":
+    # documents of data.source_len random symbols, and as the answer these again, or reversed.
     data.source = "stdlib"
     # "text": files, folders, globs, .jsonl, .gz or token files, comma-separated, each a source of its own; "enwik8":
     # the raw file or a prefix of it, empty to download it; "fasta": FASTA and GenBank files, gzipped or not, as "text".
     data.path = ""
-    data.valid_path = ""  # "fasta": files held out for validation, such as another strain; empty: whole records are
+    data.valid_path = ""  # files held out for validation, such as another strain; empty: 5% of each source, or records
     data.test_path = ""  # files held out for the test, such as another species; both of these, or none
     data.annotation = ""  # "fasta": GFF3 files with the coding sequences of FASTA files, for labels
     data.reverse_complement = False  # "fasta": each training window is read on either strand

@@ -7,16 +7,21 @@ from typing import Any
 
 from lss_jax import cli
 from lss_jax.config.schema import ConfigError
+from lss_jax.generation.beams import PENALTY, Beams
+from lss_jax.reports import rouge
 from lss_jax.reports.by_position import evaluate_by_position, parse_lengths, plot_of, table_of
 from lss_jax.reports.figures import png_of
 from lss_jax.reports.pictures import check_pictures, picture_run
 from lss_jax.reports.runs import BY_POSITION, PICTURES
+from lss_jax.reports.summaries import evaluate_rouge
 from lss_jax.runtime import distributed
 from lss_jax.storage.metrics import add_record
 from lss_jax.storage.workdir import write_whole
 from lss_jax.tasks import make_task
 from lss_jax.tasks.task import Task
 from lss_jax.training.evaluation import evaluate_run
+
+SHOWN = 3  # texts
 
 
 def main() -> int:
@@ -48,13 +53,26 @@ def main() -> int:
         metavar="N",
         help=f"draw N images of the split with labels and predictions: {PICTURES}_SPLIT.png in the workdir",
     )
+    parser.add_argument(
+        "--rouge",
+        action="store_true",
+        help="of an encoder-decoder: ROUGE of the texts that it generates, beside the first sentences of the sources",
+    )
+    parser.add_argument("--beams", type=int, metavar="N", help="with --rouge: of the search (default: 1, greedy)")
     cli.add_launch(parser)
     arguments, config = cli.parse(parser, cli.config_of_run)
     workdir, task = Path(arguments.workdir), make_task(config)
     check(arguments, task)
     if arguments.pictures is not None:
         check_pictures(config)
+    beams = Beams(1 if arguments.beams is None else arguments.beams, PENALTY)
     with cli.start(arguments, config):
+        if arguments.rouge:
+            result = evaluate_rouge(config, workdir, arguments.split, arguments.batches, beams)
+            if distributed.is_first():
+                write(workdir / f"rouge_{arguments.split}.json", json.dumps(result, indent=2) + "\n")
+                print(shown(result))
+            return 0
         if arguments.by_position:
             lengths = parse_lengths(arguments.lengths) if arguments.lengths else [config.data.seq_len]
             result = evaluate_by_position(config, workdir, arguments.split, lengths, arguments.batches)
@@ -81,6 +99,10 @@ def main() -> int:
 def check(arguments: argparse.Namespace, task: Task) -> None:
     """Refuses options that cannot work, or not together."""
     batches, lengths = arguments.batches, arguments.lengths
+    if arguments.rouge and arguments.by_position:
+        raise ConfigError("--rouge and --by-position are two evaluations; ask for one of them")
+    if arguments.beams is not None and not arguments.rouge:
+        raise ConfigError(f"--beams={arguments.beams} has no use without --rouge, which generates texts; add that")
     if batches is not None and batches < 1:
         raise ConfigError(f"--batches={batches} must be at least 1; leave it out for the whole split")
     if arguments.pictures is not None and arguments.pictures < 1:
@@ -93,6 +115,14 @@ def check(arguments: argparse.Namespace, task: Task) -> None:
         raise ConfigError(
             f"--batches={batches} with --lengths={lengths} would compare different {task.items}; leave out --batches"
         )
+
+
+def shown(result: dict[str, Any]) -> str:
+    """ROUGE in a table, and some of the texts above their references."""
+    head = f"step {result['step']}  {result['split']}  {result['documents']} documents"
+    pairs = result["texts"][:SHOWN]
+    examples = [f"\ntext       {pair['text']}\nreference  {pair['reference']}" for pair in pairs]
+    return "\n".join([head, rouge.table_of(result["scores"]), *examples])
 
 
 def save(task: Task, result: dict[str, Any], workdir: Path) -> None:

@@ -1,4 +1,4 @@
-"""Continue prompts with a trained model: `python -m lss_jax.generate --workdir DIR --prompt TEXT`."""
+"""Continue prompts, or answer them, with a trained model: `python -m lss_jax.generate --workdir DIR --prompt TEXT`."""
 
 import argparse
 import os
@@ -13,7 +13,8 @@ from jax.sharding import Mesh
 from lss_jax import cli
 from lss_jax.config.schema import ConfigError
 from lss_jax.config.units import shown_size
-from lss_jax.generation.generate import check, generation_of
+from lss_jax.generation.beams import PENALTY, Beams
+from lss_jax.generation.generate import beginnings, check, generation_of
 from lss_jax.generation.sampling import Sampling
 from lss_jax.generation.streaming import streamed
 from lss_jax.runtime import distributed
@@ -23,7 +24,7 @@ from lss_jax.training.setup import mesh_of
 def main() -> int:
     parser = argparse.ArgumentParser(
         prog="python -m lss_jax.generate",
-        description="Continue prompts, token by token, with a run's newest checkpoint.",
+        description="Continue prompts, token by token, with a run's newest checkpoint, or have it answer sources.",
         epilog=f"{cli.OVERRIDES} The config is the run's own; another mesh gives the same texts.",
         allow_abbrev=False,
     )
@@ -39,22 +40,44 @@ def main() -> int:
         "--top-p", type=float, default=1.0, metavar="P", help="from those with total probability P (default: 1)"
     )
     parser.add_argument("--seed", type=int, default=0, help="of the sampling (default: 0)")
+    parser.add_argument(
+        "--beams", type=int, metavar="N", help="for an encoder-decoder: the likeliest text of a search with N beams"
+    )
+    parser.add_argument(
+        "--length-penalty", type=float, metavar="A", help=f"with --beams: favours long texts (default: {PENALTY})"
+    )
     cli.add_launch(parser)
     arguments, config = cli.parse(parser, cli.config_of_run)
     workdir = Path(arguments.workdir)
     prompts = [os.fsencode(text) for text in arguments.prompt] + [_contents(Path(f)) for f in arguments.prompt_file]
-    sampling = Sampling(arguments.temperature, arguments.top_k, arguments.top_p, arguments.seed)
-    check(config, workdir, prompts, arguments.tokens, sampling)
+    choice = choice_of(arguments)
+    check(config, workdir, prompts, arguments.tokens, choice)
     with cli.start(arguments, config):
         mesh = mesh_of(config, jax.devices(), trains=False)
-        step, generation = generation_of(
-            config, workdir, mesh, prompts=prompts, tokens=arguments.tokens, sampling=sampling
-        )
+        step, generation = generation_of(config, workdir, mesh, prompts=prompts, tokens=arguments.tokens, choice=choice)
         _note(f"devices  {_devices(mesh)}")
         _note(f"model    {workdir}, step {step}")
         _note(f"cache    {shown_size(generation.cache_bytes)} per device, as compiled")
-        show(generation, prompts)
+        show(generation, beginnings(config, prompts))
     return 0
+
+
+def choice_of(arguments: argparse.Namespace) -> Sampling | Beams:
+    """How tokens are chosen; refuses options that have no use together."""
+    sampling = Sampling(arguments.temperature, arguments.top_k, arguments.top_p, arguments.seed)
+    if arguments.beams is None:
+        if arguments.length_penalty is not None:
+            raise ConfigError(
+                f"--length-penalty={arguments.length_penalty} has no use without --beams, which compares texts; add "
+                f"that, or leave it out"
+            )
+        return sampling
+    if sampling != Sampling(1.0, None, 1.0, seed=0):
+        raise ConfigError(
+            f"--beams={arguments.beams} searches for the likeliest text, and samples nothing; leave out --temperature, "
+            f"--top-k, --top-p and --seed"
+        )
+    return Beams(arguments.beams, PENALTY if arguments.length_penalty is None else arguments.length_penalty)
 
 
 def _contents(path: Path) -> bytes:

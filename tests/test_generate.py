@@ -10,7 +10,8 @@ import pytest
 from helpers import model_on, random_bytes, relative_error, sampled, with_shapes
 
 from lss_jax.generation.cache import Cache
-from lss_jax.generation.decode import Generation, make_prefill, make_step
+from lss_jax.generation.decode import Generation
+from lss_jax.generation.programs import make_prefill, make_step
 from lss_jax.generation.sampling import Sampling
 from lss_jax.inspection import hlo
 from lss_jax.parallel.layout import layout_on

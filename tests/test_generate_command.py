@@ -11,7 +11,7 @@ from helpers import random_bytes, small_config
 
 from lss_jax.config.schema import ConfigError
 from lss_jax.generate import main, show
-from lss_jax.generation.decode import check_request
+from lss_jax.generation.request import check_request
 from lss_jax.generation.sampling import Sampling
 from lss_jax.training.trainer import Trainer
 

@@ -12,7 +12,8 @@ from tokenizer_cases import like_llama2, like_llama3, trained
 from tokenizers import Tokenizer
 
 from lss_jax.config.schema import ConfigError
-from lss_jax.generation.decode import Generation, check_request
+from lss_jax.generation.decode import Generation
+from lss_jax.generation.request import check_request
 from lss_jax.generation.sampling import Sampling
 from lss_jax.generation.streaming import streamed
 from lss_jax.tasks import make_task

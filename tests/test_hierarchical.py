@@ -19,7 +19,7 @@ from helpers import (
 )
 
 from lss_jax.config.schema import ConfigError
-from lss_jax.generation.decode import task_and_text
+from lss_jax.generation.request import task_and_text
 from lss_jax.inspection import contract, hlo, operations
 from lss_jax.inspection.planner import Room, evaluate
 from lss_jax.training.setup import validate

@@ -78,7 +78,9 @@ def test_pairs_of_jsonl(tmp_path, monkeypatch):
     for index in range(split.batches):
         batch = jax.tree.map(np.asarray, split.evaluation_batch(index))
         for row, (source, target) in enumerate(batch.lengths.T):
-            found |= {bytes(batch.source[row, :source].tolist()): bytes(batch.targets[row, :target].tolist())}
+            answer, end = batch.targets[row, : max(target - 1, 0)], batch.targets[row, target - 1 : target]
+            assert target == 0 or end == [256]
+            found |= {bytes(batch.source[row, :source].tolist()): bytes(answer.tolist())}
     expected = {source.encode()[:24]: target.encode() for source, target in texts[: len(found) - 1]}
     assert found == {**expected, b"": b""}, "the last rows are behind the end"
     (told,) = [line for line in make_task(config).introduction(split) if line.startswith("cut")]

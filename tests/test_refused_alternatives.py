@@ -10,7 +10,7 @@ from helpers import mesh_of, small_config
 import lss_jax
 from lss_jax.attention.strategies import EXACT
 from lss_jax.config.schema import ConfigError
-from lss_jax.generation.decode import task_and_text
+from lss_jax.generation.request import task_and_text
 from lss_jax.inspection import planner
 from lss_jax.tasks.language_model import LanguageModel
 from lss_jax.training import compatibility

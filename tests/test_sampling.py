@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lss_jax.generation.sampling import Sampling, sample
+from lss_jax.generation.sampling import Sampling, sample, spoken
 
 GREEDY = Sampling(0.0, None, 1.0, seed=0)
 
@@ -16,7 +16,7 @@ LOGITS = np.random.default_rng(0).normal(0, 2, 256).astype(np.float32)
 def drawn(sampling: Sampling, count: int = COUNT) -> np.ndarray:
     """How often each byte comes."""
     logits_BV = jnp.broadcast_to(LOGITS, (count, 256))
-    bytes_B = sample(logits_BV, sampling, jnp.zeros(count, jnp.uint32), jnp.arange(count), vocab=256)
+    bytes_B = sample(logits_BV, sampling, jnp.zeros(count, jnp.uint32), jnp.arange(count))
     return np.bincount(np.asarray(bytes_B), minlength=256) / count
 
 
@@ -45,4 +45,7 @@ def test_greedy_top_k_1_and_a_tiny_top_p_take_the_likeliest_byte():
 def test_only_bytes_are_drawn_from_a_larger_vocabulary():
     logits_BV = jnp.concatenate((jnp.zeros((50, 256)), jnp.full((50, 44), 9.0)), axis=1)
     for sampling in (GREEDY, Sampling(1.0, None, 1.0, 0)):
-        assert sample(logits_BV, sampling, jnp.zeros(50, jnp.uint32), jnp.arange(50), vocab=256).max() < 256
+        for vocab, end, allowed in ((256, None, range(256)), (256, 9, range(256)), (250, 280, [*range(250), 280])):
+            allowed_BV = spoken(logits_BV, vocab, end)
+            found = sample(allowed_BV, sampling, jnp.zeros(50, jnp.uint32), jnp.arange(50))
+            assert set(np.asarray(found).tolist()) <= set(allowed)

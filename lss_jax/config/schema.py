@@ -102,9 +102,14 @@ class ModelConfig:
             object.__setattr__(self, "head_width", self.width // self.heads)
 
 
+def parts_of(path: str) -> list[str]:
+    """The comma-separated parts of a path."""
+    return [part.strip() for part in path.split(",")]
+
+
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-    source: Literal["stdlib", "enwik8", "text", "fasta", "copy", "reverse", "mri", "mosaics", "images"]
+    source: Literal["stdlib", "enwik8", "text", "aclsum", "fasta", "copy", "reverse", "mri", "mosaics", "images"]
     path: str
     valid_path: str
     test_path: str
@@ -128,7 +133,7 @@ class DataConfig:
     @property
     def parts(self) -> list[str]:
         """The comma-separated parts of `path`, each of which is a source."""
-        return [part.strip() for part in self.path.split(",")]
+        return parts_of(self.path)
 
     @property
     def pixels(self) -> int:

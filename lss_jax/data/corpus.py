@@ -1,7 +1,8 @@
 """The configured data, opened: each source read as it is, or encoded once, and divided into splits.
 
 One plain text whose bytes are the tokens, and a token file, are read where they lie. Everything else (folders and
-globs, JSONL, gzip, any other tokenizer) is encoded into a token file in the user's cache folder first.
+globs, JSONL, gzip, any other tokenizer) is encoded into a token file in the user's cache folder first. A source is
+divided into splits by size, unless each of these has files of its own.
 """
 
 import fcntl
@@ -16,7 +17,8 @@ from typing import NamedTuple
 import numpy as np
 
 from lss_jax.config.genome_rules import BASES, FASTA
-from lss_jax.config.schema import ConfigError, DataConfig, gather_problems
+from lss_jax.config.schema import ConfigError, DataConfig, gather_problems, parts_of
+from lss_jax.data.aclsum import papers
 from lss_jax.data.annotation import NAMES as LABELS_OF_BASES
 from lss_jax.data.documents import Fields, files_of, is_jsonl
 from lss_jax.data.encoding import encode
@@ -25,11 +27,22 @@ from lss_jax.data.genome_splits import genome_files, open_genomes
 from lss_jax.data.image_sources import DIGITS, TISSUES
 from lss_jax.data.images import open_images
 from lss_jax.data.packing import Stream, documents_between, separated, split_ends, undivided
-from lss_jax.data.sources import SPLITS, FileSource, check_file, enwik8, open_splits, splits_of, stdlib_files, text
+from lss_jax.data.sources import (
+    SPLITS,
+    FileSource,
+    Part,
+    check_file,
+    enwik8,
+    open_splits,
+    splits_of,
+    stdlib_files,
+    text,
+)
 from lss_jax.data.text import BYTES
 from lss_jax.data.token_file import TokenFile, is_token_file
 from lss_jax.data.tokenizer import load_tokenizer
 from lss_jax.runtime.distributed import is_first
+from lss_jax.storage.workdir import write_whole
 
 log = logging.getLogger(__name__)
 
@@ -64,6 +77,7 @@ def _image_file(config: DataConfig) -> None:
         check_file(config.path)
 
 
+ACLSUM = "aclsum"
 SYMBOLS = Kind(lambda config: Corpus(repeated(config), None), True, None, "symbols", lambda _: None)
 KINDS: dict[str, Kind] = {
     **dict.fromkeys(GENERATED, SYMBOLS),
@@ -103,23 +117,40 @@ def open_corpus(config: DataConfig) -> Corpus:
             {name: [Stream(p, separated(p.mapped(), config.separator), None)] for name, p in parts.items()}, None
         )
     check_files(config)
-    sources = [_opened(part, config) for part in (_named(config) or [""])]
-    splits = [
-        _of_tokens(source, config) if isinstance(source, TokenFile) else _of_text(source, config) for source in sources
-    ]
-    streams = {name: [of_source[name] for of_source in splits] for name in SPLITS}
+    of_splits = _parts_of_splits(config)
+    if of_splits is None:
+        sources = [_opened(part, config) for part in (_named(config) or [""])]
+        splits = [_of_tokens(one, config) if isinstance(one, TokenFile) else _of_text(one, config) for one in sources]
+        streams = {name: [of_source[name] for of_source in splits] for name in SPLITS}
+    else:
+        opened = {name: [_opened(part, config) for part in parts] for name, parts in of_splits.items()}
+        sources = [source for of_split in opened.values() for source in of_split]
+        streams = {name: [_whole(source, config) for source in of_split] for name, of_split in opened.items()}
+        _check_length(streams["train"], config)
     encoded = [source for source in sources if isinstance(source, TokenFile)]
     return Corpus(streams, None if config.tokenizer == BYTES else encoded[0].token_bytes)
 
 
+def _parts_of_splits(config: DataConfig) -> dict[str, list[str]] | None:
+    """The sources of each split, if splits have some of their own."""
+    if config.source == ACLSUM:
+        return {name: [name] for name in SPLITS}
+    if not config.valid_path:
+        return None
+    return {"train": config.parts, "valid": parts_of(config.valid_path), "test": parts_of(config.test_path)}
+
+
 def _named(config: DataConfig) -> list[str]:
     """The paths that the config names, each a source."""
-    return [part for part in (config.parts if config.source == "text" else [config.path]) if part]
+    if config.source == "text":
+        return [part for path in (config.path, config.valid_path, config.test_path) for part in parts_of(path) if part]
+    return [config.path] if config.path else []
 
 
 def _is_one_text(config: DataConfig) -> bool:
     parts = _named(config)
-    return config.tokenizer == BYTES and len(parts) < 2 and (config.source != "text" or all(map(_is_plain, parts)))
+    is_text = config.source != "text" or all(map(_is_plain, parts))
+    return config.tokenizer == BYTES and len(parts) < 2 and is_text and _parts_of_splits(config) is None
 
 
 def _is_plain(part: str) -> bool:
@@ -155,6 +186,8 @@ def _opened(part: str, config: DataConfig) -> TokenFile | FileSource:
         return _encoded(stdlib_files(), config)
     if config.source == "enwik8":
         return _encoded([enwik8(part).path], config)
+    if config.source == ACLSUM:
+        return _encoded([_papers_file(part)], config)
     if is_token_file(Path(part).expanduser()):
         file = TokenFile(Path(part).expanduser())
         _check_tokenizer(file, config)
@@ -162,6 +195,15 @@ def _opened(part: str, config: DataConfig) -> TokenFile | FileSource:
     if config.tokenizer == BYTES and _is_plain(part):
         return text(part)
     return _encoded(_found(part), config)
+
+
+def _papers_file(split: str) -> Path:
+    """The papers of a split as a file in the cache folder, made there if it is not yet."""
+    content, out = papers(split), _cached("aclsum", f"{split}.jsonl")
+    with _turn(out):
+        if not out.is_file() or out.read_bytes() != content:
+            write_whole(out, content)
+    return out
 
 
 def _check_tokenizer(file: TokenFile, config: DataConfig) -> None:
@@ -185,23 +227,21 @@ def _check_tokenizer(file: TokenFile, config: DataConfig) -> None:
 
 def _encoded(files: Sequence[Path], config: DataConfig) -> TokenFile:
     """The files as a token file in the cache folder, made there if it is not yet; processes of a host take turns."""
-    import pooch  # imported late: in a notebook the import itself warns about progress bars
-
     tokenizer, (fields, separator) = load_tokenizer(config.tokenizer), _fields_and_separator(files, config)
     recipe = tokenizer.fingerprint, separator, fields, [_seen(file) for file in files]
     digest = hashlib.sha256(repr(recipe).encode()).hexdigest()
-    out = Path(pooch.os_cache("lss_jax")) / "tokens" / digest[:32]
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        with _turn(out):
-            if out.is_file():
-                return _kept(out)
-            return encode(files, out, tokenizer, fields=fields, separator=separator, progress=is_first())
-    except OSError as error:
-        raise ConfigError(
-            f"{out.parent}, where encoded text is kept, cannot be written to ({error.strerror}); set XDG_CACHE_HOME to "
-            f"a folder that can, or encode the text elsewhere with python -m lss_jax.tokenize"
-        ) from error
+    out = _cached("tokens", digest[:32])
+    with _turn(out):
+        if out.is_file():
+            return _kept(out)
+        return encode(files, out, tokenizer, fields=fields, separator=separator, progress=is_first())
+
+
+def _cached(folder: str, name: str) -> Path:
+    """The path of a file in a folder of the user's cache."""
+    import pooch  # imported late: in a notebook the import itself warns about progress bars
+
+    return Path(pooch.os_cache("lss_jax")) / folder / name
 
 
 def _kept(out: Path) -> TokenFile:
@@ -214,10 +254,21 @@ def _kept(out: Path) -> TokenFile:
 
 @contextmanager
 def _turn(out: Path) -> Iterator[None]:
-    """Waits while another process of this host makes the file `out`."""
-    with out.with_name(f"{out.name}.turn").open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+    """Waits while another process of this host makes the file `out`, whose folder is made if it is not there.
+
+    Raises:
+      ConfigError: it cannot be written.
+    """
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with out.with_name(f"{out.name}.turn").open("w") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            yield
+    except OSError as error:
+        raise ConfigError(
+            f"{out.parent}, where encoded text is kept, cannot be written to ({error.strerror}); set XDG_CACHE_HOME to "
+            f"a folder that can, or encode the text elsewhere with python -m lss_jax.tokenize"
+        ) from error
 
 
 def _fields_and_separator(files: Sequence[Path], config: DataConfig) -> tuple[Fields, str]:
@@ -262,3 +313,21 @@ def _of_text(source: FileSource, config: DataConfig) -> dict[str, Stream]:
         name: Stream(part, separated(part.mapped(), config.separator) or undivided(), None)
         for name, part in parts.items()
     }
+
+
+def _whole(source: TokenFile | FileSource, config: DataConfig) -> Stream:
+    """All of a source."""
+    part = Part(source, 0, source.size)
+    if isinstance(source, TokenFile):
+        return Stream(part, documents_between(source, 0, source.size), None)
+    return Stream(part, separated(part.mapped(), config.separator) or undivided(), None)
+
+
+def _check_length(streams: Sequence[Stream], config: DataConfig) -> None:
+    """Raises a ConfigError for a source that is shorter than one training window."""
+    for stream in streams:
+        if len(stream.tokens) < config.seq_len + 1:
+            raise ConfigError(
+                f"data.path={config.path!r}: a part has {len(stream.tokens)} tokens, but one window takes data.seq_len "
+                f"+ 1 = {config.seq_len + 1}; use a longer file or a smaller data.seq_len"
+            )

@@ -64,26 +64,38 @@ class PairWindows:
         return self._documents.lengths()
 
 
-def sides(window: Window, config: Config) -> tuple[Window, Window]:
-    """The prompt and the answer of a document, each without what is too long for its side."""
-    (stream, start, stop), data = window, config.data
+def sides(window: Window) -> tuple[Window, Window]:
+    """The prompt and the answer of a document."""
+    stream, start, stop = window
     assert stream.documents is not None, "pairs come in documents"
     first = stream.documents.first_target(stream.documents.number(start)) if start < stop else stop
-    source = Window(stream, start, min(first, start + data.source_len))
-    return source, Window(stream, first, min(stop, first + data.seq_len))
+    return Window(stream, start, first), Window(stream, first, stop)
 
 
-def read_pairs(windows: Sequence[Window], config: Config, mesh: Mesh, *, read: Read, start_token: int) -> PairBatch:
+def cut_sides(window: Window, config: Config) -> tuple[Window, Window]:
+    """The same, each without what is too long for its side."""
+    source, target = sides(window)
+    return (
+        source._replace(stop=min(source.stop, source.start + config.data.source_len)),
+        target._replace(stop=min(target.stop, target.start + config.data.seq_len)),
+    )
+
+
+def read_pairs(
+    windows: Sequence[Window], config: Config, mesh: Mesh, *, read: Read, start_token: int, end_token: int | None
+) -> PairBatch:
     """The global batch of some documents, sharded over the mesh; `read` says what the tokens of sources are.
 
-    Tokens of padding are 0, and its targets ignored.
+    Answers that are not cut end with `end_token`, if it is given. Tokens of padding are 0, and its targets ignored.
     """
     like = pairs_like(config, mesh)
-    sources, targets = zip(*(sides(window, config) for window in windows), strict=True)
+    sources, targets = zip(*(cut_sides(window, config) for window in windows), strict=True)
+    ends_B = [end_token is not None and start < stop < start + config.data.seq_len for _, start, stop in targets]
     lengths_2B = np.array([[stop - start for _, start, stop in side] for side in (sources, targets)], np.int32)
+    lengths_2B[1] += ends_B
 
-    def behind_start(window: Window, run: range, _row: int) -> np.ndarray:
-        return _behind_start(window, run, start_token)
+    def behind_start(window: Window, run: range, row: int) -> np.ndarray:
+        return _behind_start(window, run, start_token, end_token if ends_B[row] else None)
 
     position_S, position_L = (
         layout_on(config, mesh, sequence).positions(padded_length(config, mesh, sequence))
@@ -103,13 +115,17 @@ def read_pairs(windows: Sequence[Window], config: Config, mesh: Mesh, *, read: R
     return PairBatch(*arrays)
 
 
-def _behind_start(window: Window, run: range, start_token: int) -> np.ndarray:
-    """A window's tokens as targets, and as tokens the ones before them; before the first is the start token."""
+def _behind_start(window: Window, run: range, start_token: int, end_token: int | None) -> np.ndarray:
+    """A window's tokens and then the end as targets, and as tokens the ones before them, of which the start is first.
+
+    Without an `end_token` nothing ends them.
+    """
+    length = window.stop - window.start
+    before = min(max(run.start - 1, 0), length)
+    found = window.stream.tokens[window.start + before : window.start + min(run.stop, length)].astype(np.int32)
+    first, last = [start_token] * (run.start == 0), [end_token] * (end_token is not None)
+    sequence = np.array([*first, *found, *last], np.int32)  # from position `run.start` on
+    count = min(max(length + len(last) - run.start, 0), len(run))
     tokens, targets = np.zeros(len(run), np.int32), np.full(len(run), IGNORED, np.int32)
-    before, stop = max(run.start - 1, 0), min(run.stop, window.stop - window.start)
-    if run.start < stop:
-        found = window.stream.tokens[window.start + before : window.start + stop].astype(np.int32)
-        count = stop - run.start
-        targets[:count] = found[run.start - before :]
-        tokens[:count] = found[:count] if run.start else [start_token, *found[:-1]]
+    tokens[:count], targets[:count] = sequence[:count], sequence[1 : count + 1]
     return np.stack((tokens, targets))

@@ -56,6 +56,10 @@ class WindowSplit:
         size, weights = self._data.batch_size, self._data.weights
         return self._of(drawn(step, self._training, weights, batch_size=size, seed=self._seed), step)
 
+    def evaluation_windows(self, index: int) -> list[Window]:
+        """The windows of the batch `index`, behind the last one without tokens."""
+        return [self.windows[source][int(number)] for source, number in self._in_order[index]]
+
     def evaluation_batch(self, index: int) -> Any:
         """The global batch `index` of the windows in order."""
         return self._of(self._in_order[index], EVALUATION + index)

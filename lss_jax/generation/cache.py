@@ -2,10 +2,12 @@
 
 They are never gathered. For a new token each device takes the softmax over its own slots, and the devices' outputs are
 combined by their log-sum-exp (as those of the splits of Flash-Decoding, Dao et al. 2023). This is one collective per
-layer, of `K + 1` numbers per head and device.
+layer, of `K + 1` numbers per head and device. An encoder-decoder attends in the same way, by one more collective per
+layer, to the keys and values that its decoder makes of the source, which stay where their segments were encoded.
 
 A slot stores the natural position of its token, so the prompt may have any layout and rows may differ in length.
-Letters beside the usual: `n` layers, `c` slots (global outside `shard_map`, local inside).
+Letters beside the usual: `n` layers, `c` slots (global outside `shard_map`, local inside), `D` sources, each with one
+row or several.
 """
 
 from typing import Any, NamedTuple
@@ -25,9 +27,11 @@ class Cache(NamedTuple):
 
     kv_n2BGcK: Any
     position_Bc: Any  # natural, of the token in each slot
+    source: Any  # a cache of the sources, which no step changes; None: there are none
 
 
-CACHE_SPECS = Cache(P(None, None, DATA, MODEL, SEQ), P(DATA, SEQ))
+CACHE_SPECS = Cache(P(None, None, DATA, MODEL, SEQ), P(DATA, SEQ), None)
+SPECS_WITH_SOURCE = CACHE_SPECS._replace(source=CACHE_SPECS)
 
 
 def fill(kv_n2BGlK: jax.Array, positions_l: jax.Array, count_B: jax.Array, more: int) -> Cache:
@@ -36,6 +40,17 @@ def fill(kv_n2BGlK: jax.Array, positions_l: jax.Array, count_B: jax.Array, more:
     return Cache(
         jnp.pad(kv_n2BGlK, [(0, 0)] * 4 + [(0, more), (0, 0)]),
         jnp.pad(position_Bl, ((0, 0), (0, more)), constant_values=EMPTY),
+        source=None,
+    )
+
+
+def empty(source: Cache, slots: int, rows: int) -> Cache:
+    """The local cache before the first token: for each source so many rows of `slots` slots."""
+    n, _, D, G, _, K = source.kv_n2BGcK.shape
+    return Cache(
+        jnp.zeros_like(source.kv_n2BGcK, shape=(n, 2, D * rows, G, slots, K)),
+        jnp.zeros_like(source.position_Bc, shape=(D * rows, slots)) + EMPTY,
+        source,
     )
 
 
@@ -47,7 +62,12 @@ def write(cache: Cache, kv_n2BGK: jax.Array, position_B: jax.Array, slot: jax.Ar
         after = jnp.where(mine, jnp.expand_dims(new, axis), before)
         return jax.lax.dynamic_update_slice_in_dim(array, after, slot, axis)
 
-    return Cache(put(cache.kv_n2BGcK, kv_n2BGK, 4), put(cache.position_Bc, position_B, 1))
+    return Cache(put(cache.kv_n2BGcK, kv_n2BGK, 4), put(cache.position_Bc, position_B, 1), cache.source)
+
+
+def reordered(cache: Cache, row_B: jax.Array) -> Cache:
+    """The local cache with other rows, by their local numbers; no slot leaves its device."""
+    return Cache(cache.kv_n2BGcK[:, :, row_B], cache.position_Bc[row_B], cache.source)
 
 
 def attend_to_cache(
@@ -68,10 +88,27 @@ def attend_to_cache(
     local_BGRk = _partial_attention(q_BGRK, past_2BGcK, seen_Bc)
     # the token itself is on every device, so that it is counted once, after the gather
     own_BGRk = _partial_attention(q_BGRK, own_2BGK[:, :, :, None], jnp.ones((B, 1), bool))
-    parts_NBGRk = jnp.concatenate((_gathered(local_BGRk, axis), own_BGRk[None]))
-    weight_NBGR = jax.nn.softmax(parts_NBGRk[..., K], axis=0)
-    o_BGRK = jnp.einsum("NBGR,NBGRK->BGRK", weight_NBGR, parts_NBGRk[..., :K])
+    o_BGRK = _combined(jnp.concatenate((_gathered(local_BGRk, axis), own_BGRk[None])))
     return o_BGRK.reshape(B, H, K).astype(q_BHK.dtype)
+
+
+def attend_to_source(q_BHK: jax.Array, kv_2DGcK: jax.Array, position_Dc: jax.Array, axis: str | None) -> jax.Array:
+    """Attention of one new token per row, `o_BHK`, to all of its source; equally many neighbouring rows share one.
+
+    They do so as further queries of the same keys, so that a source is cached once.
+    """
+    (B, H, K), (D, G) = q_BHK.shape, kv_2DGcK.shape[1:3]
+    q_DGRK = q_BHK.reshape(D, B // D, G, H // G, K).swapaxes(1, 2).reshape(D, G, -1, K)
+    local_DGRk = _partial_attention(q_DGRK, kv_2DGcK, position_Dc != EMPTY)
+    o_DGRK = _combined(_gathered(local_DGRk, axis))
+    o_BGRK = o_DGRK.reshape(D, G, B // D, H // G, K).swapaxes(1, 2)
+    return o_BGRK.reshape(B, H, K).astype(q_BHK.dtype)
+
+
+def _combined(parts_NBGRk: jax.Array) -> jax.Array:
+    """Attention's output, `[B, G, R, K]`, from parts that each have its log-sum-exp behind them."""
+    weight_NBGR = jax.nn.softmax(parts_NBGRk[..., -1], axis=0)
+    return jnp.einsum("NBGR,NBGRK->BGRK", weight_NBGR, parts_NBGRk[..., :-1])
 
 
 def _gathered(part_BGRk: jax.Array, axis: str | None) -> jax.Array:

@@ -1,13 +1,18 @@
 """Continues prompts with a run's newest checkpoint."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import jax
+import numpy as np
 from jax.sharding import Mesh
 
 from lss_jax.config.schema import Config, from_dict, gather_problems, with_value
-from lss_jax.generation.decode import Generation, check_request
+from lss_jax.generation.beam_search import BeamSearch
+from lss_jax.generation.beams import Beams
+from lss_jax.generation.decode import Generation
+from lss_jax.generation.programs import reads_source
+from lss_jax.generation.request import check_request, task_and_text
 from lss_jax.generation.sampling import Sampling
 from lss_jax.models import build_model
 from lss_jax.storage.workdir import saved_config
@@ -28,7 +33,7 @@ def generate_text(
     config: Config | None = None,
     devices: Sequence[jax.Device] | None = None,
 ) -> str:
-    """The prompt and its continuation by a run's newest sound checkpoint.
+    """The prompt and its continuation by a run's newest sound checkpoint; of an encoder-decoder, its answer alone.
 
     Every call compiles two programs; `lss_jax.generation.decode.Generation` holds on to them, and continues many
     prompts at a time.
@@ -54,21 +59,41 @@ def generate_text(
     prompts, sampling = [prompt.encode()], Sampling(temperature, top_k, top_p, seed)
     check(config, workdir, prompts, tokens, sampling)
     mesh = mesh_of(config, devices, trains=False)
-    _, generation = generation_of(config, workdir, mesh, prompts=prompts, tokens=tokens, sampling=sampling)
-    return b"".join([*prompts, *(new for (new,) in generation)]).decode(errors="replace")
+    _, generation = generation_of(config, workdir, mesh, prompts=prompts, tokens=tokens, choice=sampling)
+    return b"".join([*beginnings(config, prompts), *(new for (new,) in generation)]).decode(errors="replace")
 
 
-def check(config: Config, workdir: Path, prompts: Sequence[bytes], tokens: int, sampling: Sampling) -> None:
+def beginnings(config: Config, prompts: Sequence[bytes]) -> list[bytes]:
+    """What the texts after these prompts begin with: the prompts, but nothing of a source that is answered."""
+    return [b""] * len(prompts) if reads_source(config) else list(prompts)
+
+
+def check(config: Config, workdir: Path, prompts: Sequence[bytes], tokens: int, choice: Sampling | Beams) -> None:
     """Raises a ConfigError, before anything is compiled, for what cannot work."""
     gather_problems(
-        lambda: check_request(config, prompts, tokens, sampling), lambda: check_workdir(config, workdir, trains=False)
+        lambda: check_request(config, prompts, tokens, choice), lambda: check_workdir(config, workdir, trains=False)
     )
 
 
+class BeamTexts:
+    """The answers to sources by beam search, which come all at once: iterating yields one item."""
+
+    def __init__(self, search: BeamSearch, sources: list[np.ndarray]):
+        self._search, self._sources, self.cache_bytes = search, sources, search.cache_bytes
+
+    def __iter__(self) -> Iterator[list[bytes]]:
+        yield self._search.texts(self._sources)
+
+
 def generation_of(
-    config: Config, workdir: Path, mesh: Mesh, prompts: Sequence[bytes], tokens: int, sampling: Sampling
-) -> tuple[int, Generation]:
-    """The step of the run's newest sound checkpoint, and the `Generation` from its parameters."""
+    config: Config, workdir: Path, mesh: Mesh, prompts: Sequence[bytes], tokens: int, choice: Sampling | Beams
+) -> tuple[int, Generation | BeamTexts]:
+    """The step of the run's newest sound checkpoint, and the texts from its parameters."""
     config = with_value(config, "optim.offload", False)  # or all weights would come from the host for every token
     step, params = restore_params(build_model(config, mesh), mesh, workdir)
-    return step, Generation(config, mesh, params, prompts=prompts, tokens=tokens, sampling=sampling)
+    if isinstance(choice, Sampling):
+        return step, Generation(config, mesh, params, prompts=prompts, tokens=tokens, sampling=choice)
+    sources = [task_and_text(config)[1].tokens_of(prompt) for prompt in prompts]
+    longest = max(map(len, sources))
+    search = BeamSearch(config, mesh, params, rows=len(sources), length=longest, tokens=tokens, beams=choice)
+    return step, BeamTexts(search, sources)

@@ -32,11 +32,17 @@ class Sampling:
             yield f"--seed={self.seed} must be at least 0 and less than 2**32"
 
 
-def sample(
-    logits_BV: jax.Array, sampling: Sampling, stream_B: jax.Array, position_B: jax.Array, *, vocab: int
-) -> jax.Array:
-    """Samples a token below `vocab` per row, int32 `[B]`; rows of different streams (uint32) are independent."""
-    logits_BV = logits_BV[:, :vocab]
+def spoken(logits_BV: jax.Array, vocab: int, end: int | None) -> jax.Array:
+    """The logits of the first `vocab` tokens, which stand for text, and of the one that ends it; all others are out."""
+    if end is None or end < vocab:
+        return logits_BV[:, :vocab]
+    number_V = jnp.arange(end + 1)
+    return jnp.where((number_V < vocab) | (number_V == end), logits_BV[:, : end + 1], -jnp.inf)
+
+
+def sample(logits_BV: jax.Array, sampling: Sampling, stream_B: jax.Array, position_B: jax.Array) -> jax.Array:
+    """Samples a token per row, int32 `[B]`; rows of different streams (uint32) are independent."""
+    vocab = logits_BV.shape[1]
     if sampling.temperature == 0:
         return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
     logits_BV = (logits_BV - logits_BV.max(-1, keepdims=True)) / sampling.temperature

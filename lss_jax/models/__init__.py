@@ -3,7 +3,8 @@
 A new family is one file, and one line in `FAMILIES`: an NNX module made of `(config, rngs)` that maps a local batch's
 inputs and a `Segment` to its outputs. Each of its parameters says in its metadata how it is sharded (`spec`), and
 whether it has a row for each position, and of which sequence (`row_per_position`). A family that `generates` text has
-a module with a method `recall`, as the decoder's. Linear maps of the class `Linear` can have adapters.
+a module with a method `recall`, as the decoder's, and `remember` if it reads pairs. Linear maps of the class `Linear`
+can have adapters.
 """
 
 import dataclasses
@@ -36,7 +37,12 @@ FAMILIES = {
     "decoder": Family(Decoder, frozenset({"next_token"}), TRANSFORMER, generates=True, gathers_weights=True),
     "encoder": Family(Encoder, frozenset({"tokens", "classes", "pooled"}), TRANSFORMER, gathers_weights=True),
     "encoder_decoder": Family(
-        EncoderDecoder, frozenset({"pairs"}), OF_PAIRS, gathers_weights=True, sequences=(SEQUENCE, SOURCE)
+        EncoderDecoder,
+        frozenset({"pairs"}),
+        OF_PAIRS,
+        generates=True,
+        gathers_weights=True,
+        sequences=(SEQUENCE, SOURCE),
     ),
     "hierarchical": Family(
         Hierarchical,
@@ -85,6 +91,10 @@ class Model:
     def recall(self, params: Params, *args) -> tuple[Any, Any]:
         """Calls the module's `recall`: returns the outputs, and what each layer's attention adds to the cache."""
         return nnx.merge(self.graphdef, params).recall(*args)
+
+    def remember(self, params: Params, *args) -> Any:
+        """Calls the module's `remember`: returns what each layer's attention to a source reads."""
+        return nnx.merge(self.graphdef, params).remember(*args)
 
     def with_tables(self, change: Callable[[Any, str], Any], params: Params) -> Params:
         """Applies `change(table, sequence)` to each parameter that has a row per position; returns the whole tree.

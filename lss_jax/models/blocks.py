@@ -118,8 +118,13 @@ class CrossAttention(Attention):
     """
 
     @jax.named_scope(REGIONS)
-    def __call__(self, x_BpE: jax.Array, source_BsE: jax.Array, before: Any, segment: Segment) -> jax.Array:
-        """Attention of the normalized (`before`) input to the encoder's output `source_BsE`, all of its segment."""
+    def __call__(
+        self, x_BpE: jax.Array, source_BsE: jax.Array | None, before: Any, segment: Segment, past: Any
+    ) -> jax.Array:
+        """Attention of the normalized (`before`) input to the encoder's output `source_BsE`, all of its segment.
+
+        In generation it is None, and its keys and values are in the cache (`past`).
+        """
         assert segment.source, "the family declares that it reads pairs"
         x_BlE, norms = _into_region(x_BpE, before, segment)
         dropout = segment.dropout and segment.dropout.at(CROSS_WEIGHTS)._replace(position_l=segment.positions_l)
@@ -127,10 +132,14 @@ class CrossAttention(Attention):
 
         def attended(group: Attention, number: Any) -> tuple[jax.Array, Any]:
             q_BlHK = in_tiles(_queries, self.tile, (group, *norms), x_BlE, segment.embedded_l)
-            k_BsGK, v_BsGK = in_tiles(_keys_and_values, self.tile, (group,), source_BsE, source.embedded_l)
-            return attend(q_BlHK, k_BsGK, v_BsGK, dropout and dropout.of_group(number, q_BlHK.shape[2]), None)
+            kv = (None, None) if source_BsE is None else group.keys_and_values(source_BsE, source)
+            return attend(q_BlHK, *kv, dropout and dropout.of_group(number, q_BlHK.shape[2]), past)
 
         return self._over_groups(x_BlE, attended, segment)[0]
+
+    def keys_and_values(self, source_BsE: jax.Array, segment: Segment) -> tuple[jax.Array, jax.Array]:
+        """`k_BsGK` and `v_BsGK` of this device's segment of the encoder's output."""
+        return in_tiles(_keys_and_values, self.tile, (self,), source_BsE, segment.embedded_l)
 
 
 def _into_region(x_BpE: jax.Array, before: Any, segment: Segment) -> tuple[jax.Array, list[Any]]:
@@ -228,10 +237,16 @@ class CrossBlock(Block):
         self.cross_norm = norm(config, rngs)
         self.cross_attention = CrossAttention(config, rngs)
 
-    def __call__(self, x_BpE: jax.Array, shared: jax.Array, segment: Segment, past: Any) -> tuple[jax.Array, Any]:
-        """The residual stream after the layer; `shared` is the encoder's output of this device's segment, `BsE`."""
+    def __call__(
+        self, x_BpE: jax.Array, shared: jax.Array | None, segment: Segment, past: Any
+    ) -> tuple[jax.Array, Any]:
+        """The residual stream after the layer; `shared` is the encoder's output of this device's segment, `BsE`.
+
+        In generation it is None, and `past` is a pair, of what is cached of the sequence and of the source.
+        """
+        past, past_of_source = (None, None) if past is None else past
         x_BpE, own = self._attended(x_BpE, segment, past)
-        attended_BpE = self.cross_attention(x_BpE, shared, self.cross_norm, segment)
+        attended_BpE = self.cross_attention(x_BpE, shared, self.cross_norm, segment, past_of_source)
         x_BpE = x_BpE + drop(attended_BpE, segment.dropout, AFTER_CROSS)
         return self._transformed(x_BpE, segment), own
 

@@ -6,11 +6,12 @@ of self-attention.
 """
 
 import dataclasses
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 from flax import nnx
 
+from lss_jax.attention.collectives import stacked
 from lss_jax.config.schema import Config, ModelConfig
 from lss_jax.models.blocks import CrossBlock
 from lss_jax.models.embeddings import LearnedPositions
@@ -53,6 +54,21 @@ class EncoderDecoder(Transformer):
         source_BsE = self.encoded(embedding, pair.source_Bs, segment.source.segment)
         x_BpE, _ = self.features(embedding, pair.tokens_Bl, segment, None, source_BsE)
         return self.logits_of(embedding, x_BpE, segment)
+
+    def remember(self, source_Bs: jax.Array, segment: Segment) -> jax.Array:
+        """The keys and values `kv_n2BGsK` that each of the decoder's layers makes of this device's segment."""
+        source_BsE = self.encoded(self.embedding(), source_Bs, segment)
+
+        def of_layer(block: CrossBlock) -> jax.Array:
+            return stacked(*block.cross_attention.keys_and_values(source_BsE, segment))
+
+        return self.stack.over_blocks(of_layer)
+
+    def recall(self, tokens_Bl: jax.Array, segment: Segment, past: Any) -> tuple[PerToken, Any]:
+        """Logits from a cache, of the sequence and of what `remember` gave, and what each layer adds to the former."""
+        embedding = self.embedding()
+        x_BpE, own = self.features(embedding, tokens_Bl, segment, past)
+        return self.logits_of(embedding, x_BpE, segment), own
 
     def encoded(self, embedding: Embedding, source_Bs: jax.Array, segment: Segment) -> jax.Array:
         """The encoder's output, all of this device's segment: gathered over `model` once, for all layers to read."""

@@ -81,6 +81,15 @@ class Stack(nnx.Module):
         checkpointed = jax.checkpoint(apply, policy=policy, prevent_cse=not model.scan_layers)
         return self._scan(checkpointed, x_BpE, shared, layers)
 
+    def over_blocks(self, read: Callable[[Any], Any]) -> Any:
+        """What `read` makes of each block, layers first."""
+        graphdef, state = nnx.split(self.blocks)
+
+        def one_layer(_: None, layer: Any) -> tuple[None, Any]:
+            return None, read(whole(nnx.merge(graphdef, layer), self.model.dtype))
+
+        return jax.lax.scan(one_layer, None, state)[1]
+
     def _scan(self, function: Callable, x_BpE: jax.Array, shared: Any, layers: Any) -> tuple[jax.Array, Any]:
         def one_layer(x_BpE: jax.Array, layer: Any) -> tuple[jax.Array, Any]:
             return function(x_BpE, shared, layer)

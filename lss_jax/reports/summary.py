@@ -8,7 +8,9 @@ import jax
 
 from lss_jax.config.schema import Config, ConfigError
 from lss_jax.config.units import shown_size
-from lss_jax.generation.decode import Generation, task_and_text
+from lss_jax.generation.decode import Generation
+from lss_jax.generation.generate import beginnings
+from lss_jax.generation.request import task_and_text
 from lss_jax.generation.sampling import Sampling
 from lss_jax.models import shown_count
 from lss_jax.parallel.layout import layout_on
@@ -57,7 +59,7 @@ def sample(trainer: Trainer) -> list[str]:
         )
     except ConfigError as error:
         return [f"  no sample: {error}"]
-    text = b"".join([prompt, *(new for (new,) in generation)]).decode(errors="replace")
+    text = b"".join([*beginnings(trainer.config, [prompt]), *(new for (new,) in generation)]).decode(errors="replace")
     return ["  sample", *(f"    | {line.rstrip()}" for line in text.splitlines())]
 
 

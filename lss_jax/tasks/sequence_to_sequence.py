@@ -18,7 +18,7 @@ from lss_jax.data.loader import Read, own_tokens
 from lss_jax.data.packing import Stream
 from lss_jax.data.pairs import PAIR_SPECS, PairBatch, PairWindows, pairs_like, read_pairs
 from lss_jax.data.split import WindowSplit
-from lss_jax.data.text import ByteText
+from lss_jax.data.text import ByteText, Tokenizer
 from lss_jax.data.windows import Window
 from lss_jax.models.encoder_decoder import Pair
 from lss_jax.models.losses import ExactLossSum, exact_cross_entropy, vocab_parallel_exact
@@ -32,7 +32,8 @@ class SequenceToSequence(TokenTask):
     """Each token of a target is predicted from all of its source, and from the tokens of the target before it.
 
     Pairs are documents with a prompt, the source, and an answer, the target; either is cut to the length that the
-    config gives its side. The target's first input is a start token, the last one of the model's vocabulary.
+    config gives its side. The target's first input is a start token, the last one of the model's vocabulary, which also
+    ends a target of bytes.
     """
 
     needs = "pairs"
@@ -45,6 +46,21 @@ class SequenceToSequence(TokenTask):
     )
     headline = metrics[1]
     by_position = True
+
+    @property
+    def text(self) -> Tokenizer | None:  # type: ignore[override]  # others always have one
+        """What the tokens stand for; random symbols stand for nothing."""
+        return None if self.config.data.source in GENERATED else super().text
+
+    @property
+    def start_token(self) -> int:
+        return self.config.model.vocab - 1
+
+    @property
+    def end_token(self) -> int | None:
+        """That of the tokenizer; bytes have none, and their targets end with the start token."""
+        text = self.text
+        return None if text is None else self.start_token if text.end is None else text.end
 
     def introduction(self, split: WindowSplit) -> Iterator[str]:
         yield from super().introduction(split)
@@ -66,10 +82,10 @@ class SequenceToSequence(TokenTask):
             yield from self.too_few_tokens(data.symbols + 1, f"data.symbols={data.symbols} with a start token")
         elif not self.encoded:
             yield from self.too_few_tokens(ByteText.vocab + 1, "byte-level data with a start token")
-        if data.source not in ("text", *GENERATED):
+        if data.source not in ("text", "aclsum", *GENERATED):
             yield (
                 f"data.source={data.source!r} has no pairs of a source and a target, which task={self.config.task!r} "
-                f'needs; use data.source="text" with JSONL or a token file at data.path, "copy" or "reverse"'
+                f'needs; use data.source="text" with JSONL or a token file at data.path, "aclsum", "copy" or "reverse"'
             )
         yield from self._unused()
         yield from no_classes(self.config)
@@ -116,8 +132,11 @@ class SequenceToSequence(TokenTask):
         return own_tokens
 
     def read(self, windows: Sequence[Window], turn: int, mesh: Mesh, corpus: Corpus) -> PairBatch:
-        start_token = self.config.model.vocab - 1
-        return read_pairs(windows, self.config, mesh, read=self.reading(turn), start_token=start_token)
+        text = self.text
+        end_token = self.end_token if text and text.end is None else None  # others are in the documents
+        return read_pairs(
+            windows, self.config, mesh, read=self.reading(turn), start_token=self.start_token, end_token=end_token
+        )
 
     def inputs(self, batch: PairBatch) -> Pair:
         return Pair(batch.source, batch.tokens)

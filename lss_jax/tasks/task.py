@@ -77,6 +77,15 @@ class Task(abc.ABC):
         attention = self.config.attention
         return 0 if STRATEGIES[attention.strategy].own_window else attention.window
 
+    def start_token(self) -> int | None:
+        """What a text that is generated from a source begins after; None: a text goes on with its prompt."""
+        return None
+
+    @property
+    def end_token(self) -> int | None:
+        """What ends a generated text; None: nothing does."""
+        return self.text.end if self.text else None
+
     @property
     def sums_size(self) -> int:
         """The number of elements of all sums."""
