@@ -35,6 +35,7 @@ from lss_jax.inspection import contract, hlo, operations
 from lss_jax.inspection.contract import sent
 from lss_jax.parallel.mesh import named_axes, sharded_axes
 from lss_jax.parallel.residuals import COMMUNICATED
+from lss_jax.parallel.scopes import GRADIENTS
 from lss_jax.runtime import distributed
 from lss_jax.training import step
 
@@ -75,7 +76,7 @@ def in_one_sum(partial: Any, specs: Any, mesh: Mesh) -> Any:
     for axes in dict.fromkeys(missing):
         group = [index for index, others in enumerate(missing) if others == axes]
         vector, unravel = ravel_pytree([leaves[index] for index in group])
-        with jax.named_scope(hlo.GRADIENTS):
+        with jax.named_scope(GRADIENTS):
             summed = unravel(jax.lax.psum(vector, axes))
         for index, leaf in zip(group, summed, strict=True):
             leaves[index] = leaf
