@@ -163,7 +163,7 @@ def _attention_of(config: Config, mesh: Mesh | AbstractMesh, reached: bool) -> P
     if not axes:
         return
     groups, sizes = config.attention.head_groups, sizes_of(config, mesh)
-    setting = setting_on(config, mesh, make_task(config).mask_kind)
+    setting = setting_on(config, mesh, seen=make_task(config).mask_kind)
     sizes = dataclasses.replace(sizes, H=sizes.H // groups, G=sizes.G // groups)
     traffic = STRATEGIES[config.attention.strategy].traffic(sizes, setting)
     backward = [*traffic["forward"] * repeats(config.model), *traffic["backward"]] if reached else []

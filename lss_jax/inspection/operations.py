@@ -77,7 +77,7 @@ def attention(model: Model, mesh: Mesh) -> int:
 
 def _attention_of(config: Config, mesh: Mesh | AbstractMesh, reached: bool) -> int:
     task, strategy = make_task(config), STRATEGIES[config.attention.strategy]
-    sizes, setting = sizes_of(config, mesh), setting_on(config, mesh, task.mask_kind)
+    sizes, setting = sizes_of(config, mesh), setting_on(config, mesh, seen=task.mask_kind)
     layers = config.model.layers * config.optim.accumulate
     if strategy.operations:
         forward, training = strategy.operations(task.mask, sizes, setting)

@@ -140,7 +140,7 @@ def local_losses(model: Model, mesh: Mesh | AbstractMesh, params: Params, batch:
     positions_l, positions_p = batch.positions, own_part(batch.positions, axis, 0)
     mask = task.mask(batch.positions, batch)
     over = of_patches(mask, config.model.patch) if config.model.patch else mask
-    attend = make_attend(config.attention.strategy, over, setting_on(config, mesh, task.mask_kind))
+    attend = make_attend(config.attention.strategy, over, setting_on(config, mesh, seen=task.mask_kind))
     sees_l = mask.start < mask.end
     sequence_axes = tuple(axis for axis in sharded_axes(mesh) if axis != DATA)
     segment = Segment(
