@@ -2,9 +2,11 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+import oracle
 import pytest
 from alternative_cases import LINEAR, LONGFORMER, PERFORMER
-from helpers import assert_close, batch_on, make_loss_and_gradient, model_on, perturbed_params
+from helpers import assert_close, batch_on, make_loss_and_gradient, model_on, perturbed_params, windows_of
 from jax.sharding import PartitionSpec as P
 
 from lss_jax.inspection import contract, hlo, operations
@@ -53,3 +55,20 @@ def test_collectives_and_operations_of_a_step(strategy):
     assert not contract.disagreements(found, contract.predicted(model, mesh))
     assert operations.traced(traced.jaxpr) == operations.outside_attention(model, mesh)
     assert operations.attention(model, mesh) > 0
+
+
+@pytest.mark.grid
+def test_a_decoder_with_global_tokens_equals_the_oracle_with_that_mask():
+    """The task leaves the window to the strategy: in a mask of its own it would hide the global tokens."""
+    family, mesh = model_on(1, 4, **LONGFORMER, attention__global_tokens=3)
+    config, params = family.config, perturbed_params(family)
+    windows = windows_of(config)
+    batch = batch_on(mesh, config, data=windows.data, starts_B=windows.starts_B)
+    loss, gradient = jax.jit(make_loss_and_gradient(family, mesh))(params, batch, 0)
+    tokens_BL, targets_BL, _, position_BL = oracle.plain_inputs(windows, config)
+    i, j = np.ogrid[:48, :48]
+    seen_1LL = ((j <= i) & ((i - j < 8) | (j < 3)))[None]
+    expected = jax.jit(jax.value_and_grad(oracle.loss), static_argnums=5)(
+        params, tokens_BL, targets_BL, seen_1LL, position_BL, config.model
+    )
+    assert_close({"loss": loss, "gradient": gradient}, dict(zip(("loss", "gradient"), expected, strict=True)), 1e-5)

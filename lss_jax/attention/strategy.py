@@ -76,19 +76,16 @@ class Strategy(NamedTuple):
     kernels: tuple[str, ...]  # those that it can use
     options: tuple[str, ...]  # those of `OPTIONS` that it has a use for
     problems: Callable[[AttentionConfig, Shards], Iterable[str]]  # what it cannot do, a line each
-    refuses: Callable[
-        [Config, MaskKind, Shards], Iterable[str]
-    ]  # what of a config and its task's mask it cannot express
+    # What of a config and of its task's mask it cannot express, a line each.
+    refuses: Callable[[Config, MaskKind, Shards], Iterable[str]]
     own_window: bool  # whether `attention.window` is a matter of the strategy, and not of the task's mask
-    in_kernel: (
-        Callable[[Sizes, Setting], tuple[Sizes, Setting]] | None
-    )  # the sizes of a kernel's queries, and its setting; None: no kernel, and `operations` instead
+    # The sizes of a kernel's queries, and its setting; and the key blocks that the blockwise kernel meets, of segments
+    # of a length. Both None: `operations` instead.
+    in_kernel: Callable[[Sizes, Setting], tuple[Sizes, Setting]] | None
     recomputed: Callable[
         [Setting], tuple[bool, bool]
     ]  # whether queries, and keys and values, if only outputs are saved
-    key_blocks: (
-        Callable[[int, Setting], KeyBlocks] | None
-    )  # that the blockwise kernel meets, of segments of this length
+    key_blocks: Callable[[int, Setting], KeyBlocks] | None
     operations: Callable[[Shown, Sizes, Setting], Operations] | None  # None: those of a kernel over `key_blocks`
 
 

@@ -8,6 +8,7 @@ import jax
 from jax.sharding import Mesh
 
 from lss_jax.attention.placement import kernel_on
+from lss_jax.attention.strategies import STRATEGIES
 from lss_jax.config.schema import Config
 from lss_jax.config.units import shown_size
 from lss_jax.inspection import contract, hlo, operations
@@ -36,7 +37,7 @@ class Audit(NamedTuple):
     predicted: Contract
     predicted_memory: dict[str, int]  # as `memory`: from shapes, specs and the memory model's count of live arrays
     flops: int  # per device, of matrix products outside attention, traced
-    attention_flops: int  # on the busiest device, by the blocks that the mask touches
+    attention_flops: int  # on the busiest device, by the blocks that the mask touches, or as the strategy counts them
 
     def __repr__(self) -> str:
         return text_of(self, capacity_of(self.mesh.devices.flat[0]))
@@ -190,10 +191,12 @@ def on_device(memory: dict[str, int]) -> int:
 
 def _table_of_operations(audit: Audit) -> list[str]:
     outside = operations.outside_attention(audit.model, audit.mesh)
+    of_kernel = STRATEGIES[audit.model.config.attention.strategy].operations is None
+    counted = "by the blocks that the mask touches" if of_kernel else "as the strategy counts them"
     return [
         "floating-point operations per step and device, of matrix products",
         f"{'outside attention':21}{audit.flops:>24,} traced{outside:>24,} predicted",
-        f"{'attention':21}{audit.attention_flops:>24,} by the blocks that the mask touches, on the busiest device",
+        f"{'attention':21}{audit.attention_flops:>24,} {counted}, on the busiest device",
     ]
 
 
