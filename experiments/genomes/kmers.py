@@ -28,13 +28,37 @@ def both_strands(sequences: Sequence[np.ndarray]) -> list[np.ndarray]:
     return [strand for bases in sequences for strand in (bases, COMPLEMENT[bases][::-1])]
 
 
+def words_before(stop: int, bases: np.ndarray, length: int) -> np.ndarray:
+    """The word of so many bases that ends before a place, or none."""
+    return words_of(bases[max(stop - length, 0) : stop], length)
+
+
 class Counts:
-    """How often each word of so many bases occurs in some sequences."""
+    """How often each word of so many bases occurs in some sequences; -1 is none."""
 
     def __init__(self, sequences: Sequence[np.ndarray], length: int):
-        words = np.concatenate([words_of(bases, length) for bases in sequences])
-        self._words, counts = np.unique(words[words >= 0], return_counts=True)
-        self._before = np.concatenate(([0], np.cumsum(counts)))  # of the words before each
+        self._sequences, self._length = sequences, length
+        words = np.sort(np.concatenate([words_of(bases, length) for bases in sequences]))
+        self._set(words, np.ones(len(words), np.int64))
+
+    def _set(self, words: np.ndarray, counts: np.ndarray) -> None:
+        """Takes words in their order, of which some may be equal."""
+        words, counts = words[words >= 0], counts[words >= 0]
+        firsts = np.flatnonzero(np.diff(words, prepend=-1))
+        self._words = words[firsts]
+        self._before = np.append(0, np.cumsum(np.add.reduceat(counts, firsts)))  # of the words before each
+
+    def shorten(self) -> None:
+        """Goes on to the words that are a base shorter, which is much faster than to count them anew.
+
+        They are the beginnings of the longer ones; and, before an unknown base or an end, of none.
+        """
+        self._length -= 1
+        stops = [(np.append(np.flatnonzero(bases == UNKNOWN), len(bases)), bases) for bases in self._sequences]
+        last = [words_before(int(stop), bases, self._length) for places, bases in stops for stop in places]
+        ends, words, counts = np.concatenate(last), self._words // 4, np.diff(self._before)
+        places = np.searchsorted(words, ends)
+        self._set(np.insert(words, places, ends), np.insert(counts, places, 1))
 
     def of_bases_and_contexts(self, words: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """How often each of these words occurs, and how often all words that differ in the last base alone."""
@@ -54,16 +78,19 @@ def probabilities(
 
     So all orders are measured on the same bases. Where one of the k bases before is unknown it is nan.
     """
-    strands = both_strands(trained_on)
-    found = {(name, prior): np.full(len(bases) - order, 0.25) for name, bases in tested_on.items() for prior in priors}
-    for k in range(order + 1):
-        counts = Counts(strands, k + 1)
+    counts, counted = Counts(both_strands(trained_on), order + 1), {}
+    for k in range(order, -1, -1):
         for name, bases in tested_on.items():
             words = words_of(bases[order - k :], k + 1)
-            seen, all_seen = counts.of_bases_and_contexts(words)
-            for prior in priors:
-                mixed = (seen + prior * found[name, prior]) / (all_seen + prior)
-                found[name, prior] = np.where(words < 0, np.nan, mixed)
+            counted[k, name] = words < 0, *counts.of_bases_and_contexts(words)
+        if k:
+            counts.shorten()
+    found = {(name, prior): np.full(len(bases) - order, 0.25) for name, bases in tested_on.items() for prior in priors}
+    for k in range(order + 1):
+        for name, prior in found:
+            unknown, seen, all_seen = counted[k, name]
+            mixed = (seen + prior * found[name, prior]) / (all_seen + prior)
+            found[name, prior] = np.where(unknown, np.nan, mixed)
         yield k, dict(found)
 
 
