@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from lss_jax import cli
-from lss_jax.config.schema import ConfigError
+from lss_jax.config.schema import Config, ConfigError
 from lss_jax.generation.beams import PENALTY, Beams
 from lss_jax.reports import rouge
 from lss_jax.reports.by_position import evaluate_by_position, parse_lengths, plot_of, table_of
@@ -54,30 +54,37 @@ def main() -> int:
     parser.add_argument("--beams", type=int, metavar="N", help="with --rouge: of the search (default: 1, greedy)")
     cli.add_launch(parser)
     arguments, config = cli.parse(parser, cli.config_of_run)
-    workdir, task = Path(arguments.workdir), make_task(config)
-    check(arguments, task)
-    beams = Beams(1 if arguments.beams is None else arguments.beams, PENALTY)
+    workdir = Path(arguments.workdir)
+    check(arguments, make_task(config))
+    evaluate = _rouge if arguments.rouge else _by_position if arguments.by_position else _metrics
     with cli.start(arguments, config):
-        if arguments.rouge:
-            result = evaluate_rouge(config, workdir, arguments.split, arguments.batches, beams)
-            if distributed.is_first():
-                write(workdir / f"rouge_{arguments.split}.json", json.dumps(result, indent=2) + "\n")
-                print(shown(result))
-            return 0
-        if arguments.by_position:
-            lengths = parse_lengths(arguments.lengths) if arguments.lengths else [config.data.seq_len]
-            result = evaluate_by_position(config, workdir, arguments.split, lengths, arguments.batches)
-            if distributed.is_first():
-                save(task, result, workdir)
-                print(table_of(task, result))
-            return 0
-        record = evaluate_run(workdir, arguments.split, arguments.batches, config=config)
-        if distributed.is_first():
-            if arguments.split == "test" and arguments.batches is None:
-                add_record(workdir, record)
-            metrics = "  ".join(f"{record[metric.name]:.4f} {metric.unit}" for metric in task.metrics)
-            print(f"step {record['step']}  {arguments.split}  loss {metrics}")
+        evaluate(arguments, config, workdir)
     return 0
+
+
+def _metrics(arguments: argparse.Namespace, config: Config, workdir: Path) -> None:
+    record = evaluate_run(workdir, arguments.split, arguments.batches, config=config)
+    if distributed.is_first():
+        if arguments.split == "test" and arguments.batches is None:
+            add_record(workdir, record)
+        metrics = "  ".join(f"{record[metric.name]:.4f} {metric.unit}" for metric in make_task(config).metrics)
+        print(f"step {record['step']}  {arguments.split}  loss {metrics}")
+
+
+def _by_position(arguments: argparse.Namespace, config: Config, workdir: Path) -> None:
+    lengths = parse_lengths(arguments.lengths) if arguments.lengths else [config.data.seq_len]
+    result = evaluate_by_position(config, workdir, arguments.split, lengths, arguments.batches)
+    if distributed.is_first():
+        save(make_task(config), result, workdir)
+        print(table_of(make_task(config), result))
+
+
+def _rouge(arguments: argparse.Namespace, config: Config, workdir: Path) -> None:
+    beams = Beams(1 if arguments.beams is None else arguments.beams, PENALTY)
+    result = evaluate_rouge(config, workdir, arguments.split, arguments.batches, beams)
+    if distributed.is_first():
+        write(workdir / f"rouge_{arguments.split}.json", json.dumps(result, indent=2) + "\n")
+        print(shown(result))
 
 
 def check(arguments: argparse.Namespace, task: Task) -> None:

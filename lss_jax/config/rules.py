@@ -11,12 +11,11 @@ from lss_jax.config.schema import (
     ModelConfig,
     OptimConfig,
     parts_of,
-    unknown_choice,
 )
+from lss_jax.config.splits import held_out_problems, papers_problems
 
 MeshSizes = tuple[int, int, int]
 WITHOUT_FILES = ("stdlib", "aclsum", "copy", "reverse")  # sources that have no path
-PAPER_FIELDS = ("document", "abstract", "introduction", "conclusion", "challenge", "approach", "outcome")
 LARGEST_BETA2 = 0.99  # of moments in bfloat16: what changes by less than 2**-8 stays as it is
 
 
@@ -158,8 +157,8 @@ def _data_problems(data: DataConfig) -> Iterator[str]:
         path = getattr(data, key)
         if data.source == "text" and path and "" in parts_of(path):
             yield f"data.{key}={path!r} has an empty part between commas; give a file, folder or glob in each"
-    yield from _held_out_problems(data)
-    yield from _papers_problems(data)
+    yield from held_out_problems(data)
+    yield from papers_problems(data)
     if data.source in WITHOUT_FILES and data.path:
         yield f'data.path={data.path!r} has no use with data.source="{data.source}"; use data.source="text"'
     if not data.tokenizer:
@@ -204,29 +203,6 @@ def _rope_problems(model: ModelConfig) -> Iterator[str]:
             f"model.rope_high={model.rope_high} must be finite and greater than model.rope_low={model.rope_low}; "
             f"usual are 1 and 32 for yarn, 1 and 4 for llama3"
         )
-
-
-def _held_out_problems(data: DataConfig) -> Iterator[str]:
-    if bool(data.valid_path) != bool(data.test_path):
-        yield (
-            f"data.valid_path={data.valid_path!r} and data.test_path={data.test_path!r} go together; name both, or "
-            f"none, and parts of data.path are held out"
-        )
-    elif data.valid_path and data.source != "text":
-        yield (
-            f"data.valid_path={data.valid_path!r} and data.test_path={data.test_path!r} have no use with data.source="
-            f'{data.source!r}; use "", or data.source="text"'
-        )
-
-
-def _papers_problems(data: DataConfig) -> Iterator[str]:
-    """Whether fields are none of a paper's."""
-    if data.source != "aclsum":
-        return
-    named = ("prompt_field", "answer_field") if data.prompt_field else ("field",)
-    for key in named:
-        if getattr(data, key) not in PAPER_FIELDS:
-            yield unknown_choice(f"data.{key}", getattr(data, key), PAPER_FIELDS)
 
 
 def _remat_problems(model: ModelConfig) -> Iterator[str]:
