@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from lss_jax import cli
-from lss_jax.config.schema import ConfigError
+from lss_jax.config.schema import Config, ConfigError
 from lss_jax.generation.beams import PENALTY, Beams
 from lss_jax.reports import rouge
 from lss_jax.reports.by_position import evaluate_by_position, parse_lengths, plot_of, table_of
@@ -61,39 +61,48 @@ def main() -> int:
     parser.add_argument("--beams", type=int, metavar="N", help="with --rouge: of the search (default: 1, greedy)")
     cli.add_launch(parser)
     arguments, config = cli.parse(parser, cli.config_of_run)
-    workdir, task = Path(arguments.workdir), make_task(config)
-    check(arguments, task)
+    workdir = Path(arguments.workdir)
+    check(arguments, make_task(config))
     if arguments.pictures is not None:
         check_pictures(config)
-    beams = Beams(1 if arguments.beams is None else arguments.beams, PENALTY)
+    asked = {_rouge: arguments.rouge, _by_position: arguments.by_position, _pictures: arguments.pictures is not None}
+    evaluate = next((one for one, is_asked in asked.items() if is_asked), _metrics)
     with cli.start(arguments, config):
-        if arguments.rouge:
-            result = evaluate_rouge(config, workdir, arguments.split, arguments.batches, beams)
-            if distributed.is_first():
-                write(workdir / f"rouge_{arguments.split}.json", json.dumps(result, indent=2) + "\n")
-                print(shown(result))
-            return 0
-        if arguments.by_position:
-            lengths = parse_lengths(arguments.lengths) if arguments.lengths else [config.data.seq_len]
-            result = evaluate_by_position(config, workdir, arguments.split, lengths, arguments.batches)
-            if distributed.is_first():
-                save(task, result, workdir)
-                print(table_of(task, result))
-            return 0
-        if arguments.pictures is not None:
-            picture = picture_run(config, workdir, arguments.split, arguments.pictures)
-            if distributed.is_first():
-                path = workdir / f"{PICTURES}_{arguments.split}.png"
-                write(path, picture)
-                print(f"wrote {path}")
-            return 0
-        record = evaluate_run(workdir, arguments.split, arguments.batches, config=config)
-        if distributed.is_first():
-            if arguments.split == "test" and arguments.batches is None:
-                add_record(workdir, record)
-            metrics = "  ".join(f"{record[metric.name]:.4f} {metric.unit}" for metric in task.metrics)
-            print(f"step {record['step']}  {arguments.split}  loss {metrics}")
+        evaluate(arguments, config, workdir)
     return 0
+
+
+def _metrics(arguments: argparse.Namespace, config: Config, workdir: Path) -> None:
+    record = evaluate_run(workdir, arguments.split, arguments.batches, config=config)
+    if distributed.is_first():
+        if arguments.split == "test" and arguments.batches is None:
+            add_record(workdir, record)
+        metrics = "  ".join(f"{record[metric.name]:.4f} {metric.unit}" for metric in make_task(config).metrics)
+        print(f"step {record['step']}  {arguments.split}  loss {metrics}")
+
+
+def _by_position(arguments: argparse.Namespace, config: Config, workdir: Path) -> None:
+    lengths = parse_lengths(arguments.lengths) if arguments.lengths else [config.data.seq_len]
+    result = evaluate_by_position(config, workdir, arguments.split, lengths, arguments.batches)
+    if distributed.is_first():
+        save(make_task(config), result, workdir)
+        print(table_of(make_task(config), result))
+
+
+def _rouge(arguments: argparse.Namespace, config: Config, workdir: Path) -> None:
+    beams = Beams(1 if arguments.beams is None else arguments.beams, PENALTY)
+    result = evaluate_rouge(config, workdir, arguments.split, arguments.batches, beams)
+    if distributed.is_first():
+        write(workdir / f"rouge_{arguments.split}.json", json.dumps(result, indent=2) + "\n")
+        print(shown(result))
+
+
+def _pictures(arguments: argparse.Namespace, config: Config, workdir: Path) -> None:
+    picture = picture_run(config, workdir, arguments.split, arguments.pictures)
+    if distributed.is_first():
+        path = workdir / f"{PICTURES}_{arguments.split}.png"
+        write(path, picture)
+        print(f"wrote {path}")
 
 
 def check(arguments: argparse.Namespace, task: Task) -> None:
@@ -107,8 +116,9 @@ def check(arguments: argparse.Namespace, task: Task) -> None:
         raise ConfigError(f"--batches={batches} must be at least 1; leave it out for the whole split")
     if arguments.pictures is not None and arguments.pictures < 1:
         raise ConfigError(f"--pictures={arguments.pictures} must be at least 1")
-    if arguments.pictures is not None and (arguments.by_position or batches is not None):
-        raise ConfigError("--pictures goes with --split alone; leave out --by-position, --lengths and --batches")
+    others = arguments.by_position or arguments.rouge or batches is not None
+    if arguments.pictures is not None and others:
+        raise ConfigError("--pictures goes with --split alone; leave out --by-position, --rouge and --batches")
     if lengths is not None and not arguments.by_position:
         raise ConfigError(f"--lengths={lengths} has no use without --by-position; add that")
     if lengths is not None and len(parse_lengths(lengths)) > 1 and batches is not None:

@@ -1,5 +1,6 @@
 """Answers of encoder-decoders: logits and beam search as of a dense oracle, and the same texts on every mesh."""
 
+import argparse
 import itertools
 from collections import Counter
 
@@ -10,6 +11,7 @@ import pytest
 from helpers import model_on, random_bytes, relative_error, sampled, with_shapes
 
 from lss_jax.config.schema import ConfigError
+from lss_jax.generate import choice_of
 from lss_jax.generation.beam_search import BeamSearch
 from lss_jax.generation.beams import Beams, Candidate, Search
 from lss_jax.generation.decode import Generation
@@ -230,3 +232,17 @@ def test_what_cannot_be_answered_is_refused(case):
     with pytest.raises(ConfigError) as refused:
         check_request(model.config, [prompt], tokens, choice)
     assert told in str(refused.value) and "\n" not in str(refused.value)
+
+
+def asked(**options) -> argparse.Namespace:
+    usual = {"temperature": 1.0, "top_k": None, "top_p": 1.0, "seed": 0, "beams": None, "length_penalty": None}
+    return argparse.Namespace(**{**usual, **options})
+
+
+def test_the_command_searches_with_beams_or_samples():
+    assert choice_of(asked(temperature=0.5)) == Sampling(0.5, None, 1.0, 0)
+    assert choice_of(asked(beams=4)) == Beams(4, 0.6) and choice_of(asked(beams=4, length_penalty=1.0)) == Beams(4, 1.0)
+    with pytest.raises(ConfigError, match=r"--beams=4 searches for the likeliest text, and samples nothing; leave out"):
+        choice_of(asked(beams=4, top_k=9))
+    with pytest.raises(ConfigError, match=r"--length-penalty=1.0 has no use without --beams"):
+        choice_of(asked(length_penalty=1.0))

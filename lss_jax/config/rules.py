@@ -12,13 +12,12 @@ from lss_jax.config.schema import (
     ModelConfig,
     OptimConfig,
     parts_of,
-    unknown_choice,
 )
+from lss_jax.config.splits import held_out_problems, papers_problems
 
 IMAGE_SOURCES = ("mri", "mosaics", "images")
 MeshSizes = tuple[int, int, int]
 WITHOUT_FILES = ("stdlib", "aclsum", "copy", "reverse")  # sources that have no path
-PAPER_FIELDS = ("document", "abstract", "introduction", "conclusion", "challenge", "approach", "outcome")
 LARGEST_BETA2 = 0.99  # of moments in bfloat16: what changes by less than 2**-8 stays as it is
 
 
@@ -173,8 +172,8 @@ def _data_problems(data: DataConfig) -> Iterator[str]:
         path = getattr(data, key)
         if data.source in ("text", FASTA) and path and "" in parts_of(path):
             yield f"data.{key}={path!r} has an empty part between commas; give a file, folder or glob in each"
-    yield from _held_out_problems(data)
-    yield from _papers_problems(data)
+    yield from held_out_problems(data)
+    yield from papers_problems(data)
     if data.source in WITHOUT_FILES and data.path:
         yield f'data.path={data.path!r} has no use with data.source="{data.source}"; use data.source="text"'
     if not data.tokenizer:
@@ -264,29 +263,6 @@ def _rope_columns_problems(model: ModelConfig) -> Iterator[str]:
             f"the head width model.head_width={model.head_width} is not divisible by 4, but model.rope_columns="
             f"{columns} rotates half of the pairs by row and half by column; use a multiple of 4"
         )
-
-
-def _held_out_problems(data: DataConfig) -> Iterator[str]:
-    if bool(data.valid_path) != bool(data.test_path):
-        yield (
-            f"data.valid_path={data.valid_path!r} and data.test_path={data.test_path!r} go together; name both, or "
-            f"none, and parts of data.path are held out"
-        )
-    elif data.valid_path and data.source not in ("text", FASTA):
-        yield (
-            f"data.valid_path={data.valid_path!r} and data.test_path={data.test_path!r} have no use with data.source="
-            f'{data.source!r}; use "", or data.source="text" or "{FASTA}"'
-        )
-
-
-def _papers_problems(data: DataConfig) -> Iterator[str]:
-    """Whether fields are none of a paper's."""
-    if data.source != "aclsum":
-        return
-    named = ("prompt_field", "answer_field") if data.prompt_field else ("field",)
-    for key in named:
-        if getattr(data, key) not in PAPER_FIELDS:
-            yield unknown_choice(f"data.{key}", getattr(data, key), PAPER_FIELDS)
 
 
 def _remat_problems(model: ModelConfig) -> Iterator[str]:

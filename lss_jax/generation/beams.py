@@ -62,7 +62,7 @@ class Search:
 
     def advance(self, candidates: Sequence[Candidate]) -> None:
         """Takes the likeliest candidates of all beams, twice as many as beams, in order: then enough do not end."""
-        going_on = []
+        going_on: list[tuple[Candidate, list[int]]] = []
         for candidate in candidates:
             if candidate.log_probability == NOTHING:
                 break

@@ -132,14 +132,15 @@ class CrossAttention(Attention):
 
         def attended(group: Attention, number: Any) -> tuple[jax.Array, Any]:
             q_BlHK = in_tiles(_queries, self.tile, (group, *norms), x_BlE, segment.embedded_l)
-            kv = (None, None) if source_BsE is None else group.keys_and_values(source_BsE, source)
+            kv = (None, None) if source_BsE is None else keys_and_values_of(group, source_BsE, source)
             return attend(q_BlHK, *kv, dropout and dropout.of_group(number, q_BlHK.shape[2]), past)
 
         return self._over_groups(x_BlE, attended, segment)[0]
 
-    def keys_and_values(self, source_BsE: jax.Array, segment: Segment) -> tuple[jax.Array, jax.Array]:
-        """`k_BsGK` and `v_BsGK` of this device's segment of the encoder's output."""
-        return in_tiles(_keys_and_values, self.tile, (self,), source_BsE, segment.embedded_l)
+
+def keys_and_values_of(attention: Attention, source_BsE: jax.Array, segment: Segment) -> tuple[jax.Array, jax.Array]:
+    """`k_BsGK` and `v_BsGK` of this device's segment of the encoder's output."""
+    return in_tiles(_keys_and_values, attention.tile, (attention,), source_BsE, segment.embedded_l)
 
 
 def _into_region(x_BpE: jax.Array, before: Any, segment: Segment) -> tuple[jax.Array, list[Any]]:

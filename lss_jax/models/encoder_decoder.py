@@ -13,7 +13,7 @@ from flax import nnx
 
 from lss_jax.attention.collectives import stacked
 from lss_jax.config.schema import Config, ModelConfig
-from lss_jax.models.blocks import CrossBlock
+from lss_jax.models.blocks import CrossBlock, keys_and_values_of
 from lss_jax.models.embeddings import LearnedPositions
 from lss_jax.models.layers import Segment, norm
 from lss_jax.models.outputs import PerToken
@@ -60,7 +60,7 @@ class EncoderDecoder(Transformer):
         source_BsE = self.encoded(self.embedding(), source_Bs, segment)
 
         def of_layer(block: CrossBlock) -> jax.Array:
-            return stacked(*block.cross_attention.keys_and_values(source_BsE, segment))
+            return stacked(*keys_and_values_of(block.cross_attention, source_BsE, segment))
 
         return self.stack.over_blocks(of_layer)
 

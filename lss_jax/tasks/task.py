@@ -84,7 +84,8 @@ class Task(abc.ABC):
     @property
     def end_token(self) -> int | None:
         """What ends a generated text; None: nothing does."""
-        return self.text.end if self.text else None
+        text = self.text
+        return text.end if text else None
 
     @property
     def sums_size(self) -> int:
