@@ -8,6 +8,9 @@
 With contigs in a GenBank file, its path alone: --config.data.path=annotated-contigs.gbk.gz.
 
 Reproduces: nothing; experiments/genomes measures such models beside open reading frames.
+Cost: about 0.8 seconds of CPU time per step (measured over the first 200 steps, on one device and two busy cores).
+Expected: the whole run has not been measured. With optim.steps=200, mesh.seq=1 and the contigs named above: F1 of
+coding bases (Dice coding) 0.885 on the first 16 validation batches (measured), where calling all bases coding is 0.862.
 """
 
 from ml_collections import ConfigDict

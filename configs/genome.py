@@ -5,6 +5,9 @@
         --config.data.valid_path=genomes/valid.fna --config.data.test_path=genomes/test.fna
 
 Reproduces: nothing; experiments/genomes measures such models beside k-mers.
+Cost: measured on two CPU cores that were busy with other work (8 simulated devices): 187 seconds of CPU time.
+Expected: there, 1.982 bits per base on the first 16 validation batches, a contig of another species; by bases before
+from 2.01 after 3 or 4 to 1.98 (measured). Little can be known of the next base: experiments/genomes.
 """
 
 from ml_collections import ConfigDict
