@@ -10,6 +10,7 @@ import oracle
 import pytest
 from helpers import assert_close, make_loss_and_gradient, model_on, perturbed_params, run, sampled, small_config
 
+from experiments.segmentation.run import config_of, views
 from lss_jax.config.schema import ConfigError
 from lss_jax.data.images import open_images
 from lss_jax.data.sources import fingerprint
@@ -272,6 +273,17 @@ def test_keys_that_do_not_suit_images_are_refused(refused, images):
     changes, message = REFUSED[refused]
     with pytest.raises(ConfigError, match=message):
         validate(small_config(**changes_of(images, "images", **changes)), 8)
+
+
+@pytest.mark.parametrize(("source", "height", "width"), [("mri", 58, 49), ("mri", 233, 197), ("mosaics", 28, 28)])
+def test_the_views_of_the_experiment_are_possible_and_alike(source, height, width):
+    for name, changes in views(config_of(source, {}), height, width).items():
+        config = config_of(source, changes)
+        validate(config, 8)
+        parts, patch = config.data.batch_size // config_of(source, {}).data.batch_size, config.data.patch
+        rows = config.data.seq_len // config.model.rope_columns * parts
+        assert config.data.seq_len % config.model.rope_columns == 0, name
+        assert height <= rows * patch < height + parts * patch * 2 and width <= config.model.rope_columns * patch, name
 
 
 def test_pictures_are_of_images():

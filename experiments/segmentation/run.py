@@ -197,9 +197,9 @@ def measure(
         results["runs"][run.key] = found = train(run, {"optim.steps": STEPS[source], **changes, **keys})
         print(f"{run.key}: mean Dice {found['test']['dice']:.4f}, {found['step_seconds']:.2f} s per step", flush=True)
         if path is not None:
-            path.write_text(json.dumps(results, indent=2) + "\n")
             if seed == SEEDS[0] and view in PICTURED:
                 train.pictures(run, path.with_name(f"{path.stem}_{source}_{view.replace(' ', '_')}.png"))
+            path.write_text(json.dumps(results, indent=2) + "\n")
 
 
 if __name__ == "__main__":
