@@ -62,7 +62,8 @@ def train(trainer: Trainer, peers: Alone | Peers) -> str:
     trainer.close()
     learned = []
     if trainer.step >= steps and peers.may_start(steps + 1):  # not when asked to stop: all processes agree
-        say("evaluating by position ...")
+        if trainer.task.by_position:
+            say("evaluating by position ...")
         learned = summary.learned(trainer)
     again = shlex.join(["python", "-m", "lss_jax.train", *sys.argv[1:]])
     return summary.conclusion(trainer, learned, again) if distributed.is_first() else ""

@@ -77,6 +77,7 @@ class Task(abc.ABC):
         attention = self.config.attention
         return 0 if STRATEGIES[attention.strategy].own_window else attention.window
 
+    @property
     def start_token(self) -> int | None:
         """What a text that is generated from a source begins after; None: a text goes on with its prompt."""
         return None
