@@ -1,8 +1,9 @@
 """A small model of the next base, on a genome: FASTA or GenBank files of your own, or those of a package on PyPI.
 
     pip install pyrodigal && python -m experiments.genomes.example --out genomes
-    python -m lss_jax.train --config configs/genome.py --config.data.path=genomes/train.fna \
-        --config.data.valid_path=genomes/valid.fna --config.data.test_path=genomes/test.fna
+    python -m lss_jax.train --config configs/genome.py
+
+For your own: --config.data.path=TRAIN --config.data.valid_path=STRAIN --config.data.test_path=SPECIES.
 
 Reproduces: nothing; experiments/genomes measures such models beside k-mers.
 Cost: measured on two CPU cores that were busy with other work (8 simulated devices): 187 seconds of CPU time.
@@ -28,6 +29,9 @@ def get_config() -> ConfigDict:
     config.model.heads = 2
     config.model.positions = "rope"
     config.data.source = "fasta"
+    config.data.path = "genomes/train.fna"
+    config.data.valid_path = "genomes/valid.fna"
+    config.data.test_path = "genomes/test.fna"
     config.data.tokenizer = "bases"
     config.data.reverse_complement = True
     config.data.seq_len = 1024

@@ -176,23 +176,22 @@ def test_a_run_goes_on_with_the_same_files_alone(genomes, tmp_path):
     texts = {key: gzip.decompress(Path(path).read_bytes()).decode() for key, path in genomes.items()}
     copies = {key: str(write(tmp_path / f"{key}.gbk", text)) for key, text in texts.items()}
     config, devices = config_of(copies, mesh__seq=2, model__layers=1, **RUN), jax.devices()[:2]
-    whole = run(config, tmp_path / "whole", devices=devices)
-    run(config, tmp_path / "parts", stop_after=2, devices=devices)
+    run(config, tmp_path / "run", stop_after=2, devices=devices)
     for key, text in texts.items():
         write(Path(copies[key]), re.sub(r"(CDS +)\S+", r"\g<1>1..30", text, count=1))
         with pytest.raises(ConfigError, match=r"but the run in .* was trained on \d+ bytes with .*; put the file back"):
-            Trainer(config, tmp_path / "parts", devices)
+            Trainer(config, tmp_path / "run", devices)
         write(Path(copies[key]), text)
-    jax.tree.map(np.testing.assert_array_equal, run(config, tmp_path / "parts", devices=devices), whole)
+    assert Trainer(config, tmp_path / "run", devices).step == 2
 
 
 @pytest.mark.grid
 @pytest.mark.parametrize("task", TASKS)
-def test_runs_are_equal_on_meshes(genomes, task, tmp_path):
+def test_runs_are_equal_on_meshes_and_when_they_resume(genomes, task, tmp_path):
     config, curves = config_of(genomes, task, model__layers=1, **RUN), []
     for data, seq in [(1, 1), (2, 4), (1, 3)]:
         workdir = tmp_path / f"{data}x{seq}"
-        run(change(config, mesh__data=data, mesh__seq=seq), workdir, devices=jax.devices()[: data * seq])
+        state = run(change(config, mesh__data=data, mesh__seq=seq), workdir, devices=jax.devices()[: data * seq])
         records = read_records(workdir / "metrics.jsonl")
         curves.append([record["loss"] for record in records])
         assert {"language_model": "bits_per_base", "token_labels": "dice_coding"}.get(
@@ -200,6 +199,9 @@ def test_runs_are_equal_on_meshes(genomes, task, tmp_path):
         ) in records[0]
     for other in curves[1:]:
         np.testing.assert_allclose(other, curves[0], rtol=1e-5)
+    config, last = change(config, mesh__data=1, mesh__seq=3), jax.devices()[:3]
+    run(config, tmp_path / "parts", stop_after=2, devices=last)
+    jax.tree.map(np.testing.assert_array_equal, run(config, tmp_path / "parts", devices=last), state)
 
 
 @pytest.mark.grid

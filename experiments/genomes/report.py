@@ -63,7 +63,7 @@ def gene_rows(found: Found, baselines: Found) -> list[list[str]]:
         ["all bases called coding", f"{frames['all coding']['test']:.4f}"],
         [f"open reading frames of {frames['length']} bases or more", f"{frames['f1']['test']:.4f}"],
     ]
-    return rows + [["model", spread([seed["dice_coding"] for seed in seeds], 4)]] * bool(seeds)
+    return [*rows, ["model", spread([seed["dice_coding"] for seed in seeds], 4)]] if seeds else rows
 
 
 def tables(found: Found, baselines: Found) -> str:

@@ -84,7 +84,8 @@ def next_bases(folder: Path, workdir: Path, size: Size, context: int, seed: int)
 
 def coding_bases(folder: Path, workdir: Path, size: Size, seed: int) -> dict[str, Any]:
     """The metrics on the held-out contigs."""
-    seconds = train("configs/genes.py", workdir, seed, size.genes_steps, {"data.path": folder / CONTIGS})
+    values = {"data.path": folder / CONTIGS, "data.valid_path": "", "data.test_path": "", "data.annotation": ""}
+    seconds = train("configs/genes.py", workdir, seed, size.genes_steps, values)
     command("evaluate", "--workdir", workdir, "--split", "test")
     *_, record = (r for r in read_records(workdir / "metrics.jsonl") if r["split"] == "test")
     return {"steps": size.genes_steps, "seconds": seconds, "test": record}
