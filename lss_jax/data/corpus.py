@@ -18,7 +18,7 @@ import numpy as np
 from lss_jax.config.schema import ConfigError, DataConfig, gather_problems
 from lss_jax.data.documents import Fields, files_of, is_jsonl
 from lss_jax.data.encoding import encode
-from lss_jax.data.image_sources import DIGITS, TISSUES
+from lss_jax.data.image_sources import DIGITS, TISSUES, check_arrays
 from lss_jax.data.images import open_images
 from lss_jax.data.packing import Stream, documents_between, separated, split_ends, undivided
 from lss_jax.data.sources import SPLITS, FileSource, check_file, enwik8, open_splits, splits_of, stdlib_files, text
@@ -110,6 +110,8 @@ def _is_plain(part: str) -> bool:
 
 
 def _check(part: str, config: DataConfig) -> None:
+    if config.source == "images":
+        return check_arrays(part)
     if config.source != "text" or _is_plain(part):
         return check_file(part)
     _found(part)
