@@ -150,7 +150,7 @@ def test_arrays_that_are_no_labelled_images_are_refused(bad, tmp_path):
 
 
 def test_a_missing_file_is_told_before_anything_is_opened(tmp_path):
-    with pytest.raises(ConfigError, match="missing.npz' is not a file; give the .npz file of your images"):
+    with pytest.raises(ConfigError, match=r"missing\.npz' is not a file; give the \.npz file of your images"):
         check_files(small_config(data__source="images", data__path=str(tmp_path / "missing.npz")).data)
 
 
