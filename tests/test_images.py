@@ -7,10 +7,12 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from helpers import small_config
 from hypothesis import given
 from hypothesis import strategies as st
 
 from lss_jax.config.schema import ConfigError
+from lss_jax.data.corpus import check_files
 from lss_jax.data.image_sources import MRI_GAP, mosaics, mri, mri_slices, of_file
 from lss_jax.data.images import Grid
 from lss_jax.data.packing import IGNORED_LABEL
@@ -145,6 +147,11 @@ def test_arrays_that_are_no_labelled_images_are_refused(bad, tmp_path):
     np.savez(tmp_path / "images.npz", **arrays)
     with pytest.raises(ConfigError, match=message):
         of_file(of(path=str(tmp_path / "images.npz")))
+
+
+def test_a_missing_file_is_told_before_anything_is_opened(tmp_path):
+    with pytest.raises(ConfigError, match=r"missing\.npz' is not a file; give the \.npz file of your images"):
+        check_files(small_config(data__source="images", data__path=str(tmp_path / "missing.npz")).data)
 
 
 def one_array():

@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping
 
 from lss_jax.config.genome_rules import FASTA, genome_problems
+from lss_jax.config.image_rules import image_problems
 from lss_jax.config.schema import (
     AttentionConfig,
     Config,
@@ -15,7 +16,6 @@ from lss_jax.config.schema import (
 )
 from lss_jax.config.splits import held_out_problems, papers_problems
 
-IMAGE_SOURCES = ("mri", "mosaics", "images")
 MeshSizes = tuple[int, int, int]
 WITHOUT_FILES = ("stdlib", "aclsum", "copy", "reverse")  # sources that have no path
 LARGEST_BETA2 = 0.99  # of moments in bfloat16: what changes by less than 2**-8 stays as it is
@@ -137,7 +137,6 @@ def _cross_field(config: Config) -> Iterator[str]:
             f'use an even head width or model.positions="learned"'
         )
     yield from _rope_problems(model)
-    yield from _rope_columns_problems(model)
     if 0.99 < model.dropout < 1:
         yield f"model.dropout={model.dropout} leaves next to nothing; use at most 0.99"
     yield from _remat_problems(model)
@@ -161,7 +160,7 @@ def _cross_field(config: Config) -> Iterator[str]:
     if data.restart_positions and model.positions == "none":
         yield 'data.restart_positions=True has no use with model.positions="none"; use another, or False'
     yield from _data_problems(data)
-    yield from _image_problems(config)
+    yield from image_problems(config)
 
 
 def _data_problems(data: DataConfig) -> Iterator[str]:
@@ -194,29 +193,6 @@ def _data_problems(data: DataConfig) -> Iterator[str]:
         yield f"data.weights={data.weights} must each be greater than 0 and finite; leave out what is not to be used"
 
 
-def _image_problems(config: Config) -> Iterator[str]:
-    """Errors in the keys of images, also where the data is something else."""
-    data, model, shown = config.data, config.model, f"data.source={config.data.source!r}"
-    if data.source == "images" and not data.path:
-        yield f"{shown} needs a file; give the .npz file of your images as data.path"
-    if data.source in ("mri", "mosaics") and data.path:
-        yield f'data.path={data.path!r} has no use with {shown}; use data.source="images" for a file of your own'
-    of_text = {"tokenizer": "bytes", "separator": "", "prompt_field": "", "answer_field": ""}
-    for key, default in of_text.items():
-        value = getattr(data, key)
-        if data.source in IMAGE_SOURCES and value != default:
-            yield f"data.{key}={value!r} has no use with {shown}, which has no text; use data.{key}={default!r}"
-    if data.downsample > 1 and data.source not in ("mri", "mosaics"):
-        yield f"data.downsample={data.downsample} has no use with {shown}; use data.downsample=1"
-    if data.patch > 0 and data.source not in IMAGE_SOURCES:
-        yield f"data.patch={data.patch} is for images, but data is from {shown}; use data.patch=0"
-    if data.patch > 0 and model.vocab_parallel:
-        yield (
-            f"model.vocab_parallel=True has no use with data.patch={data.patch}, whose tokens are no vocabulary; "
-            f"use model.vocab_parallel=False"
-        )
-
-
 def _rope_problems(model: ModelConfig) -> Iterator[str]:
     scaling = model.rope_scaling
     if scaling == "none" and model.rope_factor != 1.0:
@@ -240,28 +216,6 @@ def _rope_problems(model: ModelConfig) -> Iterator[str]:
         yield (
             f"model.rope_high={model.rope_high} must be finite and greater than model.rope_low={model.rope_low}; "
             f"usual are 1 and 32 for yarn, 1 and 4 for llama3"
-        )
-
-
-def _rope_columns_problems(model: ModelConfig) -> Iterator[str]:
-    """Errors in rotation by row and column."""
-    columns = model.rope_columns
-    if columns == 0:
-        return
-    if model.positions != "rope":
-        yield (
-            f"model.rope_columns={columns} has no use with model.positions={model.positions!r}; "
-            f'use model.positions="rope" or model.rope_columns=0'
-        )
-    if model.rope_scaling != "none":
-        yield (
-            f"model.rope_scaling={model.rope_scaling!r} is for positions of one dimension, but model.rope_columns="
-            f'{columns} gives two; use model.rope_scaling="none"'
-        )
-    if model.head_width % 4 == 2:
-        yield (
-            f"the head width model.head_width={model.head_width} is not divisible by 4, but model.rope_columns="
-            f"{columns} rotates half of the pairs by row and half by column; use a multiple of 4"
         )
 
 

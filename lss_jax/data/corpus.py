@@ -24,7 +24,7 @@ from lss_jax.data.documents import Fields, files_of, is_jsonl
 from lss_jax.data.encoding import encode
 from lss_jax.data.generated import GENERATED, repeated
 from lss_jax.data.genome_splits import genome_files, open_genomes
-from lss_jax.data.image_sources import DIGITS, TISSUES
+from lss_jax.data.image_sources import DIGITS, TISSUES, check_arrays
 from lss_jax.data.images import open_images
 from lss_jax.data.packing import Stream, documents_between, separated, split_ends, undivided
 from lss_jax.data.sources import (
@@ -72,9 +72,9 @@ def _of_images(config: DataConfig) -> Corpus:
     return Corpus({name: [stream] for name, stream in open_images(config).items()}, None)
 
 
-def _image_file(config: DataConfig) -> None:
+def _arrays_file(config: DataConfig) -> None:
     if config.path:
-        check_file(config.path)
+        check_arrays(config.path)
 
 
 ACLSUM = "aclsum"
@@ -82,9 +82,9 @@ SYMBOLS = Kind(lambda config: Corpus(repeated(config), None), True, None, "symbo
 KINDS: dict[str, Kind] = {
     **dict.fromkeys(GENERATED, SYMBOLS),
     FASTA: Kind(_genomes, True, LABELS_OF_BASES, BASES, genome_files),
-    "mri": Kind(_of_images, False, TISSUES, "pixels", _image_file),
-    "mosaics": Kind(_of_images, False, DIGITS, "pixels", _image_file),
-    "images": Kind(_of_images, False, (), "pixels", _image_file),
+    "mri": Kind(_of_images, False, TISSUES, "pixels", lambda _: None),
+    "mosaics": Kind(_of_images, False, DIGITS, "pixels", lambda _: None),
+    "images": Kind(_of_images, False, (), "pixels", _arrays_file),
 }
 
 

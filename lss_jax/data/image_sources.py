@@ -134,6 +134,12 @@ def _missing(source: str, package: str, what: str, error: ImportError) -> Config
     )
 
 
+def check_arrays(path: str) -> None:
+    """Raises a ConfigError for a file of images that is not there."""
+    if not Path(path).expanduser().is_file():
+        raise ConfigError(f"data.path={path!r} is not a file; give the .npz file of your images")
+
+
 def of_file(config: DataConfig) -> Images:
     """The images of an .npz file: `images`, uint8 `[n, H, W]`, and `labels` of the same shape, whole numbers.
 
