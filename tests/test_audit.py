@@ -16,6 +16,7 @@ from lss_jax.inspection.audit import HOST, audited, json_of, problems, text_of
 from lss_jax.inspection.topology import devices_of
 from lss_jax.models.recompute import waiting
 from lss_jax.parallel.mesh import make_mesh
+from lss_jax.parallel.scopes import GRADIENTS, LOSS
 from lss_jax.training.step import trace_train_step
 
 LAYERS = 3
@@ -167,9 +168,9 @@ def test_a_second_gather_is_seen(monkeypatch):
 
 
 def test_gradients_may_stay_apart_where_they_are_large():
-    line = contract.Line(hlo.GRADIENTS, "all-reduce", ("data",))
+    line = contract.Line(GRADIENTS, "all-reduce", ("data",))
 
-    def of(times, elements, place=hlo.GRADIENTS):
+    def of(times, elements, place=GRADIENTS):
         return {line._replace(place=place): contract.Total(times, elements, 4 * elements, 0)}
 
     large = contract.LARGE + 1
@@ -177,7 +178,7 @@ def test_gradients_may_stay_apart_where_they_are_large():
     assert contract.disagreements(of(contract.VECTORS + 1, large), of(1, large))
     assert contract.disagreements(of(2, large - 1), of(1, large - 1))
     assert contract.disagreements(of(2, large + 1), of(1, large))
-    assert contract.disagreements(of(2, large, hlo.LOSS), of(1, large, hlo.LOSS))
+    assert contract.disagreements(of(2, large, LOSS), of(1, large, LOSS))
 
 
 def command(*arguments):

@@ -146,10 +146,8 @@ OTHERS = [
 ]
 SAMPLE = [
     Case("lss", LAYOUTS[1], 8, blocks=(7, 5)),
-    Case("lss", LAYOUTS[2], 3, blocks=(64, 64)),
     Case("ring", LAYOUTS[2], 3, blocks=(64, 64)),
-    Case("ulysses", LAYOUTS[1], 8, blocks=(7, 5)),
-    Case("lss", LAYOUTS[1], 3, kernel="dense"),
+    Case("ulysses", LAYOUTS[1], 3, kernel="dense"),
 ]
 
 
