@@ -12,6 +12,7 @@ from helpers import change, mesh_of, run, small_config
 from lss_jax.config.schema import ConfigError
 from lss_jax.data.pairs import sides
 from lss_jax.generation.beams import Beams
+from lss_jax.generation.generate import generate_text
 from lss_jax.reports.rouge import MEASURES, Rouge, first_sentences
 from lss_jax.reports.summaries import Saved, evaluate_rouge
 from lss_jax.tasks import make_task
@@ -196,4 +197,6 @@ def test_a_run_is_evaluated_and_an_evaluation_goes_on(files, tmp_path):
     texts = [pair["text"] for pair in whole["texts"]]
     assert whole["documents"] == 9 and texts[0] == "was there before" and len(texts) == 9
     assert texts[1:4] == [pair["text"] for pair in sample["texts"][1:]]
+    answer = generate_text(tmp_path / "run", "train source 2", 32, beams=2, config=meshes[1])
+    assert answer.strip() == texts[2], "alone as among others"
     assert [pair["reference"] for pair in whole["texts"]] == [f"train {number}" for number in range(9)]

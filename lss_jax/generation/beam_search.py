@@ -67,6 +67,10 @@ class BeamSearch:
 
     def texts(self, sources: Sequence[np.ndarray]) -> list[bytes]:
         """The best text for each of these sources, which are given as their tokens."""
+        return [b"".join(pieces) for pieces in self.pieces(sources)]
+
+    def pieces(self, sources: Sequence[np.ndarray]) -> list[list[bytes]]:
+        """The same, token by token."""
         opening, searches = self._opening(sources), [self._search() for _ in range(self._rows)]
         cache = jax.block_until_ready(self._prefill(self._params, opening.prompt_BL, opening.length_B))
         for number in range(self._tokens):
@@ -78,7 +82,7 @@ class BeamSearch:
                     search.advance([Candidate(total, *choice) for total, choice in pairs])
             if all(search.over for search in searches):
                 break
-        return [b"".join(bytes_of(self._text, token) for token in search.best) for search in searches[: len(sources)]]
+        return [[bytes_of(self._text, token) for token in search.best] for search in searches[: len(sources)]]
 
     def _opening(self, sources: Sequence[np.ndarray]) -> Opening:
         """The opening of all rows, of which the missing ones are copies of the first."""

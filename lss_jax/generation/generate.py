@@ -1,5 +1,6 @@
 """Continues prompts with a run's newest checkpoint."""
 
+import itertools
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -9,7 +10,7 @@ from jax.sharding import Mesh
 
 from lss_jax.config.schema import Config, from_dict, gather_problems, with_value
 from lss_jax.generation.beam_search import BeamSearch
-from lss_jax.generation.beams import Beams
+from lss_jax.generation.beams import PENALTY, Beams
 from lss_jax.generation.decode import Generation
 from lss_jax.generation.programs import reads_source
 from lss_jax.generation.request import check_request, task_and_text
@@ -30,6 +31,8 @@ def generate_text(
     top_k: int | None = None,
     top_p: float = 1.0,
     seed: int = 0,
+    beams: int | None = None,
+    length_penalty: float = PENALTY,
     config: Config | None = None,
     devices: Sequence[jax.Device] | None = None,
 ) -> str:
@@ -47,6 +50,8 @@ def generate_text(
       top_k: sample from the k likeliest tokens; None for all.
       top_p: sample from the fewest tokens with this total probability (nucleus).
       seed: of the sampling.
+      beams: of an encoder-decoder, and instead of all sampling: the likeliest text of a search with so many beams.
+      length_penalty: of that search; see `Beams`.
       config: the run's own by default, as for `lss_jax.evaluate_run`; another mesh gives the same text.
       devices: the devices of the mesh; all there are by default.
 
@@ -57,9 +62,10 @@ def generate_text(
     workdir, devices = Path(workdir), jax.devices() if devices is None else devices
     config = config or from_dict(saved_config(workdir))
     prompts, sampling = [prompt.encode()], Sampling(temperature, top_k, top_p, seed)
-    check(config, workdir, prompts, tokens, sampling)
+    choice = sampling if beams is None else Beams(beams, length_penalty)
+    check(config, workdir, prompts, tokens, choice)
     mesh = mesh_of(config, devices, trains=False)
-    _, generation = generation_of(config, workdir, mesh, prompts=prompts, tokens=tokens, choice=sampling)
+    _, generation = generation_of(config, workdir, mesh, prompts=prompts, tokens=tokens, choice=choice)
     return b"".join([*beginnings(config, prompts), *(new for (new,) in generation)]).decode(errors="replace")
 
 
@@ -76,13 +82,13 @@ def check(config: Config, workdir: Path, prompts: Sequence[bytes], tokens: int, 
 
 
 class BeamTexts:
-    """The answers to sources by beam search, which come all at once: iterating yields one item."""
+    """The answers to sources by beam search; iterating yields them token by token, once all are found."""
 
     def __init__(self, search: BeamSearch, sources: list[np.ndarray]):
         self._search, self._sources, self.cache_bytes = search, sources, search.cache_bytes
 
     def __iter__(self) -> Iterator[list[bytes]]:
-        yield self._search.texts(self._sources)
+        yield from map(list, itertools.zip_longest(*self._search.pieces(self._sources), fillvalue=b""))
 
 
 def generation_of(
