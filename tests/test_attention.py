@@ -17,7 +17,7 @@ from lss_jax.attention.mask import Intervals, bidirectional, causal
 from lss_jax.attention.setting import Setting
 from lss_jax.attention.strategies import EXACT, make_attend
 from lss_jax.config.schema import AttentionConfig, DataConfig
-from lss_jax.data.corpus import KINDS
+from lss_jax.data.corpus import ACLSUM, KINDS
 from lss_jax.data.sources import SOURCES
 from lss_jax.parallel.dropout import Dropout
 from lss_jax.parallel.hashing import hashed, mixed
@@ -191,7 +191,7 @@ def test_of_many_groups_one_is_held_at_a_time(way):
     [
         (AttentionConfig, "layout", CHUNKS_PER_DEVICE),
         (AttentionConfig, "kernel", {"auto", *KERNELS}),
-        (DataConfig, "source", SOURCES.keys() | KINDS.keys()),
+        (DataConfig, "source", SOURCES.keys() | KINDS.keys() | {ACLSUM}),
     ],
 )
 def test_the_config_names_what_there_is(section, key, known):

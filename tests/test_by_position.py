@@ -156,14 +156,17 @@ def test_the_command_prints_and_keeps_what_it_found(kept):
         ((True, "8,16", 1), "--batches=1 with --lengths=8,16 would compare different bytes; leave out --batches"),
         ((False, None, 0), "--batches=0 must be at least 1; leave it out"),
         ((False, None, None, 0), "--pictures=0 must be at least 1"),
-        ((True, None, None, 3), "--pictures goes with --split alone; leave out --by-position, --lengths and --batches"),
+        ((True, None, None, 3), "--pictures goes with --split alone; leave out --by-position, --rouge and --batches"),
     ],
 )
 def test_options_that_do_not_go_together(options, message):
     with pytest.raises(ConfigError, match=message):
         by_position, lengths, batches, *pictures = options
         given = {"by_position": by_position, "lengths": lengths, "batches": batches}
-        check(argparse.Namespace(**given, pictures=pictures[0] if pictures else None), LanguageModel)
+        check(
+            argparse.Namespace(**given, rouge=False, beams=None, pictures=pictures[0] if pictures else None),
+            LanguageModel,
+        )
 
 
 def test_lists_of_lengths():

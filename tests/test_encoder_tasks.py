@@ -116,10 +116,10 @@ def test_curves_are_equal_on_all_meshes_and_resume_bit_for_bit(task, text, docum
 def test_labels_are_those_of_the_documents(documents):
     config = labelled(documents, data__seq_len=24)
     split = make_task(config).splits(mesh_of(2, 4))["train"]
-    (cut,) = (line for line in make_task(config).introduction(split) if line.startswith("cut"))
+    (cut,) = (line for line in make_task(config).introduction(split) if line.startswith("truncated"))
     lines = [json.loads(line) for line in documents.read_text().splitlines()]
     longer = sum(len(line["words"]) > 24 for line in lines[: split.windows[0].training])
-    assert cut == f"cut      {longer} documents of the training data, which are longer than data.seq_len=24"
+    assert cut == f"truncated  {longer} documents of the training data, which are longer than data.seq_len=24"
     batch, first = split.evaluation_batch(0), lines[: config.data.batch_size]
     assert [("no", "yes")[label] for label in np.asarray(batch.labels)] == [line["has"] for line in first]
     order = np.argsort(batch.positions)

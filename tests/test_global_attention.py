@@ -261,7 +261,8 @@ def test_defaults_are_those_of_the_config():
     config = base.get_config().attention
     defaults = {name: p.default for name, p in inspect.signature(attention).parameters.items() if name in config}
     assert defaults == {name: config[name] for name in defaults} | {"layout": "contiguous"}
-    others = {"window", "global_tokens", "features"}  # which JAX calls local_window_size; and of what is not exact
+    # what JAX calls local_window_size; of what is not exact; and of attention to another sequence
+    others = {"window", "global_tokens", "features", "source_layout"}
     assert set(config) - set(defaults) == others
 
 

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from lss_jax.attention.mask import MaskKind
 from lss_jax.config.schema import AttentionConfig, Config
 
-EXACT = 'attention.strategy="lss"'  # the remedy: it expresses any mask
+REMEDY = 'attention.strategy="lss"'  # which expresses any mask
 
 
 def mask_gaps(config: Config, seen: MaskKind) -> Iterator[str]:
@@ -14,13 +14,12 @@ def mask_gaps(config: Config, seen: MaskKind) -> Iterator[str]:
     if seen.prefix:
         yield (
             f"attention.prefix={seen.prefix} makes a mask that attention.strategy={name!r} cannot express; "
-            f"use attention.prefix=0 or {EXACT}"
+            f"use attention.prefix=0 or {REMEDY}"
         )
     if seen.documents:
         yield (
-            f"data.path={config.data.path!r} with data.separator={config.data.separator!r} packs documents that do not "
-            f"see one another, a mask that attention.strategy={name!r} cannot express; use data that is one document, "
-            f"or {EXACT}"
+            f"data.pack=True makes windows of several documents that do not see one another, a mask that "
+            f"attention.strategy={name!r} cannot express; use data.pack=False, data that is one document, or {REMEDY}"
         )
 
 
@@ -29,7 +28,7 @@ def window_gap(config: Config, seen: MaskKind) -> Iterator[str]:
     if seen.window:
         yield (
             f"attention.window={seen.window} makes a mask that attention.strategy={config.attention.strategy!r} cannot "
-            f'express; use attention.window=0, {EXACT} or attention.strategy="longformer"'
+            f'express; use attention.window=0, {REMEDY} or attention.strategy="longformer"'
         )
 
 
@@ -38,7 +37,7 @@ def dropout_gap(config: Config) -> Iterator[str]:
     if config.model.dropout:
         yield (
             f"model.dropout={config.model.dropout} drops attention weights too, which "
-            f"attention.strategy={config.attention.strategy!r} never has; use model.dropout=0.0 or {EXACT}"
+            f"attention.strategy={config.attention.strategy!r} never has; use model.dropout=0.0 or {REMEDY}"
         )
 
 
@@ -47,5 +46,5 @@ def kernel_gap(attention: AttentionConfig) -> Iterator[str]:
     if attention.kernel not in ("auto", "blockwise"):
         yield (
             f"attention.kernel={attention.kernel!r} is not for attention.strategy={attention.strategy!r}, which is "
-            f'computed in blocks of its own; use attention.kernel="auto" or {EXACT}'
+            f'computed in blocks of its own; use attention.kernel="auto" or {REMEDY}'
         )

@@ -76,8 +76,8 @@ def mask_problems(config: Config, seen: MaskKind | None, shards: Shards) -> Iter
         yield from strategy.refuses(config, seen, shards)
     elif not strategy.exact:
         yield (
-            f"task={config.task!r} does not say what its mask is made of (`Task.mask_kind`), which "
-            f"attention.strategy={config.attention.strategy!r} has to know; use one of {', '.join(EXACT)}"
+            f"task={config.task!r} has a mask of which attention.strategy={config.attention.strategy!r} knows nothing; "
+            f"use one that expresses any, {', '.join(map(repr, EXACT))}"
         )
 
 

@@ -71,6 +71,9 @@ def _out_of_range(config: Config) -> Iterator[str]:
         "profile.start": config.profile.start,
         **{k: getattr(config, k) for k in ("checkpoint_every", "checkpoints_kept", "log_every", "eval_batches")},
     }
+    for key, default in (("model.encoder_layers", "model.layers"), ("data.source_len", "data.seq_len")):
+        if at_least_1[key] == at_least_1[default]:  # which it is by default, and the error is the other's
+            del at_least_1[key]
     yield from less_than_1(at_least_1)
     if config.heartbeat_timeout < 10:
         yield f"heartbeat_timeout={config.heartbeat_timeout} must be at least 10 s, or busy processes count as lost"

@@ -122,6 +122,7 @@ class DataConfig:
     prompt_field: str
     answer_field: str
     symbols: int
+    pack: bool
     restart_positions: bool
     patch: int
     downsample: int

@@ -8,6 +8,7 @@ import numpy as np
 
 from lss_jax.config.schema import DataConfig
 from lss_jax.data.packing import Packing, Stream
+from lss_jax.data.sources import Part
 from lss_jax.parallel.hashing import hashed_on_host
 
 GENERATED = {"copy": False, "reverse": True}  # whether the prompt comes once more in reverse
@@ -15,32 +16,36 @@ COUNTS = {"train": 2**17, "valid": 2**10, "test": 2**10}  # documents of each sp
 
 
 class Repeated:
-    """Documents of a prompt of `length` symbols and of these symbols once more, from document `first` on.
+    """A source of documents: a prompt of `length` symbols, and these symbols once more, in order or reversed.
 
-    It reads like an array of tokens, of which only what is asked for is made.
+    Only what is read is made.
     """
 
-    def __init__(self, symbols: int, length: int, *, first: int, count: int, reverse: bool):
-        self._symbols, self._length, self._first, self._count = symbols, length, first, count
-        self._reverse = reverse
+    def __init__(self, symbols: int, length: int, *, reverse: bool):
+        self._symbols, self._length, self._reverse = symbols, length, reverse
+        self.size = self.text_bytes = sum(COUNTS.values()) * 2 * length
 
-    def __len__(self) -> int:
-        return self._count * 2 * self._length
-
-    def __getitem__(self, part: slice) -> np.ndarray:
-        document, place = np.divmod(np.arange(*part.indices(len(self))), 2 * self._length)
+    def read(self, start: int, stop: int) -> np.ndarray:
+        document, place = np.divmod(np.arange(start, stop), 2 * self._length)
         behind = place - self._length
         again = self._length - 1 - behind if self._reverse else behind
-        position = np.where(behind < 0, place, again)
-        return hashed_on_host(0, self._first + document, position) % np.uint32(self._symbols)
+        return hashed_on_host(0, document, np.where(behind < 0, place, again)) % np.uint32(self._symbols)
+
+    def mapped(self) -> np.ndarray:
+        """What makes the documents: by this a run knows them again."""
+        return np.array([self._symbols, self._length, self._reverse], np.int64).view(np.uint8)
+
+    def check(self) -> None:
+        pass
 
 
 def repeated(config: DataConfig) -> dict[str, list[Stream]]:
     """The splits of a source of such documents, of `data.source_len` symbols out of `data.symbols`."""
-    splits, first, reverse = {}, 0, GENERATED[config.source]
+    source, length = Repeated(config.symbols, config.source_len, reverse=GENERATED[config.source]), config.source_len
+    splits, first = {}, 0
     for name, count in COUNTS.items():
-        tokens = Repeated(config.symbols, config.source_len, first=first, count=count, reverse=reverse)
-        ends = np.arange(1, count + 1, dtype=np.int64) * 2 * config.source_len
-        splits[name] = [Stream(tokens, Packing(ends, ends - config.source_len), None)]
+        part = Part(source, 2 * length * first, 2 * length * (first + count))
+        ends = np.arange(1, count + 1, dtype=np.int64) * 2 * length
+        splits[name] = [Stream(part, Packing(ends, ends - length), None)]
         first += count
     return splits

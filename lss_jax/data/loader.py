@@ -34,14 +34,16 @@ def read_batch(
     read: Read,
     token_bytes: np.ndarray | None = None,
     patch_pixels: int = 0,
+    documents: bool = True,
 ) -> Batch:
     """The global batch of some windows, sharded over the mesh; `read` says what their tokens and targets are.
 
     Beyond the end of a stream or a window, and in the padding to a length that the mesh divides, tokens are 0 and
-    targets ignored. If the streams have documents, so have the windows. With the `token_bytes` of each token of the
-    vocabulary the batch has those of its targets. If tokens are patches of images, they have so many `patch_pixels`.
+    targets ignored. If the streams have documents, so has the batch, unless `documents` is false. With the
+    `token_bytes` of each token of the vocabulary the batch has those of its targets. If tokens are patches of images,
+    they have so many `patch_pixels`.
     """
-    packed = windows[0].stream.documents is not None
+    packed = documents and windows[0].stream.documents is not None
     like = batch_like(len(windows), seq_len, mesh, layout, packed, token_bytes is not None, patch_pixels)
     position_L = layout.positions(like.tokens.shape[-1])
     reader = Reader(windows, position_L, read)

@@ -51,6 +51,11 @@ class Packing:
         assert self._first_targets is None, "prompts are read forwards"
         return Packing(np.append(length + self._origin - self._borders[::-1], ENDLESS))
 
+    def limits(self, length: int) -> tuple[np.ndarray, np.ndarray]:
+        """Where each document starts, and where it ends, in a stream of this length: int64 `[D]` each."""
+        ends = np.minimum(self._ends - self._origin, length)
+        return np.concatenate(([0], ends[:-1])), ends
+
     def lengths(self) -> np.ndarray:
         """The tokens of each document before its first target, and from there on: int64 `[2, D]`."""
         starts = np.concatenate(([self._origin], self._ends[:-1]))

@@ -40,6 +40,26 @@ class EqualWindows:
         return Window(self.stream, start, start + self._seq_len)
 
 
+class WindowsOfDocuments:
+    """Windows of up to `seq_len` tokens, one after the other in each document by itself; `ahead` as above."""
+
+    def __init__(self, stream: Stream, seq_len: int, ahead: int):
+        assert stream.documents is not None
+        self.stream, self._seq_len = stream, seq_len
+        self._start_D, self._end_D = stream.documents.limits(len(stream.tokens))
+        count_D = -(-np.maximum(self._end_D - self._start_D - ahead, 0) // seq_len)
+        self._stop_D = np.cumsum(count_D)  # the number behind each document's last window
+        self.training = self.evaluation = int(count_D.sum())
+
+    def __getitem__(self, number: int) -> Window:
+        if number >= self.evaluation:
+            return Window(self.stream, len(self.stream.tokens), len(self.stream.tokens))
+        document = int(np.searchsorted(self._stop_D, number, side="right"))
+        first = int(self._stop_D[document - 1]) if document else 0
+        start = int(self._start_D[document]) + (number - first) * self._seq_len
+        return Window(self.stream, start, min(start + self._seq_len, int(self._end_D[document])))
+
+
 class PromptWindows:
     """A window for the prompt of each document of a stream, as far as `seq_len` tokens reach."""
 
@@ -57,8 +77,7 @@ class PromptWindows:
     @property
     def longer(self) -> int:
         """The number of prompts that have more tokens."""
-        lengths = (self._documents.first_target(n) - self._documents[n][0] for n in range(self.evaluation))
-        return sum(length > self._seq_len for length in lengths)
+        return int(np.count_nonzero(self._documents.lengths()[0] > self._seq_len))
 
 
 def windows_at(tokens: Tokens, starts_B: np.ndarray, seq_len: int, documents: Packing | None = None) -> list[Window]:

@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from lss_jax.attention.strategies import EXACT
 from lss_jax.config.schema import Config, ConfigError, flat_keys
 from lss_jax.huggingface.families import FAMILIES, Family
 from lss_jax.models.rope import rope_of
@@ -155,6 +156,8 @@ def _reasons(config: Config, name: str) -> Iterator[str]:
         yield f"attention.window={attention.window}, and {name} has none"
     if attention.prefix:
         yield f"attention.prefix={attention.prefix}, and {name} is causal from the first token on"
+    if attention.strategy not in EXACT:
+        yield f"attention.strategy={attention.strategy!r}, and {name} has softmax attention"
 
 
 def their_config(config: Config, name: str, imported: Mapping[str, Any] | None) -> dict[str, Any]:

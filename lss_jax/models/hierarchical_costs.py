@@ -108,10 +108,10 @@ def _cannot(config: Config, name: str) -> Iterator[str]:
             yield f"{key}={value!r} has no use with {name}, whose decoders {why}; use {key}={off!r}"
     if model.remat == "offload":
         yield f'model.remat="offload" has no use with {name}, whose layers wait on the devices; use model.remat="input"'
-    if is_packed(config.data):
+    if is_packed(config.data) and config.data.pack:
         yield (
-            f"data.path={config.data.path!r} with data.separator={config.data.separator!r} packs documents, and "
-            f'with {name} a patch of two would see both; use data that is one document, or model.family="decoder"'
+            f"data.pack=True makes windows of several documents, and with {name} a patch of two would see both; use "
+            f'data.pack=False, data that is one document, or model.family="decoder"'
         )
 
 

@@ -12,8 +12,6 @@ from lss_jax.config.schema import Config, ConfigError
 from lss_jax.data.batch import IGNORED, Batch
 from lss_jax.data.corpus import Corpus
 from lss_jax.data.loader import Read, next_tokens
-from lss_jax.data.packing import Stream
-from lss_jax.data.windows import EqualWindows
 from lss_jax.models.losses import EncodedLossSum, LossSum
 from lss_jax.parallel.tensor_parallel import own_part
 from lss_jax.tasks.task import Means, Metric
@@ -47,6 +45,7 @@ class LanguageModel(TokenTask):
 
     needs = "next_token"
     by_position = True
+    ahead = 1
     sums: Any = LossSum
 
     def __init__(self, config: Config):
@@ -65,9 +64,6 @@ class LanguageModel(TokenTask):
     def problems(self) -> Iterator[str]:
         yield from super().problems()
         yield from no_classes(self.config)
-
-    def windows(self, stream: Stream) -> EqualWindows:
-        return EqualWindows(stream, self.config.data.seq_len, ahead=1)
 
     def reading(self, turn: int) -> Read:
         return self.learned(next_tokens)
@@ -109,6 +105,12 @@ class LanguageModel(TokenTask):
 
 def no_classes(config: Config) -> Iterator[str]:
     """Errors of a config whose model predicts classes, for tasks that predict tokens."""
+    labels = config.labels
+    if labels.names or labels.weights:
+        yield (
+            f"labels.names={labels.names!r}, labels.weights={labels.weights} have no use with task={config.task!r}, "
+            f'which predicts tokens; use labels.names="", labels.weights=()'
+        )
     if config.model.classes or config.model.pooling != "none":
         yield (
             f"model.classes={config.model.classes}, model.pooling={config.model.pooling!r} are for tasks with labels, "

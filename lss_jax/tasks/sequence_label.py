@@ -20,6 +20,8 @@ from lss_jax.parallel.mesh import DATA, shardings
 from lss_jax.tasks.labels import LabelSums, class_problems, label_metrics, label_sums
 from lss_jax.tasks.token_task import BidirectionalTask
 
+SHOWN = 40  # letters of a label that is none
+
 
 class LabelledBatch(NamedTuple):
     """The arrays of a batch, all int32, as in `Batch`; each row is one document."""
@@ -57,10 +59,10 @@ class SequenceLabel(BidirectionalTask):
 
     def introduction(self, split: WindowSplit) -> Iterator[str]:
         yield from super().introduction(split)
-        cut = sum(window.longer for window in split.windows if isinstance(window, PromptWindows))
-        if cut:
-            length = self.config.data.seq_len
-            yield f"cut      {cut:,} documents of the training data, which are longer than data.seq_len={length:,}"
+        length = self.config.data.seq_len
+        longer = sum(window.longer for window in split.windows if isinstance(window, PromptWindows))
+        if longer:
+            yield f"truncated  {longer:,} documents of the training data, which are longer than data.seq_len={length:,}"
 
     def problems(self) -> Iterator[str]:
         yield from super().problems()
@@ -97,6 +99,7 @@ class SequenceLabel(BidirectionalTask):
     def check(self, corpus: Corpus) -> None:
         """Raises a ConfigError if there are more tokens than the model has, or a label that is none of the classes."""
         super().check(corpus)
+        self.check_prompts(corpus)
         for name, streams in corpus.streams.items():
             for stream in streams:
                 self._check_labels(name, self.windows(stream))
@@ -107,8 +110,8 @@ class SequenceLabel(BidirectionalTask):
             if answer not in self.names:
                 raise ConfigError(
                     f"data.answer_field={self.config.data.answer_field!r}: document {number + 1} of the split "
-                    f"{split!r} has the label {answer!r}, which is none of labels.names={self.config.labels.names!r}; "
-                    f"add it there, or mend the document"
+                    f"{split!r} has the label {answer[:SHOWN]!r}, which is none of "
+                    f"labels.names={self.config.labels.names!r}; add it there, or mend the document"
                 )
 
     def _answer(self, window: Window) -> str:

@@ -111,12 +111,7 @@ class SequenceToSequence(TokenTask):
                 f"model.vocab={vocab} has no room for a start token beside the {len(tokens)} tokens of data.tokenizer="
                 f"{self.config.data.tokenizer!r}; use model.vocab={len(tokens) + 1} or more"
             )
-        for stream in corpus.streams["train"]:
-            if stream.documents is None or not np.any(stream.documents.lengths()[0] > 1):
-                raise ConfigError(
-                    f"data.path={self.config.data.path!r} has a part without prompts, and so no sources; give JSONL "
-                    f"with data.prompt_field and data.answer_field, or a token file that was encoded with them"
-                )
+        self.check_prompts(corpus)
 
     def batch_specs(self) -> PairBatch:
         return PAIR_SPECS

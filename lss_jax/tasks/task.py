@@ -169,10 +169,14 @@ class Task(abc.ABC):
 
 def means_of(sums: Any) -> dict[str, Any]:
     """A task's finished sums divided by its count: `loss`, and the others under their names."""
-    numpy = jnp if isinstance(sums[-1], jax.Array) else np
-    count = numpy.maximum(sums[-1], 1.0)
-    named = zip(("loss", *sums._fields[1:-1]), sums[:-1], strict=True)
+    count, named = count_of(sums), zip(("loss", *sums._fields[1:-1]), sums[:-1], strict=True)
     return {name: total / count for name, total in named}
+
+
+def count_of(sums: Any) -> Any:
+    """What finished sums are divided by: the number, or the weight, of all items that count; 1 if none does."""
+    numpy = jnp if isinstance(sums[-1], jax.Array) else np
+    return numpy.where(sums[-1] > 0, sums[-1], 1.0)
 
 
 def values_of(task: Task, means: Means) -> dict[str, float]:

@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import AbstractMesh, Mesh
 
 from lss_jax.attention.mask import Intervals, MaskKind, bidirectional, documents, neighbours
@@ -13,13 +14,14 @@ from lss_jax.config.schema import Config, ConfigError
 from lss_jax.data.bases import on_either_strand
 from lss_jax.data.batch import Batch, batch_like, batch_specs
 from lss_jax.data.corpus import Corpus, is_packed, open_corpus
+from lss_jax.data.generated import GENERATED
 from lss_jax.data.images import check_columns
 from lss_jax.data.loader import Read, read_batch, without_target
 from lss_jax.data.packing import Stream, undivided
 from lss_jax.data.split import EVALUATION, WindowSplit
 from lss_jax.data.text import Tokenizer
 from lss_jax.data.tokenizer import OF_LETTERS, load_tokenizer
-from lss_jax.data.windows import EqualWindows, Window, Windows
+from lss_jax.data.windows import EqualWindows, Window, Windows, WindowsOfDocuments
 from lss_jax.models.losses import LossSum, cross_entropy, vocab_parallel_cross_entropy
 from lss_jax.models.tiles import tiles_on
 from lss_jax.parallel.layout import layout_on
@@ -33,6 +35,7 @@ class TokenTask(Task):
     """A task on windows of `data.seq_len` tokens, which are letters (bytes, bases) or those of a tokenizer."""
 
     by_position = False
+    ahead = 0  # the tokens behind a window that are targets in it
     sees_documents: bool  # whether batches say which documents their windows hold, be it only one
     counts_bytes = False  # whether they say how many bytes of text each target stands for
 
@@ -40,7 +43,7 @@ class TokenTask(Task):
         super().__init__(config)
         letters = OF_LETTERS.get(config.data.tokenizer)
         self.encoded, self.items = letters is None, letters.items if letters else "tokens"
-        self.sees_documents = self.packed = is_packed(config.data)
+        self.sees_documents = self.packed = config.data.pack and is_packed(config.data)
         self.patch_pixels = config.data.pixels if config.data.patch else 0
 
     @property
@@ -51,6 +54,16 @@ class TokenTask(Task):
           ConfigError: the file of the tokenizer cannot be used.
         """
         return load_tokenizer(self.config.data.tokenizer)
+
+    def check_prompts(self, corpus: Corpus) -> None:
+        """Raises a ConfigError for data without prompts and answers."""
+        data = self.config.data
+        for stream in corpus.streams["train"]:
+            if stream.documents is None or not np.any(stream.documents.lengths()[0] > 1):
+                raise ConfigError(
+                    f"data.path={data.path!r} has a part without prompts, which task={self.config.task!r} needs; give "
+                    f"JSONL with data.prompt_field and data.answer_field, or a token file that was encoded with them"
+                )
 
     def introduction(self, split: WindowSplit) -> Iterator[str]:
         if self.packed:
@@ -67,13 +80,20 @@ class TokenTask(Task):
 
     def problems(self) -> Iterator[str]:
         data = self.config.data
-        if not self.encoded:
+        if data.source in GENERATED:
+            yield (
+                f"data.source={data.source!r} has pairs of symbols, which task={self.config.task!r} is not for; use "
+                f'task="sequence_to_sequence", or another data.source'
+            )
+        elif not self.encoded:
             yield from self.too_few_tokens(self.text.vocab, f"data of {self.items}")
         if data.patch and self.needs != "classes":
             yield (
                 f"data.patch={data.patch} makes vectors of pixels of tokens, which task={self.config.task!r} cannot "
                 f"predict; use data.patch=0"
             )
+        if not data.pack and not is_packed(data):
+            yield f"data.pack=False has no use with data.source={data.source!r}, which is one document; use True"
         if data.restart_positions and not self.packed:
             yield (
                 f"data.restart_positions=True has no use with data.source={data.source!r}, data.path={data.path!r}, "
@@ -117,11 +137,13 @@ class TokenTask(Task):
         token_bytes = corpus.token_bytes if self.counts_bytes else None
         layout, reading = layout_on(self.config, mesh), self.reading(turn)
         has: dict[str, Any] = {"token_bytes": token_bytes, "patch_pixels": self.patch_pixels}
+        has |= {"documents": self.sees_documents}
         return read_batch(windows, self.config.data.seq_len, mesh, layout, read=reading, **has)
 
     def windows(self, stream: Stream) -> Windows:
-        """The windows of a stream."""
-        return EqualWindows(stream, self.config.data.seq_len, ahead=0)
+        """The windows of a stream: of all of it, or with `data.pack=False` of each document."""
+        kind = EqualWindows if self.config.data.pack or stream.documents is None else WindowsOfDocuments
+        return kind(stream, self.config.data.seq_len, self.ahead)
 
     @abc.abstractmethod
     def reading(self, turn: int) -> Read:

@@ -20,7 +20,7 @@ from lss_jax.parallel.host_memory import elementwise, is_on_host, zeros_on_host
 from lss_jax.parallel.mesh import DATA, MODEL, SEQ, axis_if_sharded, named_axes, sharded_axes, without_unsharded
 from lss_jax.parallel.scopes import OPTIMIZER
 from lss_jax.tasks import make_task
-from lss_jax.tasks.task import Means, means_of
+from lss_jax.tasks.task import Means, count_of, means_of
 from lss_jax.training.optimizer import make_optimizer
 from lss_jax.training.segments import segment_of
 from lss_jax.training.state import TrainState, param_specs, state_like, state_shardings
@@ -89,7 +89,7 @@ def make_means_and_gradient(model: Model, mesh: Mesh | AbstractMesh) -> MeansAnd
         sums, gradient = sum_over_microbatches(partial_sums, batch, batch_specs, model.config.optim.accumulate, mesh)
         gradient = in_natural_order(gradient, model, mesh)
         sums, gradient = double_sum((sums, gradient), (jax.tree.map(lambda _: P(), sums), trained_specs), mesh)
-        count = jnp.maximum(sums[-1], 1.0)
+        count = count_of(sums)
         gradient = jax.tree.map(partial(elementwise, lambda leaf: leaf / count), gradient)
         return means_of(sums), cropped(gradient, model, mesh)
 

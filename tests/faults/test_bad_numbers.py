@@ -9,7 +9,7 @@ from helpers import sampled, small_config
 from lss_jax.config.schema import RunError
 from lss_jax.models.losses import LossSum, cross_entropy
 from lss_jax.storage.metrics import read_records
-from lss_jax.tasks import language_model
+from lss_jax.tasks import token_task
 from lss_jax.training.trainer import Trainer
 
 POISON = 255  # a target that makes the loss, or its gradient alone, not finite
@@ -59,7 +59,7 @@ STATE_ON_HOST = {"mesh__shard": "all", "optim__offload": True}
 @pytest.mark.parametrize("changes", sampled([{}, STATE_ON_HOST], [{}], rest=pytest.mark.faults))
 @pytest.mark.parametrize("gradient_alone", sampled([False, True], [True], rest=pytest.mark.faults))
 def test_a_bad_step_changes_nothing_and_the_run_goes_on(tmp_path, monkeypatch, capsys, gradient_alone, changes):
-    monkeypatch.setattr(language_model, "cross_entropy", poisoned(gradient_alone))
+    monkeypatch.setattr(token_task, "cross_entropy", poisoned(gradient_alone))
     trainer = Trainer(config_of(tmp_path, [1000, 3000], **changes), tmp_path / "run", jax.devices()[:4])
     before, skipped = kept(trainer), []
     for record in trainer.fit():
@@ -81,7 +81,7 @@ def test_a_bad_step_changes_nothing_and_the_run_goes_on(tmp_path, monkeypatch, c
 
 
 def test_too_many_in_a_row_end_the_run_and_a_restart_counts_on(tmp_path, monkeypatch):
-    monkeypatch.setattr(language_model, "cross_entropy", poisoned(False))
+    monkeypatch.setattr(token_task, "cross_entropy", poisoned(False))
     poison = list(range(0, 8000, 16))  # in every window
     config = config_of(tmp_path, poison, optim__max_skipped=6)
     trainer = Trainer(config, tmp_path / "run", jax.devices()[:4])
