@@ -153,6 +153,12 @@ def test_metrics_of_labels():
     assert np.isnan(found["dice_d"]) and found["dice"] == pytest.approx(np.mean(dice))
 
 
+def test_weights_of_less_than_one_in_all_are_divided_by_all_the_same():
+    weights, labels = (0.1, 1.0), np.zeros((2, 1), np.int32)
+    sums = jax.tree.map(lambda each: each.sum((0, 1)), label_sums(np.zeros((2, 1, 2), np.float32), labels, weights))
+    assert float(means_of(sums)["loss"]) == pytest.approx(np.log(2))
+
+
 WRONG = {
     "a decoder": (
         {"model__family": "decoder"},
@@ -198,6 +204,16 @@ def test_a_source_without_labels_is_refused(text):
         ConfigError, match=r"data.source='text' has no labels of tokens, which task='token_labels' needs"
     ):
         validate(config, 1)
+
+
+def test_documents_without_labels_are_refused(documents, tmp_path):
+    (tmp_path / "plain.txt").write_text("a text without any labels. " * 20)
+    with pytest.raises(ConfigError, match=r"has a part without prompts, which task='sequence_label' needs; give JSONL"):
+        make_task(labelled(documents, data__path=str(tmp_path / "plain.txt"))).splits(mesh_of(1, 1))
+    with pytest.raises(
+        ConfigError, match=r"data.source='copy' has pairs of symbols, which task='masked_language_model'"
+    ):
+        validate(masked("", data__source="copy"), 1)
 
 
 def test_a_label_outside_the_classes_is_refused(documents):

@@ -150,7 +150,9 @@ BAD = {
     },
     'model.remat="offload" has no use with model.family=': {"model__remat": "offload"},
     "lora.rank=2 has no use with model.family='hierarchical'": {"lora__rank": 2},
-    "packs documents, and with model.family='hierarchical' a patch of two would see both": {"data__separator": "a"},
+    "makes windows of several documents, and with model.family='hierarchical' a patch of two would see both": {
+        "data__separator": "a"
+    },
     "data.seq_len=48 in 8 chunks (mesh.seq=4, attention.layout='zigzag') is 6 tokens each, which are not whole "
     "patches of model.patch=4; use data.seq_len=64": {"model__patch": 4, "mesh__seq": 4},
     "task='masked_language_model' predicts tokens from both sides, which model.family='hierarchical' does not do": {

@@ -14,6 +14,7 @@ from lss_jax.data.batch import IGNORED
 from lss_jax.data.generated import Repeated
 from lss_jax.data.packing import Packing, Stream
 from lss_jax.data.pairs import PairWindows
+from lss_jax.data.sources import fingerprint
 from lss_jax.models.losses import exact_cross_entropy, vocab_parallel_exact
 from lss_jax.parallel.mesh import MODEL
 from lss_jax.storage.metrics import read_records
@@ -56,13 +57,14 @@ def test_a_device_reads_of_both_sides_its_own_segments_and_one_byte_more():
 
 @pytest.mark.parametrize("reverse", [False, True])
 def test_generated_documents_repeat_their_prompt(reverse):
-    data = Repeated(10, 7, first=3, count=5, reverse=reverse)
-    whole = data[0 : len(data)]
+    data = Repeated(10, 7, reverse=reverse)
+    whole = data.read(0, 70)
     assert len(whole) == 70 and set(whole.tolist()) == set(range(10))
     for document in whole.reshape(5, 2, 7):
         np.testing.assert_array_equal(document[1], document[0][::-1] if reverse else document[0])
-    np.testing.assert_array_equal(data[11:38], whole[11:38])
-    np.testing.assert_array_equal(Repeated(10, 7, first=4, count=1, reverse=reverse)[0:14], whole[14:28])
+    np.testing.assert_array_equal(data.read(11, 38), whole[11:38])
+    others = Repeated(11, 7, reverse=reverse), Repeated(10, 8, reverse=reverse), Repeated(10, 7, reverse=not reverse)
+    assert len({fingerprint(one)["sha256"] for one in (data, *others)}) == 4, "a run knows its data again"
 
 
 def test_pairs_of_jsonl(tmp_path, monkeypatch):

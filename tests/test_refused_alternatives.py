@@ -26,7 +26,7 @@ BAD = {
         **PERFORMER,
         "attention__prefix": 4,
     },
-    "packs documents that do not see one another, a mask that attention.strategy='longformer' cannot express": {
+    "of several documents that do not see one another, a mask that attention.strategy='longformer' cannot express": {
         **LONGFORMER,
         "data__separator": "a",
     },
@@ -77,8 +77,21 @@ def test_what_they_cannot_do_is_one_line(message):
 def test_a_task_that_does_not_say_its_mask_is_refused(monkeypatch):
     monkeypatch.setattr(LanguageModel, "mask_kind", None)
     validate(small_config(), 8)
-    with pytest.raises(ConfigError, match=r"task='language_model' does not say what its mask is made of"):
+    with pytest.raises(
+        ConfigError,
+        match=r"task='language_model' has a mask of which attention.strategy='linear' knows nothing; use one",
+    ):
         validate(small_config(**LINEAR), 8)
+
+
+def test_documents_in_windows_of_their_own_are_no_mask():
+    text = {"data__separator": "a", "data__pack": False}
+    for strategy in (LINEAR, PERFORMER, LONGFORMER):
+        validate(small_config(**strategy, **text), 8)
+    with pytest.raises(
+        ConfigError, match=r"data.pack=False has no use with data.source='stdlib', which is one document"
+    ):
+        validate(small_config(data__pack=False), 8)
 
 
 @pytest.mark.parametrize("strategy", [LINEAR, PERFORMER, LONGFORMER], ids=lambda config: config["attention__strategy"])

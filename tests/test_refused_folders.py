@@ -187,6 +187,8 @@ def test_a_model_that_no_family_has_does_not_go_out(tmp_path):
         ConfigError, match=r"one of any of .*; llama comes nearest: model.family='own', and llama has 'dec"
     ):
         expressing(small_config(**LLAMA, model__family="own"), None)
+    with pytest.raises(ConfigError, match=r"attention.strategy='linear', and llama has softmax attention"):
+        expressing(small_config(**LLAMA, attention__strategy="linear"), None)
     with pytest.raises(ConfigError, match="has no checkpoint yet; train there first"):
         export_run(small_config(**LLAMA), tmp_path / "run", tmp_path / "out", None, "float32")
     assert not list(tmp_path.iterdir())
