@@ -172,9 +172,7 @@ def test_texts_are_taken_up_again_if_they_are_of_the_same_search(tmp_path):
     first.add([b" a\xff ", b"b"])
     assert Saved(tmp_path / "texts.json", of).texts == ["a\ufffd", "b"]
     assert Saved(tmp_path / "texts.json", of | {"step": 6}).texts == []
-    with pytest.raises(
-        RunError, match=r"texts.json cannot be written \(.*\); make room, then the same command goes on"
-    ):
+    with pytest.raises(RunError, match=r"texts.json cannot be written \(.*\); make room, then the same command"):
         Saved(tmp_path / "none" / "texts.json", of).add([b"a"])
 
 
