@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from helpers import change, mesh_of, run, small_config
 
-from lss_jax.config.schema import ConfigError
+from lss_jax.config.schema import ConfigError, RunError
 from lss_jax.data.pairs import sides
 from lss_jax.generation.beams import Beams
 from lss_jax.generation.generate import generate_text
@@ -172,6 +172,8 @@ def test_texts_are_taken_up_again_if_they_are_of_the_same_search(tmp_path):
     first.add([b" a\xff ", b"b"])
     assert Saved(tmp_path / "texts.json", of).texts == ["a\ufffd", "b"]
     assert Saved(tmp_path / "texts.json", of | {"step": 6}).texts == []
+    with pytest.raises(RunError, match=r"texts.json cannot be written \(.*\); make room, then the same command"):
+        Saved(tmp_path / "none" / "texts.json", of).add([b"a"])
 
 
 def test_rouge_of_a_model_that_answers_nothing_is_refused(tmp_path):

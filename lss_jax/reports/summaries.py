@@ -10,7 +10,7 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from lss_jax.config.schema import Config, ConfigError, with_value
+from lss_jax.config.schema import Config, ConfigError, RunError, with_value
 from lss_jax.data.pairs import sides
 from lss_jax.data.split import WindowSplit
 from lss_jax.data.text import Tokenizer
@@ -128,7 +128,17 @@ class Saved:
             self.texts = found["texts"] if found["of"] == self.of else []
 
     def add(self, texts: list[bytes]) -> None:
-        """Adds texts, and saves all there are."""
+        """Adds texts, and saves all there are.
+
+        Raises:
+          RunError: they cannot be written.
+        """
         self.texts += [text.decode(errors="replace").strip() for text in texts]
-        if is_first():
+        if not is_first():
+            return
+        try:
             write_whole(self._path, json.dumps({"of": self.of, "texts": self.texts}, indent=2) + "\n")
+        except OSError as error:
+            raise RunError(
+                f"{self._path} cannot be written ({error.strerror}); make room, then the same command goes on"
+            ) from error
