@@ -165,7 +165,7 @@ def test_options_that_do_not_go_together(options, message):
         given = {"by_position": by_position, "lengths": lengths, "batches": batches}
         check(
             argparse.Namespace(**given, rouge=False, beams=None, pictures=pictures[0] if pictures else None),
-            LanguageModel,
+            LanguageModel(small_config()),
         )
 
 

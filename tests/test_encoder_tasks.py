@@ -189,7 +189,7 @@ def test_what_does_not_suit_masked_tokens_is_refused(text):
     for changes, message in [
         (
             {"model__vocab": 256},
-            r"model.vocab=256 is less than 257, which byte-level data with a mask token needs",
+            r"model.vocab=256 is less than 257, which data of bytes with a mask token needs",
         ),
         ({"model__classes": 2}, r"model.classes=2, model.pooling='none' are for tasks with labels, and task='masked_"),
         ({"masking__rate": 0.0}, r"masking.rate=0.0 must be between 0 and 1, and masking.random=0.1 and masking.kept="),

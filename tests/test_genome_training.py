@@ -332,7 +332,10 @@ def test_labels_come_from_annotation_beside_fasta(tmp_path):
             {"data__tokenizer": "bytes"},
             r"is read base by base, not with data.tokenizer='bytes'; use data.tokenizer=\"bas",
         ),
-        ({"data__test_path": ""}, r"data.test_path='' go together; name both, or none, and whole records are held out"),
+        (
+            {"data__test_path": ""},
+            r"data.test_path='' go together; name both, or none, and parts of data.path are held out",
+        ),
         ({"data__path": ""}, r"data.source=\"fasta\" needs genomes; give data.path, files of FASTA or GenBank"),
         ({"data__annotation": "a.gff,"}, r"data.annotation='a.gff,' has an empty part between commas; give a file"),
         (

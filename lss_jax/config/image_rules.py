@@ -25,8 +25,8 @@ def image_problems(config: Config) -> Iterator[str]:
         yield f"data.patch={data.patch} is for images, but data is from {shown}; use data.patch=0"
     if model.rope_columns > 0 and model.positions == "rope" and data.source not in IMAGE_SOURCES:
         yield (
-            f"model.rope_columns={model.rope_columns} is for images, whose tokens lie in rows, but data is from "
-            f"{shown}; use model.rope_columns=0"
+            f"model.rope_columns={model.rope_columns} has no use with {shown}, whose tokens do not lie in rows; use "
+            f"model.rope_columns=0"
         )
     if data.patch > 0 and model.vocab_parallel:
         yield (
