@@ -121,7 +121,7 @@ def test_text_without_prompts_is_refused(tmp_path):
     (tmp_path / "plain.txt").write_text("no prompt in it " * 20)
     config = small_config(**PAIRS, data__source="text", data__path=str(tmp_path / "plain.txt"))
     with pytest.raises(
-        ConfigError, match="has a part without prompts, which task=.sequence_to_sequence. needs; give JSONL"
+        ConfigError, match=r"has a part without prompts, which task=.sequence_to_sequence. needs; give JSONL"
     ):
         make_task(config).splits(mesh_of(1, 1))
 
