@@ -4,6 +4,9 @@
 
 Reproduces: nothing of the paper's, which names encoder-only models as future work; the task is BERT's (Devlin et al.
 2018, arXiv 1810.04805).
+Cost: measured with Python 3.11 on two busy CPU cores (8 simulated devices): some ten minutes; on idle ones not timed.
+Expected: 1.90 bits per masked token (byte) on the first 16 validation batches after 600 steps, from 2.75 after 200
+(measured; the corpus is the running Python's own).
 """
 
 from ml_collections import ConfigDict
