@@ -10,7 +10,7 @@ import pytest
 from helpers import LLAMA, assert_close, make_loss_and_gradient, model_on, perturbed_params, sampled
 
 from lss_jax.data.packing import Packing, Stream
-from lss_jax.data.pairs import PairWindows
+from lss_jax.data.windows import PairWindows
 from lss_jax.inspection import contract, hlo, operations
 from lss_jax.models import encoder_decoder
 from lss_jax.parallel.scopes import CROSS_ATTENTION

@@ -13,8 +13,8 @@ from lss_jax.config.schema import ConfigError
 from lss_jax.data.batch import IGNORED
 from lss_jax.data.generated import Repeated
 from lss_jax.data.packing import Packing, Stream
-from lss_jax.data.pairs import PairWindows
 from lss_jax.data.sources import fingerprint
+from lss_jax.data.windows import PairWindows
 from lss_jax.models.losses import exact_cross_entropy, vocab_parallel_exact
 from lss_jax.parallel.mesh import MODEL
 from lss_jax.storage.metrics import read_records

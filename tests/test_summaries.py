@@ -10,7 +10,7 @@ import pytest
 from helpers import change, mesh_of, run, small_config
 
 from lss_jax.config.schema import ConfigError, RunError
-from lss_jax.data.pairs import sides
+from lss_jax.data.windows import sides
 from lss_jax.generation.beams import Beams
 from lss_jax.generation.generate import generate_text
 from lss_jax.reports.rouge import MEASURES, Rouge, first_sentences

@@ -12,7 +12,9 @@ from them is what Prodigal says. The package is under the GPL 3; this script imp
 import argparse
 import gzip
 import importlib.resources
+import importlib.util
 import io
+import sys
 from pathlib import Path
 
 from lss_jax.data.annotation import read_gff
@@ -41,6 +43,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", required=True, metavar="DIR", type=Path, help="the folder to write")
     out = parser.parse_args().out
+    if importlib.util.find_spec("pyrodigal") is None:
+        sys.exit("error: the package pyrodigal, which has the genomes, is not installed; pip install pyrodigal")
     out.mkdir(parents=True, exist_ok=True)
     packaged, genes = importlib.resources.files("pyrodigal.tests.data"), ["##gff-version 3\n"]
     for split, name in FILES.items():

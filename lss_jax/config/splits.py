@@ -15,6 +15,11 @@ def held_out_problems(data: DataConfig) -> Iterator[str]:
             f"data.valid_path={data.valid_path!r} and data.test_path={data.test_path!r} go together; name both, or "
             f"none, and parts of data.path are held out"
         )
+    elif data.valid_path and len({data.path, data.valid_path, data.test_path}) < 3:
+        yield (
+            f"data.path={data.path!r}, data.valid_path={data.valid_path!r} and data.test_path={data.test_path!r} must "
+            f"be different files; hold some out"
+        )
     elif data.valid_path and data.source not in ("text", FASTA):
         yield (
             f"data.valid_path={data.valid_path!r} and data.test_path={data.test_path!r} have no use with data.source="

@@ -102,6 +102,8 @@ def _grid(data: DataConfig, H: int, W: int) -> Grid:
     Raises:
       ConfigError: windows are not whole rows of them.
     """
+    if 0 in (H, W):
+        raise ConfigError(f"data.downsample={data.downsample} leaves no pixel of an image; use a smaller one")
     image = Grid(H, W, data.patch, 1)
     rows, columns = image.rows, image.columns
     if data.seq_len % columns or data.seq_len > rows * columns:

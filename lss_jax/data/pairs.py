@@ -14,8 +14,7 @@ from jax.sharding import PartitionSpec as P
 from lss_jax.config.schema import Config
 from lss_jax.data.batch import IGNORED
 from lss_jax.data.loader import Read, Reader
-from lss_jax.data.packing import Stream
-from lss_jax.data.windows import Window
+from lss_jax.data.windows import Window, sides
 from lss_jax.parallel.layout import SEQUENCE, SOURCE, layout_on, padded_length
 from lss_jax.parallel.mesh import DATA, SEQ, shardings
 
@@ -46,33 +45,7 @@ def pairs_like(config: Config, mesh: Mesh | AbstractMesh) -> PairBatch:
     return PairBatch(*(jax.ShapeDtypeStruct(s, np.int32, sharding=p) for s, p in zip(shapes, placed, strict=True)))
 
 
-class PairWindows:
-    """A window for each document of a stream, whole: a prompt and its answer."""
-
-    def __init__(self, stream: Stream):
-        assert stream.documents is not None, "pairs come in documents"
-        self.stream, self._documents = stream, stream.documents
-        self.training = self.evaluation = len(stream.documents)
-
-    def __getitem__(self, number: int) -> Window:
-        end = len(self.stream.tokens)
-        return Window(self.stream, *(self._documents[number] if number < self.evaluation else (end, end)))
-
-    @property
-    def lengths(self) -> np.ndarray:
-        """The tokens of each prompt and of each answer, `[2, D]`."""
-        return self._documents.lengths()
-
-
-def sides(window: Window) -> tuple[Window, Window]:
-    """The prompt and the answer of a document."""
-    stream, start, stop = window
-    assert stream.documents is not None, "pairs come in documents"
-    first = stream.documents.first_target(stream.documents.number(start)) if start < stop else stop
-    return Window(stream, start, first), Window(stream, first, stop)
-
-
-def cut_sides(window: Window, config: Config) -> tuple[Window, Window]:
+def truncated(window: Window, config: Config) -> tuple[Window, Window]:
     """The same, each without what is too long for its side."""
     source, target = sides(window)
     return (
@@ -89,7 +62,7 @@ def read_pairs(
     Answers that are not cut end with `end_token`, if it is given. Tokens of padding are 0, and its targets ignored.
     """
     like = pairs_like(config, mesh)
-    sources, targets = zip(*(cut_sides(window, config) for window in windows), strict=True)
+    sources, targets = zip(*(truncated(window, config) for window in windows), strict=True)
     ends_B = [end_token is not None and start < stop < start + config.data.seq_len for _, start, stop in targets]
     lengths_2B = np.array([[stop - start for _, start, stop in side] for side in (sources, targets)], np.int32)
     lengths_2B[1] += ends_B

@@ -60,24 +60,42 @@ class WindowsOfDocuments:
         return Window(self.stream, start, min(start + self._seq_len, int(self._end_D[document])))
 
 
-class PromptWindows:
-    """A window for the prompt of each document of a stream, as far as `seq_len` tokens reach."""
+class PairWindows:
+    """A window for each document of a stream, whole: a prompt and its answer."""
 
-    def __init__(self, stream: Stream, seq_len: int):
-        assert stream.documents is not None, "prompts come in documents"
-        self.stream, self._seq_len, self._documents = stream, seq_len, stream.documents
+    def __init__(self, stream: Stream):
+        assert stream.documents is not None, "pairs come in documents"
+        self.stream, self._documents = stream, stream.documents
         self.training = self.evaluation = len(stream.documents)
 
     def __getitem__(self, number: int) -> Window:
-        if number >= self.evaluation:
-            return Window(self.stream, len(self.stream.tokens), len(self.stream.tokens))
-        start, _ = self._documents[number]
-        return Window(self.stream, start, min(self._documents.first_target(number), start + self._seq_len))
+        end = len(self.stream.tokens)
+        return Window(self.stream, *(self._documents[number] if number < self.evaluation else (end, end)))
 
     @property
-    def longer(self) -> int:
-        """The number of prompts that have more tokens."""
-        return int(np.count_nonzero(self._documents.lengths()[0] > self._seq_len))
+    def lengths(self) -> np.ndarray:
+        """The tokens of each prompt and of each answer, `[2, D]`."""
+        return self._documents.lengths()
+
+
+class PromptWindows(PairWindows):
+    """A window for the prompt of each document, as far as `seq_len` tokens reach."""
+
+    def __init__(self, stream: Stream, seq_len: int):
+        super().__init__(stream)
+        self._seq_len = seq_len
+
+    def __getitem__(self, number: int) -> Window:
+        prompt, _ = sides(super().__getitem__(number))
+        return prompt._replace(stop=min(prompt.stop, prompt.start + self._seq_len))
+
+
+def sides(window: Window) -> tuple[Window, Window]:
+    """The prompt and the answer of a document."""
+    stream, start, stop = window
+    assert stream.documents is not None, "pairs come in documents"
+    first = stream.documents.first_target(stream.documents.number(start)) if start < stop else stop
+    return Window(stream, start, first), Window(stream, first, stop)
 
 
 def windows_at(tokens: Tokens, starts_B: np.ndarray, seq_len: int, documents: Packing | None = None) -> list[Window]:

@@ -97,7 +97,7 @@ class BeamSearch:
         return Search(self._beams, start, self._task.end_token, self._tokens)
 
     def _states(self, searches: Sequence[Search]) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Of all beams of all sources: their last tokens, where they come from, and their log probabilities."""
+        """The last tokens of all beams of all sources, where they come from, and their log probabilities."""
         columns = ((one.tokens, one.parents, one.log_probabilities) for one in searches)
         token, parent, past = (np.concatenate(column) for column in zip(*columns, strict=True))
         return jax.device_put(

@@ -23,7 +23,9 @@ def task_and_text(config: Config) -> tuple[Task, Tokenizer]:
     task, family = make_task(config), config.model.family
     text = task.text
     if text is None:
-        raise ConfigError(f"task={config.task!r} has no text to generate; give a run of a language model")
+        raise ConfigError(
+            f"task={config.task!r} with data.source={config.data.source!r} has no text to generate; give a run on text"
+        )
     if not FAMILIES[family].generates:
         able = ", ".join(repr(name) for name, one in FAMILIES.items() if one.generates)
         raise ConfigError(f"model.family={family!r} cannot generate; give a run of one that can: {able}")

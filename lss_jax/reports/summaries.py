@@ -11,9 +11,9 @@ import numpy as np
 from tqdm import tqdm
 
 from lss_jax.config.schema import Config, ConfigError, RunError, with_value
-from lss_jax.data.pairs import sides
 from lss_jax.data.split import WindowSplit
 from lss_jax.data.text import Tokenizer
+from lss_jax.data.windows import sides
 from lss_jax.generation.beam_search import BeamSearch
 from lss_jax.generation.beams import Beams
 from lss_jax.generation.decode import bytes_of

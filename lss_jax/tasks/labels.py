@@ -63,7 +63,7 @@ def _accuracy(means: Means) -> Any:
 
 
 def _dice(means: Means) -> np.ndarray:
-    """Of each class, `[C]`."""
+    """The Dice coefficient of each class, `[C]`."""
     both_C = np.asarray(means["predicted"] + means["labelled"], np.float64)
     twice_C = 2 * np.asarray(means["right"], np.float64)
     return np.divide(twice_C, both_C, out=np.full_like(both_C, np.nan), where=both_C > 0)

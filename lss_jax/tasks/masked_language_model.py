@@ -30,7 +30,7 @@ HIDDEN, HOW, WHAT = range(3)  # the draws of a position
 
 
 class MaskedLanguageModel(BidirectionalTask):
-    """Of each sequence the share `masking.rate` of tokens is predicted, from logits as those of `LanguageModel`.
+    """The share `masking.rate` of each sequence's tokens is predicted, from logits as those of `LanguageModel`.
 
     Most of them are hidden behind the mask token, which is the one behind the tokenizer's vocabulary; some behind a
     random token; some are left as they are.

@@ -15,7 +15,7 @@ from lss_jax.data.corpus import Corpus
 from lss_jax.data.loader import Read, own_tokens
 from lss_jax.data.packing import Stream
 from lss_jax.data.split import WindowSplit
-from lss_jax.data.windows import PromptWindows, Window
+from lss_jax.data.windows import PairWindows, PromptWindows, Window, sides
 from lss_jax.parallel.mesh import DATA, shardings
 from lss_jax.tasks.labels import LabelSums, class_problems, label_metrics, label_sums
 from lss_jax.tasks.token_task import BidirectionalTask
@@ -60,7 +60,8 @@ class SequenceLabel(BidirectionalTask):
     def introduction(self, split: WindowSplit) -> Iterator[str]:
         yield from super().introduction(split)
         length = self.config.data.seq_len
-        longer = sum(window.longer for window in split.windows if isinstance(window, PromptWindows))
+        prompts = [windows.lengths[0] for windows in split.windows if isinstance(windows, PairWindows)]
+        longer = sum(int(np.count_nonzero(lengths_D > length)) for lengths_D in prompts)
         if longer:
             yield f"truncated  {longer:,} documents of the training data, which are longer than data.seq_len={length:,}"
 
@@ -117,9 +118,8 @@ class SequenceLabel(BidirectionalTask):
     def _answer(self, window: Window) -> str:
         documents = window.stream.documents
         assert documents is not None
-        number = documents.number(window.start)
-        first, (_, stop) = documents.first_target(number), documents[number]
-        tokens = window.stream.tokens[first:stop]
+        _, (stream, first, stop) = sides(Window(window.stream, *documents[documents.number(window.start)]))
+        tokens = stream.tokens[first:stop]
         return b"".join(self.text.bytes_of(int(token)) for token in tokens).decode(errors="replace").strip()
 
     def _label(self, window: Window) -> int:

@@ -16,10 +16,10 @@ from lss_jax.data.corpus import Corpus
 from lss_jax.data.generated import GENERATED
 from lss_jax.data.loader import Read, own_tokens
 from lss_jax.data.packing import Stream
-from lss_jax.data.pairs import PAIR_SPECS, PairBatch, PairWindows, pairs_like, read_pairs
+from lss_jax.data.pairs import PAIR_SPECS, PairBatch, pairs_like, read_pairs
 from lss_jax.data.split import WindowSplit
 from lss_jax.data.text import ByteText, Tokenizer
-from lss_jax.data.windows import Window
+from lss_jax.data.windows import PairWindows, Window
 from lss_jax.models.encoder_decoder import Pair
 from lss_jax.models.losses import ExactLossSum, exact_cross_entropy, vocab_parallel_exact
 from lss_jax.parallel.tensor_parallel import own_part
@@ -38,7 +38,6 @@ class SequenceToSequence(TokenTask):
 
     needs = "pairs"
     sums = ExactLossSum
-    items = "tokens"
     metrics = (
         Metric("loss", "nats/token", "nats per token", lambda means: means["loss"]),
         Metric("bits_per_token", "bits/token", "bits per token", lambda means: means["loss"] / math.log(2)),

@@ -30,9 +30,8 @@ class TokenLabels(BidirectionalTask):
         super().__init__(config)
         kinds = [kind for source, kind in KINDS.items() if source == config.data.source]  # none, or one
         self.names = config.labels.classes or next((kind.classes or () for kind in kinds), ())
-        items = next((kind.items for kind in kinds), "tokens")
-        self.items = "patches" if config.data.patch > 1 else items
-        self.metrics = label_metrics(self.names, items.removesuffix("s"))
+        self.metrics = label_metrics(self.names, self.items.removesuffix("s"))
+        self.items = "patches" if config.data.patch > 1 else self.items
         self.headline = self.metrics[2]
 
     @property

@@ -13,7 +13,7 @@ from lss_jax.attention.traffic import Traffic, sizes_of
 from lss_jax.config.schema import Config, ConfigError
 from lss_jax.data.bases import on_either_strand
 from lss_jax.data.batch import Batch, batch_like, batch_specs
-from lss_jax.data.corpus import Corpus, is_packed, open_corpus
+from lss_jax.data.corpus import KINDS, Corpus, is_packed, open_corpus
 from lss_jax.data.generated import GENERATED
 from lss_jax.data.images import check_columns
 from lss_jax.data.loader import Read, read_batch, without_target
@@ -42,7 +42,8 @@ class TokenTask(Task):
     def __init__(self, config: Config):
         super().__init__(config)
         letters = OF_LETTERS.get(config.data.tokenizer)
-        self.encoded, self.items = letters is None, letters.items if letters else "tokens"
+        self.encoded, kind = letters is None, KINDS.get(config.data.source, None)
+        self.items = kind.items if kind else letters.items if letters else "tokens"
         self.sees_documents = self.packed = config.data.pack and is_packed(config.data)
         self.patch_pixels = config.data.pixels if config.data.patch else 0
 
@@ -66,7 +67,7 @@ class TokenTask(Task):
                 )
 
     def introduction(self, split: WindowSplit) -> Iterator[str]:
-        if self.packed:
+        if self.packed and any(isinstance(windows, EqualWindows) for windows in split.windows):
             separator = self.config.data.separator
             ends = f", each ending with {separator!r}" if separator else ""
             yield f"packed   {split.documents:,} documents in the training data{ends}"
