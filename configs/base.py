@@ -9,7 +9,7 @@ from ml_collections import ConfigDict
 def get_config() -> ConfigDict:
     config = ConfigDict()
     config.task = "language_model"  # what is learned from what; one of lss_jax.tasks.TASKS
-    config.seed = 0  # for the initial parameters, the order of the data and dropout
+    config.seed = 0  # for the initial parameters, the order of the data, dropout, and all else that is drawn
     config.start_from = ""  # the folder of a run with whose newest parameters this one starts; empty: fresh ones
     config.log_every = 10  # steps between lines of training metrics
     config.eval_every = 100  # steps between evaluations; 0: only at the end
@@ -33,7 +33,7 @@ def get_config() -> ConfigDict:
     masking.kept = 0.1  # and the share that is left as it is
 
     config.labels = labels = ConfigDict()  # of tasks that predict one of some classes
-    labels.names = ""  # of the classes, comma-separated; empty: those of the source
+    labels.names = ""  # of the classes, comma-separated; empty: those of the source, if it names them
     labels.weights = ()  # of each class in the loss; empty: all alike
 
     config.attention = attention = ConfigDict()
@@ -83,7 +83,7 @@ def get_config() -> ConfigDict:
     model.rope_attention_factor = 0.0  # of rotated queries and keys; 0: 1, for "yarn" 0.1 ln(rope_factor) + 1
     model.rope_columns = 0  # tokens per row of an image: half of each head rotates by row, half by column; 0: no rows
     model.classes = 0  # the head gives logits of so many classes; 0: of the vocabulary
-    model.pooling = "none"  # of families with classes: for each token; or "mean", for the whole sequence
+    model.pooling = "none"  # a class for each token; or "mean", one for the whole sequence
     # "hierarchical": tokens in a patch; the decoder over patches has the keys above, that within patches these.
     model.patch = 0
     model.local_layers = 0
@@ -115,7 +115,9 @@ def get_config() -> ConfigDict:
     data.weights = ()  # how often windows come from each source at data.path; empty: by size
     data.separator = ""  # string that ends a document of plain text; empty: a file is one
     data.field = "text"  # of JSONL objects: the document
-    data.prompt_field = ""  # or, instead, a prompt, and in the next field the answer, which alone is learned
+    # Or, instead, a prompt, and in the next field the answer, which alone is learned; of other tasks a source and its
+    # target, or a document and the name of its class.
+    data.prompt_field = ""
     data.answer_field = ""
     data.symbols = 64  # "copy", "reverse": how many there are
     data.pack = True  # windows hold document after document; False: each is of one alone, and its end is padding

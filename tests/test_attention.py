@@ -17,7 +17,8 @@ from lss_jax.attention.mask import Intervals, bidirectional, causal
 from lss_jax.attention.setting import Setting
 from lss_jax.attention.strategies import EXACT, make_attend
 from lss_jax.config.schema import AttentionConfig, DataConfig
-from lss_jax.data.corpus import ACLSUM, KINDS
+from lss_jax.data.corpus import ACLSUM
+from lss_jax.data.kinds import KINDS
 from lss_jax.data.sources import SOURCES
 from lss_jax.parallel.dropout import Dropout
 from lss_jax.parallel.hashing import hashed, mixed

@@ -39,11 +39,11 @@ STRATEGIES = ["lss", "ring", "ulysses"]
 @pytest.fixture(autouse=True)
 def labelled_text(monkeypatch):
     """Text counts as a source with labels, so that these tests need no file."""
-    from lss_jax.data import corpus
+    from lss_jax.data import corpus, kinds
     from lss_jax.tasks import token_labels
 
-    kinds = {"stdlib": corpus.Kind(corpus.open_corpus, False, ("no", "yes", "maybe"), "bytes", corpus.check_files)}
-    monkeypatch.setattr(token_labels, "KINDS", kinds)
+    labelled = {"stdlib": kinds.Kind(corpus.open_texts, False, ("no", "yes", "maybe"), "bytes", corpus.check_texts)}
+    monkeypatch.setattr(token_labels, "KINDS", labelled)
 
 
 def changes_of(task, **changes):

@@ -16,8 +16,8 @@ from helpers import change, mesh_of, run, sampled, small_config
 from lss_jax.config.schema import ConfigError
 from lss_jax.data.annotation import labels_of, spans_of_location
 from lss_jax.data.batch import IGNORED
-from lss_jax.data.corpus import check_files
 from lss_jax.data.genome_splits import open_genomes
+from lss_jax.data.kinds import check_files
 from lss_jax.generation.generate import generate_text
 from lss_jax.reports.by_position import evaluate_by_position
 from lss_jax.storage.metrics import read_records

@@ -12,9 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lss_jax.config.schema import ConfigError
-from lss_jax.data.corpus import check_files
 from lss_jax.data.image_sources import MRI_GAP, mosaics, mri, mri_slices, of_file
 from lss_jax.data.images import Grid
+from lss_jax.data.kinds import check_files
 from lss_jax.data.packing import IGNORED_LABEL
 
 SIZES = st.integers(1, 9)

@@ -11,7 +11,7 @@ from helpers import TEXT, mesh_of, small_config
 from token_files import VOCAB, documents_of, write_tokenizer, write_tokens
 
 from lss_jax.config.schema import ConfigError, RunError, from_dict
-from lss_jax.data.corpus import check_files, is_packed, open_corpus
+from lss_jax.data.kinds import check_files, is_packed, open_corpus
 from lss_jax.data.mixture import BLOCK, allotted, drawn, in_order
 from lss_jax.data.sources import fingerprint
 from lss_jax.data.token_file import TokenFile

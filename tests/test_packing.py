@@ -18,7 +18,7 @@ from token_files import GIVEN, LENGTHS, VOCAB, documents_of, whole, write_tokeni
 
 from lss_jax.config.schema import ConfigError
 from lss_jax.data.batch import IGNORED
-from lss_jax.data.corpus import is_packed, open_corpus
+from lss_jax.data.kinds import is_packed, open_corpus
 from lss_jax.data.packing import documents_between, split_ends
 from lss_jax.data.sources import SPLITS
 from lss_jax.data.token_file import TokenFile

@@ -4,13 +4,13 @@ from collections.abc import Iterator, Mapping
 
 from lss_jax.config.genome_rules import FASTA, genome_problems
 from lss_jax.config.image_rules import image_problems
+from lss_jax.config.model_rules import remat_problems, rope_problems
 from lss_jax.config.schema import (
     AttentionConfig,
     Config,
     ConfigError,
     DataConfig,
     MeshConfig,
-    ModelConfig,
     OptimConfig,
     parts_of,
 )
@@ -139,10 +139,10 @@ def _cross_field(config: Config) -> Iterator[str]:
             f"the head width model.head_width={model.head_width} is odd, but rope rotates pairs; "
             f'use an even head width or model.positions="learned"'
         )
-    yield from _rope_problems(model)
+    yield from rope_problems(model)
     if 0.99 < model.dropout < 1:
         yield f"model.dropout={model.dropout} leaves next to nothing; use at most 0.99"
-    yield from _remat_problems(model)
+    yield from remat_problems(model)
     yield from _moments_problems(optim)
     yield from attention_problems(config.attention, model.heads, model.kv_heads)
     if config.attention.prefix >= data.seq_len > 0 and config.attention.prefix:
@@ -194,49 +194,6 @@ def _data_problems(data: DataConfig) -> Iterator[str]:
         )
     if not all(0 < weight < float("inf") for weight in data.weights):
         yield f"data.weights={data.weights} must each be greater than 0 and finite; leave out what is not to be used"
-
-
-def _rope_problems(model: ModelConfig) -> Iterator[str]:
-    scaling = model.rope_scaling
-    if scaling == "none" and model.rope_factor != 1.0:
-        yield (
-            f'model.rope_factor={model.rope_factor} has no use with model.rope_scaling="none"; '
-            f'use "linear", "ntk", "yarn" or "llama3", or model.rope_factor=1.0'
-        )
-    if scaling != "none" and model.positions != "rope":
-        yield (
-            f"model.rope_scaling={scaling!r} has no use with model.positions={model.positions!r}; "
-            f'use model.positions="rope" or model.rope_scaling="none"'
-        )
-    if scaling in ("yarn", "llama3") and model.rope_original == 0:
-        yield (
-            f"model.rope_scaling={scaling!r} needs model.rope_original, the tokens of the context that is extended "
-            f"model.rope_factor={model.rope_factor} times; set that"
-        )
-    if scaling == "yarn" and 0 < model.rope_base <= 1:
-        yield f'model.rope_base={model.rope_base} must be greater than 1 for model.rope_scaling="yarn"'
-    if scaling in ("yarn", "llama3") and not model.rope_low < model.rope_high < float("inf"):
-        yield (
-            f"model.rope_high={model.rope_high} must be finite and greater than model.rope_low={model.rope_low}; "
-            f"usual are 1 and 32 for yarn, 1 and 4 for llama3"
-        )
-
-
-def _remat_problems(model: ModelConfig) -> Iterator[str]:
-    every = model.remat_every
-    if every > 1 and model.remat in ("none", "block"):
-        yield (
-            f"model.remat_every={every} has no use with model.remat={model.remat!r}, which saves something of every "
-            f'layer; use model.remat="input", "offload" or model.remat_every=1'
-        )
-    else:
-        yield from indivisible_layers("model.layers", model.layers, every)
-
-
-def indivisible_layers(key: str, layers: int, every: int) -> Iterator[str]:
-    """Whether layers are no whole groups of `model.remat_every`."""
-    if every > 0 and layers > 0 and layers % every:
-        yield f"{key}={layers} is not divisible by model.remat_every={every}; use a divisor of {layers}"
 
 
 def _moments_problems(optim: OptimConfig) -> Iterator[str]:

@@ -1,4 +1,4 @@
-"""The configured data, opened: each source read as it is, or encoded once, and divided into splits.
+"""Texts, opened: each source read as it is, or encoded once, and divided into splits.
 
 One plain text whose bytes are the tokens, and a token file, are read where they lie. Everything else (folders and
 globs, JSONL, gzip, any other tokenizer) is encoded into a token file in the user's cache folder first. A source is
@@ -9,23 +9,17 @@ import fcntl
 import glob
 import hashlib
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from lss_jax.config.genome_rules import BASES, FASTA
 from lss_jax.config.schema import ConfigError, DataConfig, gather_problems, parts_of
 from lss_jax.data.aclsum import papers
-from lss_jax.data.annotation import NAMES as LABELS_OF_BASES
 from lss_jax.data.documents import Fields, files_of, is_jsonl
 from lss_jax.data.encoding import encode
-from lss_jax.data.generated import GENERATED, repeated
-from lss_jax.data.genome_splits import genome_files, open_genomes
-from lss_jax.data.image_sources import DIGITS, TISSUES, check_arrays
-from lss_jax.data.images import open_images
 from lss_jax.data.packing import Stream, documents_between, separated, split_ends, undivided
 from lss_jax.data.sources import (
     SPLITS,
@@ -54,69 +48,31 @@ class Corpus(NamedTuple):
     token_bytes: np.ndarray | None  # bytes of text that each token of the vocabulary stands for; None: one each
 
 
-class Kind(NamedTuple):
-    """A source that is no text: how it is opened, and what is known of it before."""
-
-    open: Callable[[DataConfig], Corpus]
-    packed: bool  # whether windows say which documents they hold
-    classes: tuple[str, ...] | None  # of its tokens' labels; empty: the config names them; None: it has no labels
-    items: str  # what a token is, in the plural
-    check: Callable[[DataConfig], object]  # raises a ConfigError for files that are not there
-
-
-def _genomes(config: DataConfig) -> Corpus:
-    return Corpus(open_genomes(config), None)
-
-
-def _of_images(config: DataConfig) -> Corpus:
-    return Corpus({name: [stream] for name, stream in open_images(config).items()}, None)
-
-
-def _arrays_file(config: DataConfig) -> None:
-    if config.path:
-        check_arrays(config.path)
-
-
 ACLSUM = "aclsum"
-SYMBOLS = Kind(lambda config: Corpus(repeated(config), None), True, None, "symbols", lambda _: None)
-KINDS: dict[str, Kind] = {
-    **dict.fromkeys(GENERATED, SYMBOLS),
-    FASTA: Kind(_genomes, True, LABELS_OF_BASES, BASES, genome_files),
-    "mri": Kind(_of_images, False, TISSUES, "pixels", lambda _: None),
-    "mosaics": Kind(_of_images, False, DIGITS, "pixels", lambda _: None),
-    "images": Kind(_of_images, False, (), "pixels", _arrays_file),
-}
 
 
-def is_packed(config: DataConfig) -> bool:
-    """Whether windows say which documents they hold: unless the data is one plain text without a separator."""
-    if config.source in KINDS:
-        return KINDS[config.source].packed
+def are_documents(config: DataConfig) -> bool:
+    """Whether texts are documents: unless they are one plain text without a separator."""
     return bool(config.separator) or not _is_one_text(config)
 
 
-def check_files(config: DataConfig) -> None:
+def check_texts(config: DataConfig) -> None:
     """Raises a ConfigError for files that are not there, a line each; opens nothing."""
-    if config.source in KINDS:
-        KINDS[config.source].check(config)
-        return
     gather_problems(*(lambda part=part: _check(part, config) for part in _named(config)), lambda: _check_name(config))
 
 
-def open_corpus(config: DataConfig) -> Corpus:
+def open_texts(config: DataConfig) -> Corpus:
     """Opens all sources; what has to be encoded is encoded now, unless that was done before.
 
     Raises:
       ConfigError: a source cannot be opened or encoded, is too short, or was encoded by another tokenizer.
     """
-    if config.source in KINDS:
-        return KINDS[config.source].open(config)
     if _is_one_text(config):
         parts = open_splits(config)
         return Corpus(
             {name: [Stream(p, separated(p.mapped(), config.separator), None)] for name, p in parts.items()}, None
         )
-    check_files(config)
+    check_texts(config)
     of_splits = _parts_of_splits(config)
     if of_splits is None:
         sources = [_opened(part, config) for part in (_named(config) or [""])]

@@ -9,7 +9,7 @@ from lss_jax.attention.setting import SELF
 from lss_jax.attention.traffic import Traffic, sizes_of
 from lss_jax.config.rules import MeshSizes, next_multiple
 from lss_jax.config.schema import Config
-from lss_jax.data.corpus import is_packed
+from lss_jax.data.kinds import is_packed
 from lss_jax.models.decoder_costs import Layers, is_tiled, products_of_layers
 from lss_jax.models.family import AttentionLayers, Trained
 from lss_jax.models.hierarchical import global_config, local_config

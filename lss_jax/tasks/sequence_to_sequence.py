@@ -10,7 +10,7 @@ from jax.sharding import AbstractMesh, Mesh
 
 from lss_jax.attention.mask import Intervals, causal, first_keys
 from lss_jax.attention.setting import CROSS, IN_SOURCE, SELF, Between
-from lss_jax.config.rules import indivisible_layers
+from lss_jax.config.model_rules import indivisible_layers
 from lss_jax.config.schema import ConfigError
 from lss_jax.data.corpus import Corpus
 from lss_jax.data.generated import GENERATED

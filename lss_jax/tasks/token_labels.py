@@ -7,9 +7,10 @@ import jax.numpy as jnp
 
 from lss_jax.config.schema import Config, ConfigError
 from lss_jax.data.batch import Batch
-from lss_jax.data.corpus import KINDS, Corpus
+from lss_jax.data.corpus import Corpus
 from lss_jax.data.image_sources import IMAGES
 from lss_jax.data.images import check_labels, grid_of
+from lss_jax.data.kinds import KINDS
 from lss_jax.data.loader import Read, labelled
 from lss_jax.data.split import WindowSplit
 from lss_jax.parallel.tensor_parallel import own_part

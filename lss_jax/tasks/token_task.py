@@ -13,9 +13,10 @@ from lss_jax.attention.traffic import Traffic, sizes_of
 from lss_jax.config.schema import Config, ConfigError
 from lss_jax.data.bases import on_either_strand
 from lss_jax.data.batch import Batch, batch_like, batch_specs
-from lss_jax.data.corpus import KINDS, Corpus, is_packed, open_corpus
+from lss_jax.data.corpus import Corpus
 from lss_jax.data.generated import GENERATED
 from lss_jax.data.images import check_columns
+from lss_jax.data.kinds import KINDS, is_packed, open_corpus
 from lss_jax.data.loader import Read, read_batch, without_target
 from lss_jax.data.packing import Stream, undivided
 from lss_jax.data.split import EVALUATION, WindowSplit

@@ -12,7 +12,7 @@ import numpy as np
 
 from lss_jax.attention.placement import kernel_on
 from lss_jax.config.schema import Config, ConfigError, RunError, gather_problems
-from lss_jax.data.corpus import check_files
+from lss_jax.data.kinds import check_files
 from lss_jax.data.loader import prefetched
 from lss_jax.data.sources import fingerprint
 from lss_jax.models import build_model
