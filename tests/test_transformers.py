@@ -3,6 +3,7 @@
 from functools import cache, partial
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import traverse_util
@@ -126,10 +127,12 @@ def our_logits(model, mesh, params, tokens_BL):
             positions_l=positions_l,
             positions_p=own_part(positions_l, axis, 0),
             embedded_l=positions_l,
+            is_token_p=jnp.ones_like(own_part(positions_l, axis, 0), bool),
             attend=attend,
             head_groups=1,
             dropout=None,
             model_axis=axis,
+            sequence_axes=(),  # nothing is pooled
             source=None,
         )
         return model.apply(in_layout_order(params, model, mesh), tokens_Bl, segment).all()
