@@ -22,7 +22,7 @@ from lss_jax.attention.head_groups import in_head_groups
 from lss_jax.attention.kernels.targets import TARGETS
 from lss_jax.attention.mask import Intervals
 from lss_jax.attention.setting import Setting
-from lss_jax.attention.strategies import STRATEGIES, make_attend
+from lss_jax.attention.strategies import EXACT, make_attend
 from lss_jax.parallel.dropout import Dropout
 from lss_jax.parallel.hashing import hashed
 from lss_jax.parallel.layout import CHUNKS_PER_DEVICE, Layout
@@ -132,7 +132,7 @@ def check(case: Case) -> None:
 LAYOUTS = list(itertools.product(CHUNKS_PER_DEVICE, CHUNKS_PER_DEVICE))
 CASES = [
     Case(strategy, layouts, seq, blocks=blocks)
-    for strategy in STRATEGIES
+    for strategy in EXACT
     for (layouts, blocks), seq in itertools.product(
         zip(LAYOUTS, [(8, 8), (7, 5), (64, 64), (8, 16)], strict=True), (1, 3, 8)
     )
@@ -140,9 +140,9 @@ CASES = [
 OTHERS = [
     *(Case(strategy, LAYOUTS[1], 3, kernel="dense") for strategy in ("lss", "ulysses")),
     *(Case(strategy, LAYOUTS[2], 2, kernel=kernel) for strategy in ("lss", "ulysses") for kernel in TARGETS),
-    *(Case(strategy, LAYOUTS[1], 2, data=2, head_groups=4) for strategy in STRATEGIES),
+    *(Case(strategy, LAYOUTS[1], 2, data=2, head_groups=4) for strategy in EXACT),
     *(Case(strategy, LAYOUTS[2], 4, head_groups=2, regather=True) for strategy in ("lss", "ulysses")),
-    *(Case(strategy, LAYOUTS[3], 4, kv_heads=1) for strategy in STRATEGIES),
+    *(Case(strategy, LAYOUTS[3], 4, kv_heads=1) for strategy in EXACT),
 ]
 SAMPLE = [
     Case("lss", LAYOUTS[1], 8, blocks=(7, 5)),

@@ -23,11 +23,6 @@ def image_problems(config: Config) -> Iterator[str]:
         yield f"data.downsample={data.downsample} has no use with {shown}; use data.downsample=1"
     if data.patch > 0 and data.source not in IMAGE_SOURCES:
         yield f"data.patch={data.patch} is for images, but data is from {shown}; use data.patch=0"
-    if model.rope_columns > 0 and model.positions == "rope" and data.source not in IMAGE_SOURCES:
-        yield (
-            f"model.rope_columns={model.rope_columns} has no use with {shown}, whose tokens do not lie in rows; use "
-            f"model.rope_columns=0"
-        )
     if data.patch > 0 and model.vocab_parallel:
         yield (
             f"model.vocab_parallel=True has no use with data.patch={data.patch}, whose tokens are no vocabulary; "
