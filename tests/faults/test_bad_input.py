@@ -58,7 +58,7 @@ BAD = {  # arguments, and what the errors say: a part of each, in order
     "model.dtype=float16": ["model.dtype='float16' is not known; choose one of 'float32', 'bfloat16'"],
     "model.positions=absolute": ["model.positions='absolute' is not known"],
     "model.rope_factor=2": ["model.rope_factor=2.0 has no use"],
-    "model.rope_columns=8": ["model.rope_columns=8 has no use"],
+    "model.rope_columns=-8": ["model.rope_columns=-8 must be at least 0"],
     "attention.strategy=flash": ["attention.strategy='flash' is not known"],
     "attention.window=-1": ["attention.window=-1 must be at least 0"],
     "attention.prefix=64": ["attention.prefix=64 leaves nothing to predict"],
