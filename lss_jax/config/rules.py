@@ -185,7 +185,7 @@ def _data_problems(data: DataConfig) -> Iterator[str]:
             f"data.prompt_field={data.prompt_field!r} and data.answer_field={data.answer_field!r} go together; name "
             f"both fields, or none and data.field"
         )
-    if data.weights and data.source not in ("text", "fasta"):
+    if data.weights and data.source not in ("text", FASTA):
         yield f"data.weights={data.weights} has no use with data.source={data.source!r}, which is one; use ()"
     elif data.weights and len(data.weights) != len(data.parts):
         yield (

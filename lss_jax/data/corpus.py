@@ -76,12 +76,15 @@ def open_texts(config: DataConfig) -> Corpus:
     of_splits = _parts_of_splits(config)
     if of_splits is None:
         sources = [_opened(part, config) for part in (_named(config) or [""])]
-        splits = [_of_tokens(one, config) if isinstance(one, TokenFile) else _of_text(one, config) for one in sources]
+        splits = [_divided(source, config) for source in sources]
         streams = {name: [of_source[name] for of_source in splits] for name in SPLITS}
     else:
         opened = {name: [_opened(part, config) for part in parts] for name, parts in of_splits.items()}
         sources = [source for of_split in opened.values() for source in of_split]
-        streams = {name: [_whole(source, config) for source in of_split] for name, of_split in opened.items()}
+        streams = {
+            name: [_stream(Part(source, 0, source.size), config) for source in of_split]
+            for name, of_split in opened.items()
+        }
         _check_length(streams["train"], config)
     encoded = [source for source in sources if isinstance(source, TokenFile)]
     return Corpus(streams, None if config.tokenizer == BYTES else encoded[0].token_bytes)
@@ -249,33 +252,19 @@ def _seen(file: Path) -> tuple[str, int, int]:
     return str(file.absolute()), seen.st_size, seen.st_mtime_ns
 
 
-def _of_tokens(file: TokenFile, config: DataConfig) -> dict[str, Stream]:
-    """The splits of a token file, with the documents in each."""
-    ends = split_ends(file)
-    parts = splits_of(file, f"token file {str(file.path)!r}", "tokens", config.seq_len, ends)
-    starts = [0, *ends]
-    return {
-        name: Stream(part, documents_between(file, start, start + len(part)), None)
-        for (name, part), start in zip(parts.items(), starts, strict=False)
-    }
-
-
-def _of_text(source: FileSource, config: DataConfig) -> dict[str, Stream]:
-    """The splits of a plain text beside other sources: without a separator each is one document."""
-    size = source.size
-    ends = (size * 90 // 100, size * 95 // 100, size)
-    parts = splits_of(source, f"data.path={str(source.path)!r}", "bytes", config.seq_len, ends)
-    return {
-        name: Stream(part, separated(part.mapped(), config.separator) or undivided(), None)
-        for name, part in parts.items()
-    }
-
-
-def _whole(source: TokenFile | FileSource, config: DataConfig) -> Stream:
-    """All of a source."""
-    part = Part(source, 0, source.size)
+def _divided(source: TokenFile | FileSource, config: DataConfig) -> dict[str, Stream]:
+    """The splits of a source: of a token file between documents, if it can be."""
     if isinstance(source, TokenFile):
-        return Stream(part, documents_between(source, 0, source.size), None)
+        named, ends = (f"token file {str(source.path)!r}", "tokens"), split_ends(source)
+    else:
+        named, ends = (f"data.path={str(source.path)!r}", "bytes"), None
+    return {name: _stream(part, config) for name, part in splits_of(source, *named, config.seq_len, ends).items()}
+
+
+def _stream(part: Part, config: DataConfig) -> Stream:
+    """A part of a source beside others, with its documents: plain text without a separator is one."""
+    if isinstance(part.source, TokenFile):
+        return Stream(part, documents_between(part.source, part.start, part.stop), None)
     return Stream(part, separated(part.mapped(), config.separator) or undivided(), None)
 
 

@@ -9,12 +9,12 @@ import glob
 import gzip
 import json
 import os
-import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, NamedTuple
 
 from lss_jax.config.schema import ConfigError
+from lss_jax.data.files import readable
 
 BLOCK = 2**18  # bytes of a plain text that are read at a time
 JSONL = (".jsonl", ".ndjson")
@@ -103,20 +103,11 @@ class Documents:
             )
         before = 0
         for path in self._files:
-            try:
-                with path.open("rb") as raw:
-                    for block in self._blocks(path, raw):
-                        self.position = before + raw.tell()
-                        yield block
-                    before += os.fstat(raw.fileno()).st_size
-            except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-                raise ConfigError(
-                    f"{path} is no whole gzip file ({error}); compress it again, or copy it again"
-                ) from error
-            except OSError as error:
-                raise ConfigError(
-                    f"{path} cannot be read ({error.strerror}); make it readable, or leave it out"
-                ) from error
+            with readable(path), path.open("rb") as raw:
+                for block in self._blocks(path, raw):
+                    self.position = before + raw.tell()
+                    yield block
+                before += os.fstat(raw.fileno()).st_size
 
     def _blocks(self, path: Path, raw: IO[bytes]) -> Iterator[Block]:
         file: Binary = gzip.GzipFile(fileobj=raw, mode="rb") if path.suffix.lower() == ".gz" else raw

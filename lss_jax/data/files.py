@@ -1,11 +1,15 @@
-"""A file that is read in parts, unmapped: reading a mapped file that has shrunk is a SIGBUS."""
+"""Reading files: in parts, unmapped, as reading a mapped file that has shrunk is a SIGBUS; and what may go wrong."""
 
+import gzip
 import os
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 
-from lss_jax.config.schema import RunError
+from lss_jax.config.schema import ConfigError, RunError
 
 
 class ReadInParts:
@@ -51,3 +55,19 @@ class ReadInParts:
             f"{self._shown} had {self._seen.st_size} bytes when the run started, and {what}; put the file back as it "
             f"was, then the same command goes on from the last checkpoint"
         )
+
+
+@contextmanager
+def readable(path: Path, place: Callable[[], str] = str) -> Iterator[None]:
+    """For reading a file, gzipped or not; `place` is how far that has come, for the error about a damaged one.
+
+    Raises:
+      ConfigError: it cannot be read, or is no whole gzip file.
+    """
+    try:
+        yield
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        where = f"{path}{place()}"
+        raise ConfigError(f"{where} is no whole gzip file ({error}); compress it again, or copy it again") from error
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read ({error.strerror}); make it readable, or leave it out") from error

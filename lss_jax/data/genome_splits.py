@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from lss_jax.config.schema import ConfigError, DataConfig, gather_problems
+from lss_jax.config.schema import ConfigError, DataConfig, gather_problems, parts_of
 from lss_jax.data.annotation import Gff, Span, annotated, check_known, labels_of, read_gff
 from lss_jax.data.documents import files_of
 from lss_jax.data.genomes import SUFFIXES, Record, read_genome
@@ -71,7 +71,7 @@ def annotation_files(config: DataConfig) -> list[Path]:
 
 
 def _named(key: str, value: str, suffixes: Sequence[str] = SUFFIXES) -> Iterator[GenomeFiles]:
-    for part in map(str.strip, value.split(",")):
+    for part in parts_of(value):
         try:
             yield GenomeFiles(f"{key}={part!r}", files_of([part], suffixes))
         except ConfigError as error:

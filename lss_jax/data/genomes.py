@@ -36,7 +36,7 @@ def read_genome(path: Path) -> Iterator[Record]:
       ConfigError: it cannot be read, is neither, is truncated, or has a record that is empty, malformed or there twice;
         the message names the file, the record and the line.
     """
-    lines = ((number, line) for number, line in numbered(path))
+    lines = numbered(path)
     first, seen = _first(path, lines), dict[str, str]()
     kind = _fasta if first[1].startswith(b">") else _genbank
     for record in kind(path, first, lines):

@@ -53,14 +53,16 @@ class Packing:
 
     def limits(self, length: int) -> tuple[np.ndarray, np.ndarray]:
         """Where each document starts, and where it ends, in a stream of this length: int64 `[D]` each."""
-        ends = np.minimum(self._ends - self._origin, length)
-        return np.concatenate(([0], ends[:-1])), ends
+        return self._starts - self._origin, np.minimum(self._ends - self._origin, length)
 
     def lengths(self) -> np.ndarray:
         """The tokens of each document before its first target, and from there on: int64 `[2, D]`."""
-        starts = np.concatenate(([self._origin], self._ends[:-1]))
-        firsts = starts + 1 if self._first_targets is None else self._first_targets
-        return np.stack((firsts - starts, self._ends - firsts))
+        firsts = self._starts + 1 if self._first_targets is None else self._first_targets
+        return np.stack((firsts - self._starts, self._ends - firsts))
+
+    @property
+    def _starts(self) -> np.ndarray:
+        return np.concatenate(([self._origin], self._borders))
 
     def bounds(self, offsets: np.ndarray) -> np.ndarray:
         """Where in the stream the documents of the tokens at these offsets start and end, `[2, *offsets.shape]`."""

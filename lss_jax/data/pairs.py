@@ -48,10 +48,7 @@ def pairs_like(config: Config, mesh: Mesh | AbstractMesh) -> PairBatch:
 def truncated(window: Window, config: Config) -> tuple[Window, Window]:
     """The same, each without what is too long for its side."""
     source, target = sides(window)
-    return (
-        source._replace(stop=min(source.stop, source.start + config.data.source_len)),
-        target._replace(stop=min(target.stop, target.start + config.data.seq_len)),
-    )
+    return source.truncated(config.data.source_len), target.truncated(config.data.seq_len)
 
 
 def read_pairs(

@@ -86,19 +86,19 @@ class Part:
     """
 
     def __init__(self, source: Source, start: int, stop: int):
-        self.source, self._start, self._stop = source, start, stop
+        self.source, self.start, self.stop = source, start, stop
 
     def __len__(self) -> int:
-        return self._stop - self._start
+        return self.stop - self.start
 
     def __getitem__(self, part: slice) -> np.ndarray:
         start, stop, _ = part.indices(len(self))
-        sys.audit("lss_jax.read", self._start + start, self._start + max(start, stop))
-        return self.source.read(self._start + start, self._start + max(start, stop))
+        sys.audit("lss_jax.read", self.start + start, self.start + max(start, stop))
+        return self.source.read(self.start + start, self.start + max(start, stop))
 
     def mapped(self) -> np.ndarray:
         """All of it, memory-mapped if it is a file."""
-        return self.source.mapped()[self._start : self._stop]
+        return self.source.mapped()[self.start : self.stop]
 
 
 def open_splits(config: DataConfig) -> dict[str, Part]:
@@ -109,17 +109,18 @@ def open_splits(config: DataConfig) -> dict[str, Part]:
         download failed.
     """
     source = SOURCES[config.source](config.path)
-    size = source.size
-    ends = (size * 90 // 100, size * 95 // 100, size)
-    return splits_of(source, f"data.source={config.source!r}, data.path={config.path!r}", "bytes", config.seq_len, ends)
+    return splits_of(source, f"data.source={config.source!r}, data.path={config.path!r}", "bytes", config.seq_len)
 
 
-def splits_of(source: Source, name: str, unit: str, seq_len: int, ends: Sequence[int]) -> dict[str, Part]:
-    """A source as splits with these ends; its name, and the unit of its size, are for errors.
+def splits_of(source: Source, name: str, unit: str, seq_len: int, ends: Sequence[int] | None = None) -> dict[str, Part]:
+    """A source as splits with these ends, by default at 90, 95 and 100 percent of it.
+
+    Its name, and the unit of its size, are for errors.
 
     Raises:
       ConfigError: it is too short for one training window, or for three splits.
     """
+    ends = ends or [source.size * percent // 100 for percent in (90, 95, 100)]
     shown, (train, valid, size) = f"{name}: {source.size} {unit}", ends
     if train < seq_len + 1:
         raise ConfigError(

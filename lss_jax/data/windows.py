@@ -14,6 +14,10 @@ class Window(NamedTuple):
     start: int
     stop: int
 
+    def truncated(self, length: int) -> "Window":
+        """Its first tokens, so many at most."""
+        return self._replace(stop=min(self.stop, self.start + length))
+
 
 class Windows(Protocol):
     """The windows of a stream by their numbers; a number behind the last one gives a window without tokens."""
@@ -87,7 +91,7 @@ class PromptWindows(PairWindows):
 
     def __getitem__(self, number: int) -> Window:
         prompt, _ = sides(super().__getitem__(number))
-        return prompt._replace(stop=min(prompt.stop, prompt.start + self._seq_len))
+        return prompt.truncated(self._seq_len)
 
 
 def sides(window: Window) -> tuple[Window, Window]:
