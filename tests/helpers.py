@@ -119,6 +119,20 @@ def random_bytes(count: int = 20_000, seed: int = 0) -> np.ndarray:
     return (np.cumsum(steps) % 256).astype(np.uint8)
 
 
+class Watched:
+    """An array of bytes that notes which ranges are read."""
+
+    def __init__(self, data):
+        self.data, self.reads = data, []
+
+    def __len__(self):
+        return len(self.data)
+
+    def __getitem__(self, part):
+        self.reads.append((part.start, part.stop))
+        return self.data[part]
+
+
 def windows_of(
     config: Config, seed: int = 0, data: np.ndarray | None = None, starts_B: np.ndarray | None = None
 ) -> oracle.Windows:

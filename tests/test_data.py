@@ -11,7 +11,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from helpers import mesh_of, random_bytes, small_config
+from helpers import Watched, mesh_of, random_bytes, small_config
 
 from lss_jax.config.schema import ConfigError
 from lss_jax.data import loader, sources
@@ -29,20 +29,6 @@ ENWIK8_PREFIX = Path(__file__).parents[2] / "shared" / "data" / "enwik8-first-4M
 def read_batch(data, starts_B, seq_len, mesh, layout="contiguous", documents=None):
     windows = windows_at(data, starts_B, seq_len, documents)
     return loader.read_batch(windows, seq_len, mesh, Layout(layout, mesh.shape["seq"]), read=next_tokens)
-
-
-class Watched:
-    """An array of bytes that notes which ranges are read."""
-
-    def __init__(self, data):
-        self.data, self.reads = data, []
-
-    def __len__(self):
-        return len(self.data)
-
-    def __getitem__(self, part):
-        self.reads.append((part.start, part.stop))
-        return self.data[part]
 
 
 @pytest.mark.parametrize(("data", "seq"), [(1, 1), (2, 4), (8, 1), (1, 8), (2, 3)])

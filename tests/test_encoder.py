@@ -40,10 +40,9 @@ STRATEGIES = ["lss", "ring", "ulysses"]
 def labelled_text(monkeypatch):
     """Text counts as a source with labels, so that these tests need no file."""
     from lss_jax.data import corpus, kinds
-    from lss_jax.tasks import token_labels
 
-    labelled = {"stdlib": kinds.Kind(corpus.open_texts, False, ("no", "yes", "maybe"), "bytes", corpus.check_texts)}
-    monkeypatch.setattr(token_labels, "KINDS", labelled)
+    labelled = kinds.Kind(corpus.open_texts, True, ("no", "yes", "maybe"), "bytes", corpus.check_texts)
+    monkeypatch.setitem(kinds.KINDS, "stdlib", labelled)
 
 
 def changes_of(task, **changes):

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import assert_close, mesh_of, run, small_config
+from helpers import Watched, assert_close, mesh_of, run, small_config
 from jax.sharding import PartitionSpec as P
 
 from lss_jax.config.schema import ConfigError
@@ -15,7 +15,7 @@ from lss_jax.data.generated import Repeated
 from lss_jax.data.packing import Packing, Stream
 from lss_jax.data.sources import fingerprint
 from lss_jax.data.windows import PairWindows
-from lss_jax.models.losses import exact_cross_entropy, vocab_parallel_exact
+from lss_jax.models.losses import cross_entropy, vocab_parallel_cross_entropy
 from lss_jax.parallel.mesh import MODEL
 from lss_jax.storage.metrics import read_records
 from lss_jax.tasks import make_task
@@ -25,20 +25,6 @@ PAIRS = {
     **{"task": "sequence_to_sequence", "model__family": "encoder_decoder", "model__vocab": 257},
     **{"data__source_len": 24, "data__seq_len": 16, "data__batch_size": 2},
 }
-
-
-class Watched:
-    """An array of bytes that notes which ranges are read."""
-
-    def __init__(self, data):
-        self.data, self.reads = data, []
-
-    def __len__(self):
-        return len(self.data)
-
-    def __getitem__(self, part):
-        self.reads.append((part.start, part.stop))
-        return self.data[part]
 
 
 def test_a_device_reads_of_both_sides_its_own_segments_and_one_byte_more():
@@ -136,9 +122,9 @@ def test_a_token_is_exact_if_no_other_has_a_larger_logit():
     @jax.jit
     @jax.shard_map(mesh=mesh, in_specs=(P(None, None, MODEL), P()), out_specs=P())
     def in_shares(logits_BLV, targets_BL):
-        return jax.lax.psum(jax.tree.map(jnp.sum, vocab_parallel_exact(logits_BLV, targets_BL, MODEL)), MODEL)
+        return jax.lax.psum(jax.tree.map(jnp.sum, vocab_parallel_cross_entropy(logits_BLV, targets_BL, MODEL)), MODEL)
 
-    sums = jax.tree.map(jnp.sum, exact_cross_entropy(logits_BLV, targets_BL))
+    sums = jax.tree.map(jnp.sum, cross_entropy(logits_BLV, targets_BL))
     assert sums.exact == expected and sums.tokens == 13
     assert_close(in_shares(logits_BLV, targets_BL), sums, 1e-5)
 

@@ -185,7 +185,7 @@ def test_rouge_of_a_model_that_answers_nothing_is_refused(tmp_path):
 
 @pytest.mark.grid
 def test_a_run_is_evaluated_and_an_evaluation_goes_on(files, tmp_path):
-    """Of one batch first, and then of both, without generating the first one again; on another mesh, the same texts."""
+    """The first batch alone, then both, without generating the first one again; on another mesh, the same texts."""
     config = small_config(**PAIRS, **files, mesh__data=1, mesh__seq=2, optim__steps=2, model__positions="rope")
     run(config, tmp_path / "run", devices=jax.devices()[:2])
     meshes = [change(config, mesh__data=data, mesh__seq=seq) for data, seq in ((2, 4), (1, 8))]

@@ -28,7 +28,7 @@ class Batch(NamedTuple):
     target_bytes: Any  # [B, L], bytes of text that each target stands for; None if each is one byte
 
 
-def batch_specs(packed: bool, encoded: bool = False, patched: bool = False) -> Batch:
+def batch_specs(*, packed: bool, encoded: bool = False, patched: bool = False) -> Batch:
     """The specs of a batch; `packed` adds those of `documents`, `encoded` those of `target_bytes`.
 
     With `patched`, tokens and targets have pixels on a first axis.
@@ -46,6 +46,7 @@ def batch_like(
     seq_len: int,
     mesh: Mesh | AbstractMesh,
     layout: Layout,
+    *,
     packed: bool,
     encoded: bool = False,
     patch_pixels: int = 0,
@@ -57,5 +58,5 @@ def batch_like(
     B, L = batch_size, layout.padded(seq_len)
     tokens = (patch_pixels, B, L) if patch_pixels else (B, L)
     shapes = Batch(tokens, tokens, (L,), (B,), (2, B, L) if packed else None, (B, L) if encoded else None)
-    placed = shardings(batch_specs(packed, encoded, patch_pixels > 0), mesh)
+    placed = shardings(batch_specs(packed=packed, encoded=encoded, patched=patch_pixels > 0), mesh)
     return Batch(*(s and jax.ShapeDtypeStruct(s, np.int32, sharding=p) for s, p in zip(shapes, placed, strict=True)))

@@ -44,7 +44,8 @@ def read_batch(
     they have so many `patch_pixels`.
     """
     packed = documents and windows[0].stream.documents is not None
-    like = batch_like(len(windows), seq_len, mesh, layout, packed, token_bytes is not None, patch_pixels)
+    has: dict[str, Any] = {"packed": packed, "encoded": token_bytes is not None, "patch_pixels": patch_pixels}
+    like = batch_like(len(windows), seq_len, mesh, layout, **has)
     position_L = layout.positions(like.tokens.shape[-1])
     reader = Reader(windows, position_L, read)
 

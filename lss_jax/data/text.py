@@ -1,6 +1,6 @@
 """Text and its tokens: what a tokenizer is, and the simplest one, whose tokens are bytes."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -35,6 +35,16 @@ class Tokenizer(Protocol):
 
     def apart(self, left: bytes, right: bytes) -> bool:
         """Whether two neighbouring texts have the same tokens apart as together."""
+
+
+def bytes_of(text: Tokenizer, token: int) -> bytes:
+    """The bytes of a token, none of one that only the model has."""
+    return text.bytes_of(token) if token < text.vocab else b""
+
+
+def decoded(text: Tokenizer, tokens: Iterable[int]) -> str:
+    """What these tokens stand for, without white space around it."""
+    return b"".join(bytes_of(text, int(token)) for token in tokens).decode(errors="replace").strip()
 
 
 class ByteText:

@@ -13,9 +13,10 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from lss_jax.config.schema import Config
+from lss_jax.data.text import bytes_of
 from lss_jax.generation.beams import Beams, Candidate, Search
 from lss_jax.generation.cache import SPECS_WITH_SOURCE, Cache
-from lss_jax.generation.decode import Opening, bytes_of, opening_of, surplus
+from lss_jax.generation.decode import Opening, opening_of, surplus
 from lss_jax.generation.programs import forward_model, make_reorder, make_source_prefill, make_step
 from lss_jax.generation.request import task_and_text
 from lss_jax.generation.sampling import spoken

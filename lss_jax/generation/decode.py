@@ -11,7 +11,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from lss_jax.config.schema import Config
-from lss_jax.data.text import Tokenizer
+from lss_jax.data.text import bytes_of
 from lss_jax.generation.cache import Cache
 from lss_jax.generation.programs import (
     cache_specs,
@@ -135,11 +135,6 @@ class Generation:
         """New bytes behind a text's last ones, as far as the end of its document, and whether that is there."""
         before, found, _ = (tail + new).partition(self._separator)
         return (tail + new)[len(tail) : len(before) + len(found)], bool(found)
-
-
-def bytes_of(text: Tokenizer, token: int) -> bytes:
-    """The bytes of a token, none of one that only the model has."""
-    return text.bytes_of(token) if token < text.vocab else b""
 
 
 def _arrays(opening: Opening) -> dict[str, np.ndarray]:

@@ -37,14 +37,8 @@ class ExactLossSum(NamedTuple):
     tokens: Any
 
 
-def cross_entropy(logits_BlV: jax.Array, targets_Bl: jax.Array) -> LossSum:
+def cross_entropy(logits_BlV: jax.Array, targets_Bl: jax.Array) -> ExactLossSum:
     """Cross-entropy of each local token, in nats, `[B, l]`; zero where the target is `IGNORED`."""
-    nats_Bl, _, counted_Bl = exact_cross_entropy(logits_BlV, targets_Bl)
-    return LossSum(nats_Bl, counted_Bl)
-
-
-def exact_cross_entropy(logits_BlV: jax.Array, targets_Bl: jax.Array) -> ExactLossSum:
-    """The same, and whether the target is the likeliest token."""
     target_logit_Bl = jnp.take_along_axis(logits_BlV, jnp.maximum(targets_Bl, 0)[..., None], axis=-1)[..., 0]
     nats_Bl = jax.nn.logsumexp(logits_BlV, axis=-1) - target_logit_Bl
     return _counted(nats_Bl, target_logit_Bl >= jnp.max(logits_BlV, axis=-1), targets_Bl)
@@ -58,14 +52,8 @@ def _counted(nats: jax.Array, exact: jax.Array, targets: jax.Array) -> ExactLoss
     )
 
 
-def vocab_parallel_cross_entropy(logits_BlV: jax.Array, targets_Bl: jax.Array, axis: str) -> LossSum:
-    """Cross-entropy with the vocabulary sharded over `axis`, as `vocab_parallel_exact`."""
-    nats_Bp, _, counted_Bp = vocab_parallel_exact(logits_BlV, targets_Bl, axis)
-    return LossSum(nats_Bp, counted_Bp)
-
-
 @jax.named_scope(LOSS)
-def vocab_parallel_exact(logits_BlV: jax.Array, targets_Bl: jax.Array, axis: str) -> ExactLossSum:
+def vocab_parallel_cross_entropy(logits_BlV: jax.Array, targets_Bl: jax.Array, axis: str) -> ExactLossSum:
     """Cross-entropy with the vocabulary sharded over `axis`, in nats: `[B, p]`, for this device's part of the tokens.
 
     `logits_BlV` are those of the whole segment for this device's vocabulary shard. No device ever holds all logits of a

@@ -12,11 +12,10 @@ from tqdm import tqdm
 
 from lss_jax.config.schema import Config, ConfigError, RunError, with_value
 from lss_jax.data.split import WindowSplit
-from lss_jax.data.text import Tokenizer
+from lss_jax.data.text import Tokenizer, decoded
 from lss_jax.data.windows import sides
 from lss_jax.generation.beam_search import BeamSearch
 from lss_jax.generation.beams import Beams
-from lss_jax.generation.decode import bytes_of
 from lss_jax.generation.programs import reads_source
 from lss_jax.generation.request import task_and_text
 from lss_jax.models import build_model
@@ -88,19 +87,14 @@ def check(config: Config, beams: Beams) -> None:
 
 def compared(rouge: Rouge, text: Tokenizer, documents: list[Pair], texts: list[str]) -> dict[str, Any]:
     """The number of documents, ROUGE by kind of text, and all the texts."""
-    references = [text_of(text, pair.target) for pair in documents]
-    sources = [text_of(text, pair.source) for pair in documents]
+    references = [decoded(text, pair.target) for pair in documents]
+    sources = [decoded(text, pair.source) for pair in documents]
     scores = {"model": rouge.of(references, texts)}
     for count in FIRST:
         name = f"first {count} sentences" if count > 1 else "first sentence"
         scores[name] = rouge.of(references, [first_sentences(source, count) for source in sources])
     pairs = [{"reference": reference, "text": text} for reference, text in zip(references, texts, strict=True)]
     return {"documents": len(documents), "scores": scores, "texts": pairs}
-
-
-def text_of(text: Tokenizer, tokens: np.ndarray) -> str:
-    """What these tokens stand for."""
-    return b"".join(bytes_of(text, int(token)) for token in tokens).decode(errors="replace").strip()
 
 
 def documents_of(config: Config, mesh: jax.sharding.Mesh, split: str, batches: int | None) -> list[Pair]:

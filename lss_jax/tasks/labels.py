@@ -11,6 +11,7 @@ import numpy as np
 from lss_jax.config.schema import Config
 from lss_jax.data.batch import IGNORED
 from lss_jax.tasks.task import Means, Metric
+from lss_jax.tasks.token_task import BidirectionalTask
 
 
 class LabelSums(NamedTuple):
@@ -21,6 +22,17 @@ class LabelSums(NamedTuple):
     predicted: Any  # [..., C], items that were taken for a class
     labelled: Any  # [..., C], items of a class
     weight: Any  # of the classes of all items
+
+
+class LabelTask(BidirectionalTask):
+    """A task whose labels are classes, of tokens or of sequences."""
+
+    sums = LabelSums
+    names: tuple[str, ...]  # of the classes
+
+    @property
+    def sums_size(self) -> int:
+        return 2 + 3 * len(self.names)
 
 
 def label_sums(logits_BpC: jax.Array, labels_Bp: jax.Array, weights: Sequence[float]) -> LabelSums:

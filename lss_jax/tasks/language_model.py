@@ -15,7 +15,7 @@ from lss_jax.data.loader import Read, next_tokens
 from lss_jax.models.losses import EncodedLossSum, LossSum
 from lss_jax.parallel.tensor_parallel import own_part
 from lss_jax.tasks.task import Means, Metric
-from lss_jax.tasks.token_task import TokenTask
+from lss_jax.tasks.token_task import TokenTask, entropy_metrics
 
 
 def _bits(means: Means) -> Any:
@@ -23,18 +23,7 @@ def _bits(means: Means) -> Any:
     return means["loss"] / math.log(2) / means["bytes"] if means["bytes"] else math.nan
 
 
-def _of_letters(letter: str) -> tuple[Metric, Metric]:
-    """The metrics where each token is a letter: a byte, or a base."""
-    return (
-        Metric("loss", f"nats/{letter}", f"nats per {letter}", lambda means: means["loss"]),
-        Metric(f"bits_per_{letter}", f"bits/{letter}", f"bits per {letter}", lambda means: means["loss"] / math.log(2)),
-    )
-
-
-OF_TOKENS = (
-    Metric("loss", "nats/token", "nats per token", lambda means: means["loss"]),
-    Metric("bits_per_byte", "bits/byte", "bits per byte", _bits),
-)
+OF_TOKENS = (entropy_metrics("token")[0], Metric("bits_per_byte", "bits/byte", "bits per byte", _bits))
 
 
 class LanguageModel(TokenTask):
@@ -51,7 +40,7 @@ class LanguageModel(TokenTask):
     def __init__(self, config: Config):
         super().__init__(config)
         self.counts_bytes = self.encoded
-        self.metrics = OF_TOKENS if self.encoded else _of_letters(self.items.removesuffix("s"))
+        self.metrics = OF_TOKENS if self.encoded else entropy_metrics(self.items.removesuffix("s"))
         self.headline = self.metrics[1]
         if self.encoded:
             self.sums = EncodedLossSum
@@ -98,7 +87,7 @@ class LanguageModel(TokenTask):
         in_prefix_l = batch.positions < self.config.attention.prefix - 1  # the mask shows them their targets
         loss = self.cross_entropy(outputs, jnp.where(in_prefix_l, IGNORED, batch.targets), axis)
         if batch.target_bytes is None:
-            return loss
+            return LossSum(loss.nats, loss.tokens)
         bytes_Bp = own_part(batch.target_bytes, axis, 1) * loss.tokens  # of those that count
         return EncodedLossSum(loss.nats, bytes_Bp, loss.tokens)
 

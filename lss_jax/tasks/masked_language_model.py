@@ -4,7 +4,6 @@ Which tokens are hidden, and behind what, is a hash of the seed, the step, the r
 every mesh, with any number of processes, and after a resume. In evaluation it is always the same.
 """
 
-import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -19,13 +18,8 @@ from lss_jax.data.windows import Window
 from lss_jax.models.losses import LossSum
 from lss_jax.parallel.hashing import hashed_on_host
 from lss_jax.tasks.language_model import no_classes
-from lss_jax.tasks.task import Metric
-from lss_jax.tasks.token_task import BidirectionalTask
+from lss_jax.tasks.token_task import BidirectionalTask, entropy_metrics
 
-METRICS = (
-    Metric("loss", "nats/token", "nats per masked token", lambda means: means["loss"]),
-    Metric("bits_per_token", "bits/token", "bits per masked token", lambda means: means["loss"] / math.log(2)),
-)
 HIDDEN, HOW, WHAT = range(3)  # the draws of a position
 
 
@@ -38,8 +32,8 @@ class MaskedLanguageModel(BidirectionalTask):
 
     needs = "tokens"
     sums = LossSum
-    metrics = METRICS
-    headline = METRICS[1]
+    metrics = entropy_metrics("token", "masked token")
+    headline = metrics[1]
 
     def counted(self) -> dict[str, Any]:
         masking = self.config.masking
@@ -50,16 +44,16 @@ class MaskedLanguageModel(BidirectionalTask):
         yield from super().problems()
         yield from no_classes(self.config)
         if not self.encoded:
-            yield from self.too_few_tokens(self.text.vocab + 1, f"data of {self.items} with a mask token")
+            yield from self.too_few_tokens(self.tokenizer.vocab + 1, f"data of {self.items} with a mask token")
 
     def check(self, corpus: Corpus) -> None:
         super().check(corpus)
         if self.encoded:
-            for problem in self.too_few_tokens(self.text.vocab + 1, "a vocabulary with a mask token"):
+            for problem in self.too_few_tokens(self.tokenizer.vocab + 1, "a vocabulary with a mask token"):
                 raise ConfigError(problem)
 
     def reading(self, turn: int) -> Read:
-        masking, vocab, seed = self.config.masking, self.text.vocab, self.config.seed
+        masking, vocab, seed = self.config.masking, self.tokenizer.vocab, self.config.seed
 
         def masked(window: Window, run: range, row: int) -> np.ndarray:
             tokens, targets = own_tokens(window, run, row)
@@ -74,4 +68,5 @@ class MaskedLanguageModel(BidirectionalTask):
         return self.learned(masked)
 
     def losses(self, outputs: jax.Array, batch: Batch, axis: str | None) -> LossSum:
-        return self.cross_entropy(outputs, batch.targets, axis)
+        loss = self.cross_entropy(outputs, batch.targets, axis)
+        return LossSum(loss.nats, loss.tokens)

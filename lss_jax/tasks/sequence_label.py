@@ -15,10 +15,10 @@ from lss_jax.data.corpus import Corpus
 from lss_jax.data.loader import Read, own_tokens
 from lss_jax.data.packing import Stream
 from lss_jax.data.split import WindowSplit
+from lss_jax.data.text import decoded
 from lss_jax.data.windows import PairWindows, PromptWindows, Window, sides
 from lss_jax.parallel.mesh import DATA, shardings
-from lss_jax.tasks.labels import LabelSums, class_problems, label_metrics, label_sums
-from lss_jax.tasks.token_task import BidirectionalTask
+from lss_jax.tasks.labels import LabelSums, LabelTask, class_problems, label_metrics, label_sums
 
 SHOWN = 40  # letters of a label that is none
 
@@ -33,7 +33,7 @@ class LabelledBatch(NamedTuple):
     labels: Any  # [B], the number of each document's class, or `IGNORED`
 
 
-class SequenceLabel(BidirectionalTask):
+class SequenceLabel(LabelTask):
     """Each document's class is predicted from all of its tokens; the model's outputs are logits `BC`.
 
     A document is what stands in `data.prompt_field`, cut to `data.seq_len` tokens; the name of its class, one of
@@ -41,17 +41,12 @@ class SequenceLabel(BidirectionalTask):
     """
 
     needs = "pooled"
-    sums = LabelSums
 
     def __init__(self, config: Config):
         super().__init__(config)
         self.names = config.labels.classes
         self.metrics = label_metrics(self.names, "document")
         self.headline = self.metrics[1]
-
-    @property
-    def sums_size(self) -> int:
-        return 2 + 3 * len(self.names)
 
     @property
     def mask_kind(self) -> MaskKind:
@@ -119,8 +114,7 @@ class SequenceLabel(BidirectionalTask):
         documents = window.stream.documents
         assert documents is not None
         _, (stream, first, stop) = sides(Window(window.stream, *documents[documents.number(window.start)]))
-        tokens = stream.tokens[first:stop]
-        return b"".join(self.text.bytes_of(int(token)) for token in tokens).decode(errors="replace").strip()
+        return decoded(self.tokenizer, stream.tokens[first:stop])
 
     def _label(self, window: Window) -> int:
         return self.names.index(self._answer(window)) if window.start < len(window.stream.tokens) else IGNORED

@@ -1,6 +1,5 @@
 """Sequence to sequence: a target is predicted token by token from a source and from what came before it."""
 
-import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -21,11 +20,10 @@ from lss_jax.data.split import WindowSplit
 from lss_jax.data.text import ByteText, Tokenizer
 from lss_jax.data.windows import PairWindows, Window
 from lss_jax.models.encoder_decoder import Pair
-from lss_jax.models.losses import ExactLossSum, exact_cross_entropy, vocab_parallel_exact
-from lss_jax.parallel.tensor_parallel import own_part
+from lss_jax.models.losses import ExactLossSum
 from lss_jax.tasks.language_model import no_classes
 from lss_jax.tasks.task import Metric
-from lss_jax.tasks.token_task import TokenTask
+from lss_jax.tasks.token_task import TokenTask, entropy_metrics
 
 
 class SequenceToSequence(TokenTask):
@@ -39,17 +37,16 @@ class SequenceToSequence(TokenTask):
     needs = "pairs"
     sums = ExactLossSum
     metrics = (
-        Metric("loss", "nats/token", "nats per token", lambda means: means["loss"]),
-        Metric("bits_per_token", "bits/token", "bits per token", lambda means: means["loss"] / math.log(2)),
+        *entropy_metrics("token"),
         Metric("exact", "exact", "share of exact tokens", lambda means: means["exact"]),
     )
     headline = metrics[1]
     by_position = True
 
     @property
-    def text(self) -> Tokenizer | None:  # type: ignore[override]  # others always have one
+    def text(self) -> Tokenizer | None:
         """What the tokens stand for; random symbols stand for nothing."""
-        return None if self.config.data.source in GENERATED else super().text
+        return None if self.config.data.source in GENERATED else self.tokenizer
 
     @property
     def start_token(self) -> int:
@@ -159,6 +156,4 @@ class SequenceToSequence(TokenTask):
         return batch._replace(rows=None, source=None, source_positions=None, lengths=None)
 
     def losses(self, outputs: jax.Array, batch: PairBatch, axis: str | None) -> ExactLossSum:
-        if axis and self.config.model.vocab_parallel:
-            return vocab_parallel_exact(outputs, batch.targets, axis)
-        return exact_cross_entropy(outputs, own_part(batch.targets, axis, 1))
+        return self.cross_entropy(outputs, batch.targets, axis)

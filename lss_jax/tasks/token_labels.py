@@ -14,35 +14,28 @@ from lss_jax.data.kinds import KINDS
 from lss_jax.data.loader import Read, labelled
 from lss_jax.data.split import WindowSplit
 from lss_jax.parallel.tensor_parallel import own_part
-from lss_jax.tasks.labels import LabelSums, class_problems, label_metrics, label_sums
-from lss_jax.tasks.token_task import BidirectionalTask
+from lss_jax.tasks.labels import LabelSums, LabelTask, class_problems, label_metrics, label_sums
 
 
-class TokenLabels(BidirectionalTask):
+class TokenLabels(LabelTask):
     """Each token's class is predicted from all tokens; the model's outputs are logits `BpC`.
 
     If tokens are patches of images, each of their pixels has a class, and logits are `Bp(PC)`.
     """
 
     needs = "classes"
-    sums = LabelSums
 
     def __init__(self, config: Config):
         super().__init__(config)
-        kinds = [kind for source, kind in KINDS.items() if source == config.data.source]  # none, or one
-        self.names = config.labels.classes or next((kind.classes or () for kind in kinds), ())
+        self.names = config.labels.classes or (self.kind and self.kind.classes) or ()
         self.metrics = label_metrics(self.names, self.items.removesuffix("s"))
         self.items = "patches" if config.data.patch > 1 else self.items
         self.headline = self.metrics[2]
 
-    @property
-    def sums_size(self) -> int:
-        return 2 + 3 * len(self.names)
-
     def problems(self) -> Iterator[str]:
         yield from super().problems()
         data = self.config.data
-        if data.source not in KINDS or KINDS[data.source].classes is None:
+        if self.kind is None or self.kind.classes is None:
             yield (
                 f"data.source={data.source!r} has no labels of tokens, which task={self.config.task!r} needs; "
                 f"use one of {', '.join(repr(name) for name, kind in KINDS.items() if kind.classes is not None)}"

@@ -1,6 +1,7 @@
 """What tasks on windows of tokens have in common: their batches, documents and positions, and losses per token."""
 
 import abc
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -23,13 +24,22 @@ from lss_jax.data.split import EVALUATION, WindowSplit
 from lss_jax.data.text import Tokenizer
 from lss_jax.data.tokenizer import OF_LETTERS, load_tokenizer
 from lss_jax.data.windows import EqualWindows, Window, Windows, WindowsOfDocuments
-from lss_jax.models.losses import LossSum, cross_entropy, vocab_parallel_cross_entropy
+from lss_jax.models.losses import ExactLossSum, cross_entropy, vocab_parallel_cross_entropy
 from lss_jax.models.tiles import tiles_on
 from lss_jax.parallel.layout import layout_on
 from lss_jax.parallel.mesh import MODEL
 from lss_jax.parallel.scopes import LOSS
 from lss_jax.parallel.tensor_parallel import own_part
-from lss_jax.tasks.task import Task
+from lss_jax.tasks.task import Metric, Task
+
+
+def entropy_metrics(item: str, described: str = "") -> tuple[Metric, Metric]:
+    """Nats and bits per item, which is a byte, a base or a token; figures may describe it in more words."""
+    said = described or item
+    return (
+        Metric("loss", f"nats/{item}", f"nats per {said}", lambda means: means["loss"]),
+        Metric(f"bits_per_{item}", f"bits/{item}", f"bits per {said}", lambda means: means["loss"] / math.log(2)),
+    )
 
 
 class TokenTask(Task):
@@ -43,19 +53,23 @@ class TokenTask(Task):
     def __init__(self, config: Config):
         super().__init__(config)
         letters = OF_LETTERS.get(config.data.tokenizer)
-        self.encoded, kind = letters is None, KINDS.get(config.data.source, None)
-        self.items = kind.items if kind else letters.items if letters else "tokens"
+        self.encoded, self.kind = letters is None, KINDS.get(config.data.source)
+        self.items = self.kind.items if self.kind else letters.items if letters else "tokens"
         self.sees_documents = self.packed = config.data.pack and is_packed(config.data)
         self.patch_pixels = config.data.pixels if config.data.patch else 0
 
     @property
-    def text(self) -> Tokenizer:
-        """What the tokens stand for.
+    def tokenizer(self) -> Tokenizer:
+        """That of the config.
 
         Raises:
-          ConfigError: the file of the tokenizer cannot be used.
+          ConfigError: its file cannot be used.
         """
         return load_tokenizer(self.config.data.tokenizer)
+
+    @property
+    def text(self) -> Tokenizer | None:
+        return self.tokenizer
 
     def check_prompts(self, corpus: Corpus) -> None:
         """Raises a ConfigError for data without prompts and answers."""
@@ -88,7 +102,7 @@ class TokenTask(Task):
                 f'task="sequence_to_sequence", or another data.source'
             )
         elif not self.encoded:
-            yield from self.too_few_tokens(self.text.vocab, f"data of {self.items}")
+            yield from self.too_few_tokens(self.tokenizer.vocab, f"data of {self.items}")
         if data.patch and self.needs != "classes":
             yield (
                 f"data.patch={data.patch} makes vectors of pixels of tokens, which task={self.config.task!r} cannot "
@@ -109,12 +123,13 @@ class TokenTask(Task):
             yield f"model.vocab={vocab} is less than {needed}, which {what} needs; use model.vocab={needed}"
 
     def batch_specs(self) -> Any:
-        return batch_specs(self.sees_documents, self.counts_bytes, self.patch_pixels > 0)
+        patched = self.patch_pixels > 0
+        return batch_specs(packed=self.sees_documents, encoded=self.counts_bytes, patched=patched)
 
     def batch_like(self, mesh: Mesh | AbstractMesh) -> Any:
         data, layout = self.config.data, layout_on(self.config, mesh)
-        has = self.sees_documents, self.counts_bytes, self.patch_pixels
-        return batch_like(data.batch_size, data.seq_len, mesh, layout, *has)
+        has: dict[str, Any] = {"packed": self.sees_documents, "encoded": self.counts_bytes}
+        return batch_like(data.batch_size, data.seq_len, mesh, layout, **has, patch_pixels=self.patch_pixels)
 
     def splits(self, mesh: Mesh) -> dict[str, WindowSplit]:
         config, corpus = self.config, open_corpus(self.config.data)
@@ -153,7 +168,7 @@ class TokenTask(Task):
 
     def learned(self, read: Read) -> Read:
         """How tokens and targets are read where these are tokens: without the one that is never learned."""
-        unlearned = self.text.unlearned
+        unlearned = self.tokenizer.unlearned
         return read if unlearned is None else without_target(read, unlearned)
 
     def check(self, corpus: Corpus) -> None:
@@ -163,8 +178,8 @@ class TokenTask(Task):
                 check_columns(stream, self.config.model.rope_columns)
         if corpus.token_bytes is None:
             return
-        for _ in self.too_few_tokens(len(corpus.token_bytes), ""):
-            needed = len(corpus.token_bytes)
+        needed = len(corpus.token_bytes)
+        if self.config.model.vocab < needed:
             raise ConfigError(
                 f"model.vocab={self.config.model.vocab} is less than the {needed} tokens of data.tokenizer="
                 f"{self.config.data.tokenizer!r}; use model.vocab={needed} or more"
@@ -177,7 +192,7 @@ class TokenTask(Task):
         """Natural positions in the window; with `data.restart_positions`, in what the window has of a document."""
         return batch.positions - batch.documents[0] if self.config.data.restart_positions else batch.positions
 
-    def cross_entropy(self, outputs: jax.Array, targets_Bl: jax.Array, axis: str | None) -> LossSum:
+    def cross_entropy(self, outputs: jax.Array, targets_Bl: jax.Array, axis: str | None) -> ExactLossSum:
         """The losses of this device's part, from logits of the vocabulary or this device's shard of it."""
         if axis and self.config.model.vocab_parallel:
             return vocab_parallel_cross_entropy(outputs, targets_Bl, axis)
