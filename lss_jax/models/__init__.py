@@ -30,7 +30,7 @@ from lss_jax.models.shares import NOT_GATHERED, place_weights
 from lss_jax.parallel.layout import SEQUENCE, SOURCE
 
 TRANSFORMER, OF_PAIRS, HIERARCHICAL = (
-    Costs(costs.traffic, costs.products, costs.attentions, costs.reaches_layers, costs.exchanges)
+    Costs(costs.traffic, costs.products, costs.attentions, costs.reaches_layers)
     for costs in (decoder_costs, encoder_decoder_costs, hierarchical_costs)
 )
 FAMILIES = {
@@ -47,7 +47,7 @@ FAMILIES = {
     "hierarchical": Family(
         Hierarchical,
         frozenset({"next_token"}),
-        HIERARCHICAL,
+        HIERARCHICAL._replace(exchanges=hierarchical_costs.exchanges),
         problems=hierarchical_costs.problems,
         gathers_weights=True,
     ),
@@ -62,10 +62,9 @@ class Model:
 
     `shapes`, `specs`, `row_per_position`, `trained` and `names` are nested dicts like the parameters: global
     `ShapeDtypeStruct`s, `PartitionSpec`s, the sequence whose positions a table's rows are of ("" for what is no table),
-    booleans, and names such as `stack/blocks/mlp/up/kernel`. Weights that are
-    sharded at rest may be padded, so that the mesh divides them: `natural_shapes` are those without padding, as
-    checkpoints have them, and `gathers` says how often each is gathered. Those of `on_host`, and all that the optimizer
-    knows of them, rest in the host's memory.
+    booleans, and names such as `stack/blocks/mlp/up/kernel`. Weights that are sharded at rest may be padded, so that
+    the mesh divides them: `natural_shapes` are those without padding, as checkpoints have them, and `gathers` says how
+    often each is gathered. Those of `on_host`, and all that the optimizer knows of them, rest in the host's memory.
     """
 
     config: Config

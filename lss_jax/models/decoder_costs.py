@@ -51,11 +51,6 @@ def attentions(config: Config, mesh: Mesh | AbstractMesh, trained: Trained) -> l
     return [AttentionLayers(config, mesh, SELF, ATTENTION, reaches_layers(trained, "stack"))]
 
 
-def exchanges(_config: Config, _mesh: Mesh | AbstractMesh) -> Iterator[tuple[str, Traffic]]:
-    """Nothing over `seq` but what attention sends."""
-    yield from ()
-
-
 def _layers(config: Config, trained: Trained) -> Layers:
     reached = reaches_layers(trained, "stack")
     return Layers(SEQUENCE, config.model.layers, reached, False, trained["stack"]["blocks"])

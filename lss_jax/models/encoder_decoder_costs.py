@@ -42,11 +42,6 @@ def attentions(config: Config, mesh: Mesh | AbstractMesh, trained: Trained) -> l
     ]
 
 
-def exchanges(_config: Config, _mesh: Mesh | AbstractMesh) -> Iterator[tuple[str, Traffic]]:
-    """Nothing over `seq` but what attention sends."""
-    yield from ()
-
-
 def traffic(config: Config, mesh: Mesh | AbstractMesh, trained: Trained) -> Iterator[tuple[str, Traffic]]:
     """Tensor parallelism of both stacks; and the encoder's output, gathered once for all layers of the decoder."""
     for sequence in (SOURCE, SEQUENCE):

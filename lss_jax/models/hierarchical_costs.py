@@ -17,8 +17,6 @@ from lss_jax.parallel.layout import CHUNKS_PER_DEVICE, SEQUENCE, layout_on
 from lss_jax.parallel.mesh import DATA, SEQ, abstract_mesh
 from lss_jax.parallel.scopes import ATTENTION, PATCHES
 
-GLOBAL = ("tokens", "positions", "stack", "global_norm")  # parameters that the local decoder reads through these
-
 
 def attentions(config: Config, mesh: Mesh | AbstractMesh, trained: Trained) -> list[AttentionLayers]:
     """Over patches on the mesh, and within patches, each of which is a sequence of its own on one device."""
