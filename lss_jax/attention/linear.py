@@ -220,12 +220,12 @@ def state_operations(sizes: Sizes, setting: Setting, D: int, projected: int) -> 
     return Operations(2 * forward, 2 * (forward + backward))
 
 
-def linear_problems(attention: AttentionConfig, _shards: Shards) -> Iterator[str]:
+def _problems(attention: AttentionConfig, _shards: Shards) -> Iterator[str]:
     """There is one way to compute it."""
     yield from kernel_gap(attention)
 
 
-def linear_refuses(config: Config, seen: MaskKind, _shards: Shards) -> Iterator[str]:
+def _refuses(config: Config, seen: MaskKind, _shards: Shards) -> Iterator[str]:
     """It shows all of a row, or all up to each token; and there are no weights to drop."""
     yield from (*mask_gaps(config, seen), *window_gap(config, seen), *dropout_gap(config))
 
@@ -242,8 +242,8 @@ LINEAR = Strategy(
     whole_mask=None,
     kernels=("blockwise",),
     options=(),
-    problems=linear_problems,
-    refuses=linear_refuses,
+    problems=_problems,
+    refuses=_refuses,
     own_window=False,
     in_kernel=None,
     recomputed=lambda _: (True, True),

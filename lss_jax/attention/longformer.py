@@ -18,8 +18,8 @@ from jax.ad_checkpoint import checkpoint_name
 
 from lss_jax.attention.collectives import all_gather, stacked
 from lss_jax.attention.gaps import kernel_gap, mask_gaps
-from lss_jax.attention.kernels.blocks import query_blocking, visits
-from lss_jax.attention.kernels.interface import Queries
+from lss_jax.attention.kernels import blocks
+from lss_jax.attention.kernels.interface import FORWARD, PRODUCTS, Queries
 from lss_jax.attention.mask import Intervals, MaskKind, neighbours
 from lss_jax.attention.runs import Attended, attend_to_run, keys_from, together
 from lss_jax.attention.setting import Approximation, Setting
@@ -27,8 +27,6 @@ from lss_jax.attention.strategy import Local, Operations, Shards, Shown, Strateg
 from lss_jax.attention.traffic import Sizes, Traffic
 from lss_jax.config.schema import AttentionConfig, Config
 from lss_jax.parallel.residuals import ATTENDED, COMMUNICATED
-
-FORWARD, TRAINING = 2, 7  # products per score, of the blockwise kernel
 
 
 def longformer_attention(local: Local, setting: Setting) -> jax.Array:
@@ -187,11 +185,7 @@ def _operations(shown: Shown, sizes: Sizes, setting: Setting) -> Operations:
     told, l, (left, right) = _told(setting), sizes.l, halo(sizes.l, setting)
 
     def scores(mask: Intervals, queries: int, first: int, keys: int) -> int:
-        blocks = keys_from(first, keys, setting)
-        largest = setting.block_queries, setting.block_keys
-        blocking = query_blocking((sizes.B, queries, sizes.H, sizes.G), setting.layout, largest, blocks.size)
-        in_block = blocking.block_heads * (sizes.H // sizes.G) * blocking.size * blocks.size
-        return visits(blocks, blocking, mask.start, mask.end) * in_block
+        return blocks.scores(keys_from(first, keys, setting), (sizes.B, queries, sizes.H, sizes.G), setting, mask)
 
     def of_device(first: int) -> int:
         mask = shown(first + jnp.arange(l, dtype=jnp.int32))
@@ -203,7 +197,7 @@ def _operations(shown: Shown, sizes: Sizes, setting: Setting) -> Operations:
         return total
 
     most = max(of_device(device * l) for device in range(setting.layout.devices))
-    return Operations(2 * sizes.K * FORWARD * most, 2 * sizes.K * TRAINING * most)
+    return Operations(2 * sizes.K * FORWARD * most, 2 * sizes.K * PRODUCTS[setting.kernel] * most)
 
 
 def _problems(attention: AttentionConfig, _shards: Shards) -> Iterator[str]:

@@ -17,15 +17,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lss_jax.attention.linear import (
-    attend_by_states,
-    linear_problems,
-    linear_refuses,
-    state_operations,
-    state_traffic,
-)
+from lss_jax.attention.linear import LINEAR, attend_by_states, state_operations, state_traffic
 from lss_jax.attention.setting import Setting
-from lss_jax.attention.strategy import Local, Operations, Shards, Shown, Strategy
+from lss_jax.attention.strategy import Local, Operations, Shards, Shown
 from lss_jax.attention.traffic import Sizes, Traffic
 from lss_jax.config.schema import AttentionConfig
 
@@ -83,22 +77,14 @@ def _problems(attention: AttentionConfig, shards: Shards) -> Iterator[str]:
             'attention.features=0 leaves attention.strategy="performer" nothing to compute with; use a few times the '
             'width of a head, such as attention.features=128, or attention.strategy="linear"'
         )
-    yield from linear_problems(attention, shards)
+    yield from LINEAR.problems(attention, shards)
 
 
-PERFORMER = Strategy(
-    exact=False,
+PERFORMER = LINEAR._replace(
     defined_by=("attention.features", "seed"),
     attention=performer_attention,
     traffic=_traffic,
-    whole_mask=None,
-    kernels=("blockwise",),
     options=("features",),
     problems=_problems,
-    refuses=linear_refuses,
-    own_window=False,
-    in_kernel=None,
-    recomputed=lambda _: (True, True),
-    key_blocks=None,
     operations=_operations,
 )

@@ -16,8 +16,8 @@ from jax.interpreters.partial_eval import dce_jaxpr
 from jax.sharding import AbstractMesh, Mesh
 from optax.contrib import MuonDimensionNumbers
 
-from lss_jax.attention.kernels.blocks import query_blocking, visits
-from lss_jax.attention.kernels.interface import Queries
+from lss_jax.attention.kernels.blocks import scores
+from lss_jax.attention.kernels.interface import FORWARD, PRODUCTS, Queries
 from lss_jax.attention.kernels.targets import TARGETS
 from lss_jax.attention.kernels.tiles import facts, tiling_of
 from lss_jax.attention.mask import Intervals
@@ -32,9 +32,6 @@ from lss_jax.models.stack import repeats
 from lss_jax.parallel.scopes import ATTENTION
 from lss_jax.tasks import make_task
 from lss_jax.training.optimizer import matrices
-
-FORWARD = 2  # products per score in a forward pass
-PRODUCTS = {"dense": 2 + 5, "blockwise": 2 + 5, "triton": 2 + 3 + 4, "mosaic": 2 + 3 + 4}  # per score, in both passes
 
 
 def traced(jaxpr: ClosedJaxpr) -> int:
@@ -108,8 +105,7 @@ def _scores(mask: Intervals, sizes: Sizes, setting: Setting, strategy: Strategy)
         return int((tables.stop_B - tables.first_B).sum()) * H * tiling.queries.size * tiling.key_size
     assert strategy.key_blocks
     keys = strategy.key_blocks(s, setting)
-    blocks = query_blocking((B, l, H, G), setting.layout, (setting.block_queries, setting.block_keys), keys.size)
-    return visits(keys, blocks, mask.start, mask.end) * blocks.block_heads * (H // G) * blocks.size * keys.size
+    return scores(keys, (B, l, H, G), setting, mask)
 
 
 def _products(jaxpr: Jaxpr) -> Iterator[int]:

@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from lss_jax.attention.mask import Intervals
+from lss_jax.attention.setting import Setting
 from lss_jax.parallel.layout import Layout
 
 SMALLEST_BLOCK = 128  # runs shorter than this are not worth blocks of their own, unless blocks are to be smaller still
@@ -101,6 +103,14 @@ def visits(keys: KeyBlocks, blocking: "QueryBlocking", start: jax.Array, end: ja
     """How many pairs of a block of queries and a block of keys a kernel computes; intervals `[l]` or `[B, l]`."""
     first_i, stop_i = touched(keys, blocking.split_per_query(start), blocking.split_per_query(end))
     return int((stop_i - first_i).sum())
+
+
+def scores(keys: KeyBlocks, shape_BlHG: tuple[int, int, int, int], setting: Setting, mask: Intervals) -> int:
+    """How many scores the blockwise kernel computes for local queries of this shape, which see what `mask` shows."""
+    (_, _, H, kv_heads), largest = shape_BlHG, (setting.block_queries, setting.block_keys)
+    blocking = query_blocking(shape_BlHG, setting.layout, largest, keys.size)
+    of_blocks = blocking.block_heads * (H // kv_heads) * blocking.size * keys.size
+    return visits(keys, blocking, mask.start, mask.end) * of_blocks
 
 
 class QueryBlocking(NamedTuple):

@@ -32,6 +32,11 @@ class Residuals(NamedTuple):
     output: Output
 
 
+# Products per score: in a forward pass, and by kernel in both.
+FORWARD = 2
+PRODUCTS = {"dense": 2 + 5, "blockwise": 2 + 5, "triton": 2 + 3 + 4, "mosaic": 2 + 3 + 4}
+
+
 class Kernel(NamedTuple):
     """Attention of local queries over keys that are all there, and its gradient.
 
