@@ -1,20 +1,17 @@
 """Models of the library `transformers` come in and go out: logits, gradients, curves and files are theirs."""
 
-from functools import cache, partial
+from functools import cache
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import traverse_util
 from helpers import batch_on, mesh_of, small_config, windows_of
-from jax.sharding import PartitionSpec as P
 from oracle import learning_rate, plain_inputs
 from tokenizer_cases import CORPUS, trained
 
-from lss_jax.attention.placement import setting_on
-from lss_jax.attention.strategies import make_attend
 from lss_jax.config.schema import flat_keys
+from lss_jax.data.batch import Batch
 from lss_jax.generation.generate import generate_text
 from lss_jax.huggingface.exporting import groups_of
 from lss_jax.huggingface.families import FAMILIES
@@ -24,15 +21,10 @@ from lss_jax.huggingface.keys import family_of, our_keys
 from lss_jax.huggingface.run import export_run, import_run
 from lss_jax.huggingface.tensors import their_part
 from lss_jax.models import build_model
-from lss_jax.models.layers import Segment, without_past
 from lss_jax.parallel.layout import layout_on
-from lss_jax.parallel.mesh import DATA, MODEL, SEQ, axis_if_sharded
-from lss_jax.parallel.tensor_parallel import own_part
-from lss_jax.tasks import make_task
 from lss_jax.training.evaluation import restore_params
 from lss_jax.training.setup import validate
-from lss_jax.training.step import make_means_and_gradient, on_mesh
-from lss_jax.training.tables import in_layout_order
+from lss_jax.training.step import make_means_and_gradient, make_prediction_step
 from lss_jax.training.trainer import Trainer
 
 pytestmark = pytest.mark.transformers
@@ -116,29 +108,10 @@ def run_of(folder, workdir, mesh=(1, 1, 1), **changes):
 
 def our_logits(model, mesh, params, tokens_BL):
     """Logits `BLV` of a forward pass with the config's strategy, natural order."""
-    config, layout, axis = model.config, layout_on(model.config, mesh), axis_if_sharded(MODEL, mesh)
-    in_specs = on_mesh((model.specs, P(DATA, SEQ), P(SEQ)), mesh)
-
-    @partial(jax.shard_map, mesh=mesh, in_specs=in_specs, out_specs=on_mesh(P(DATA, (SEQ, MODEL)), mesh))
-    def on_segments(params, tokens_Bl, positions_l):
-        mask = make_task(config).mask(positions_l)
-        attend = without_past(make_attend(config.attention.strategy, mask, setting_on(config, mesh)))
-        segment = Segment(
-            positions_l=positions_l,
-            positions_p=own_part(positions_l, axis, 0),
-            embedded_l=positions_l,
-            is_token_p=jnp.ones_like(own_part(positions_l, axis, 0), bool),
-            attend=attend,
-            head_groups=1,
-            dropout=None,
-            model_axis=axis,
-            sequence_axes=(),  # nothing is pooled
-            source=None,
-        )
-        return model.apply(in_layout_order(params, model, mesh), tokens_Bl, segment).all()
-
-    positions_L = np.asarray(layout.positions(tokens_BL.shape[1]))
-    logits_BLV = jax.jit(on_segments)(params, tokens_BL[:, positions_L], positions_L)
+    positions_L = layout_on(model.config, mesh).positions(tokens_BL.shape[1])
+    ordered_BL = tokens_BL[:, positions_L]
+    batch = Batch(ordered_BL, ordered_BL, positions_L, np.arange(len(tokens_BL), dtype=np.int32), None, None)
+    logits_BLV = make_prediction_step(model, mesh, lambda logits: logits)(params, batch)
     return np.asarray(logits_BLV)[:, np.argsort(positions_L)]
 
 

@@ -37,7 +37,7 @@ from lss_jax.generation.cache import (
 from lss_jax.models import FAMILIES, Model, Params, build_model
 from lss_jax.models.layers import AttendWithPast, Segment, Source, without_past
 from lss_jax.parallel.layout import SEQUENCE, SOURCE, layout_on
-from lss_jax.parallel.mesh import DATA, MODEL, SEQ, axis_if_sharded, sharded_axes
+from lss_jax.parallel.mesh import DATA, MODEL, SEQ, axis_if_sharded, sequence_axes
 from lss_jax.parallel.scopes import ATTENTION, CROSS_ATTENTION
 from lss_jax.parallel.tensor_parallel import own_part
 from lss_jax.tasks import make_task
@@ -100,7 +100,7 @@ def make_source_prefill(model: Model, mesh: Mesh, tokens: int, rows: int) -> Pre
     The cache has so many `rows` for each source, which share what is cached of it, and room for `tokens` in each row.
     """
     config, layout, axis = model.config, layout_on(model.config, mesh, SOURCE), axis_if_sharded(MODEL, mesh)
-    axes = tuple(axis for axis in sharded_axes(mesh) if axis != DATA)
+    axes = sequence_axes(mesh)
     # the table of the sequence itself is for the steps
     specs = model.with_tables(lambda spec, sequence: spec if sequence == SOURCE else P(), model.specs)
 

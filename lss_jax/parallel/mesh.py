@@ -36,6 +36,11 @@ def sharded_axes(mesh: Mesh | AbstractMesh) -> tuple[str, ...]:
     return tuple(axis for axis in mesh.axis_names if mesh.shape[axis] > 1)
 
 
+def sequence_axes(mesh: Mesh | AbstractMesh) -> tuple[str, ...]:
+    """Those of them that shard a sequence: into segments, and these into parts."""
+    return tuple(axis for axis in sharded_axes(mesh) if axis != DATA)
+
+
 def has_host_memory(mesh: Mesh | AbstractMesh) -> bool:
     """Whether there is a memory beside the devices' own, as for accelerators; an abstract mesh is taken for them."""
     return isinstance(mesh, AbstractMesh) or mesh.devices.flat[0].platform != "cpu"

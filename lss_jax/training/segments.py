@@ -12,7 +12,7 @@ from lss_jax.attention.strategies import make_attend
 from lss_jax.config.schema import Config
 from lss_jax.models.layers import AttendWithPast, Segment, Source, without_past
 from lss_jax.parallel.dropout import OF_SOURCE, Dropout
-from lss_jax.parallel.mesh import DATA, MODEL, axis_if_sharded, sharded_axes
+from lss_jax.parallel.mesh import MODEL, axis_if_sharded, sequence_axes
 from lss_jax.parallel.scopes import ATTENTION, CROSS_ATTENTION
 from lss_jax.parallel.tensor_parallel import own_part
 from lss_jax.tasks import make_task
@@ -20,7 +20,8 @@ from lss_jax.tasks import make_task
 
 def segment_of(config: Config, mesh: Mesh | AbstractMesh, batch: Any, dropout: Dropout | None) -> Segment:
     """The context of this device's segment of a local batch, and of its segment of the source, if the task has one."""
-    task, source_s = make_task(config), make_task(config).source_positions(batch)
+    task = make_task(config)
+    source_s = task.source_positions(batch)
 
     def attend(between: Between, mask: Intervals, scope: str) -> AttendWithPast:
         over = of_patches(mask, config.model.patch) if config.model.patch else mask
@@ -39,7 +40,7 @@ def segment_of(config: Config, mesh: Mesh | AbstractMesh, batch: Any, dropout: D
             head_groups=config.attention.head_groups,
             dropout=dropout and dropout._replace(position_l=positions_p),
             model_axis=axis,
-            sequence_axes=tuple(axis for axis in sharded_axes(mesh) if axis != DATA),
+            sequence_axes=sequence_axes(mesh),
             source=None,
         )
 

@@ -10,14 +10,14 @@ from jax.sharding import AbstractMesh, Mesh
 
 from lss_jax.models import Model, Params
 from lss_jax.parallel.layout import layout_on, length_of, padded_length
-from lss_jax.parallel.mesh import DATA, sharded_axes
+from lss_jax.parallel.mesh import sequence_axes
 from lss_jax.parallel.scopes import POSITIONS
 
 
 @jax.named_scope(POSITIONS)
 def in_layout_order(params: Params, model: Model, mesh: Mesh | AbstractMesh) -> Params:
     """Local parameters with the rows of each table moved to the devices of their tokens."""
-    axes = _sequence_axes(mesh)
+    axes = sequence_axes(mesh)
 
     def moved(table_pE: jax.Array, sequence: str) -> jax.Array:
         return layout_on(model.config, mesh, sequence).from_natural(table_pE, axes)
@@ -28,7 +28,7 @@ def in_layout_order(params: Params, model: Model, mesh: Mesh | AbstractMesh) -> 
 @jax.named_scope(POSITIONS)
 def in_natural_order(gradient: Params, model: Model, mesh: Mesh | AbstractMesh) -> Params:
     """A local gradient with the rows of each table back in natural order: the inverse of `in_layout_order`."""
-    axes = _sequence_axes(mesh)
+    axes = sequence_axes(mesh)
 
     def moved_back(table_pE: jax.Array, sequence: str) -> jax.Array:
         return layout_on(model.config, mesh, sequence).to_natural(table_pE, axes)
@@ -53,7 +53,7 @@ def cropped(gradient: Params, model: Model, mesh: Mesh | AbstractMesh) -> Params
     A table that the mesh does not divide is replicated in the state, so its gradient is first gathered: explicitly,
     since a gather that XLA inserts where `shard_map` ends has no name of its own from jax 0.12 on.
     """
-    axes = _sequence_axes(mesh)
+    axes = sequence_axes(mesh)
 
     def without_padding(table_pE: jax.Array, sequence: str) -> jax.Array:
         missing = _missing_rows(model, mesh, sequence)
@@ -63,10 +63,6 @@ def cropped(gradient: Params, model: Model, mesh: Mesh | AbstractMesh) -> Params
         return table_LE[:-missing]
 
     return model.with_tables(without_padding, gradient)
-
-
-def _sequence_axes(mesh: Mesh | AbstractMesh) -> tuple[str, ...]:
-    return tuple(axis for axis in sharded_axes(mesh) if axis != DATA)
 
 
 def _missing_rows(model: Model, mesh: Mesh | AbstractMesh, sequence: str) -> int:
