@@ -28,6 +28,8 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from experiments.commands import on_cpu
+
 HERE = Path(__file__).parent
 SMALL = {
     "model.layers": 2,
@@ -66,8 +68,9 @@ def command(data: str, workdir: Path) -> list[str]:
 
 
 def started(arguments: list[str]) -> subprocess.Popen:
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(DEVICES)}
-    return subprocess.Popen(arguments, env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    return subprocess.Popen(
+        arguments, env=on_cpu(DEVICES), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    )
 
 
 def steps(process: subprocess.Popen) -> Iterator[int]:

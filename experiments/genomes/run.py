@@ -12,14 +12,12 @@ and all files in the folder `--work`.
 
 import argparse
 import json
-import os
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from experiments.commands import command, options
 from experiments.genomes.genomes import CONTIGS, EVALUATED, HELD_OUT, TRAIN, file_of
 from experiments.genomes.report import write_report
 from lss_jax.storage.metrics import read_records
@@ -43,21 +41,11 @@ FULL = Size((512, 2048, 8192, 16384), seeds=3, steps=300, genes_steps=600, evalu
 QUICK = Size((512, 1024), seeds=1, steps=4, genes_steps=4, evaluated=2 * TOKENS)
 
 
-def command(module: str, *arguments: object) -> None:
-    """Runs `python -m lss_jax.MODULE ARGUMENTS` on simulated devices."""
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(DEVICES)}
-    subprocess.run([sys.executable, "-m", f"lss_jax.{module}", *map(str, arguments)], env=environment, check=True)
-
-
-def options(values: dict[str, Any]) -> list[str]:
-    return [f"--config.{key}={value}" for key, value in values.items()]
-
-
 def train(config: str, workdir: Path, seed: int, steps: int, values: dict[str, Any]) -> float:
     """The seconds of all training steps of a run; one that was interrupted goes on."""
     schedule = {"optim.steps": steps, "optim.warmup_steps": min(20, steps), "log_every": 1, "checkpoint_every": 50}
     chosen = options({"seed": seed, "eval_every": 0, "sample_prompt": "", **schedule, **values})
-    command("train", "--config", config, "--workdir", workdir, *chosen)
+    command("train", "--config", config, "--workdir", workdir, *chosen, devices=DEVICES)
     records = read_records(workdir / "metrics.jsonl")
     return sum(record["step_seconds"] for record in records if record["split"] == "train")
 
@@ -77,7 +65,8 @@ def next_bases(folder: Path, workdir: Path, size: Size, context: int, seed: int)
         test = options({"data.test_path": file_of(folder, name)} if name != held_out[0] else {})
         split = "valid" if name == held_out[0] else "test"
         batches = size.evaluated // TOKENS
-        command("evaluate", "--workdir", workdir, "--split", split, "--by-position", "--batches", batches, *test)
+        shown = ["--split", split, "--by-position", "--batches", batches]
+        command("evaluate", "--workdir", workdir, *shown, *test, devices=DEVICES)
         (found[name],) = json.loads((workdir / f"by_position_{split}.json").read_text())["windows"]
     return {"steps": size.steps, "seconds": seconds, "genomes": found}
 
@@ -86,7 +75,7 @@ def coding_bases(folder: Path, workdir: Path, size: Size, seed: int) -> dict[str
     """The metrics on the held-out contigs."""
     values = {"data.path": folder / CONTIGS, "data.valid_path": "", "data.test_path": "", "data.annotation": ""}
     seconds = train("configs/genes.py", workdir, seed, size.genes_steps, values)
-    command("evaluate", "--workdir", workdir, "--split", "test")
+    command("evaluate", "--workdir", workdir, "--split", "test", devices=DEVICES)
     *_, record = (r for r in read_records(workdir / "metrics.jsonl") if r["split"] == "test")
     return {"steps": size.genes_steps, "seconds": seconds, "test": record}
 

@@ -12,7 +12,6 @@ about 20 minutes on two cores. Writes `results.json` and `results.md` beside thi
 
 import argparse
 import json
-import os
 import shlex
 import subprocess
 import sys
@@ -21,6 +20,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from experiments.commands import on_cpu, options
 from lss_jax.models import build_model, parameter_count
 from lss_jax.storage.metrics import read_records
 from lss_jax.storage.workdir import load_config
@@ -39,7 +39,7 @@ class Commands:
     def __init__(self, scratch: Path, data: Path):
         self.lines: list[str] = []
         self._scratch, self._data = scratch, data
-        self._environment = {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "8"}
+        self._environment = on_cpu(8)
 
     def __call__(self, module: str, *arguments: object) -> str:
         """The output of `python -m lss_jax.MODULE ARGUMENTS`."""
@@ -50,10 +50,6 @@ class Commands:
         print(f"$ {line}", flush=True)
         command = [sys.executable, *words]
         return subprocess.run(command, env=self._environment, check=True, stdout=subprocess.PIPE, text=True).stdout
-
-
-def options(values: dict[str, Any]) -> list[str]:
-    return [f"--config.{key}={value}" for key, value in values.items()]
 
 
 def seconds_of(workdir: Path) -> list[float]:
@@ -114,8 +110,7 @@ def stopped(run: Commands, train: list[Any], workdir: Path) -> None:
     import signal
 
     words = [sys.executable, "-m", "lss_jax.train", *map(str, train)]
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "8"}
-    process = subprocess.Popen(words, env=environment, stdout=subprocess.DEVNULL)
+    process = subprocess.Popen(words, env=on_cpu(8), stdout=subprocess.DEVNULL)
     while process.poll() is None and not (workdir / "checkpoints" / str(MESH["checkpoint_every"])).is_dir():
         time.sleep(1)
     process.send_signal(signal.SIGINT)

@@ -10,12 +10,12 @@ beside this file.
 
 import argparse
 import json
-import os
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
+from experiments.commands import command, on_cpu, options
 from lss_jax.storage.metrics import read_records
 
 MESHES = [(2, 4), (1, 1)]
@@ -42,15 +42,12 @@ HERE = Path(__file__).parent
 def run(data: str, workdir: Path, groups: int, seq: int) -> tuple[str, list[dict], float]:
     """Trains and evaluates on one mesh: the command, the records, and bits per byte on the whole validation split."""
     overrides = {"data.path": data, "mesh.data": groups, "mesh.seq": seq, **SCALED_DOWN}
-    arguments = ["--config", "configs/enwik8.py", *(f"--config.{key}={value}" for key, value in overrides.items())]
-    devices = str(groups * seq)
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": devices}
-    train = [sys.executable, "-m", "lss_jax.train", *arguments, "--workdir", str(workdir)]
-    subprocess.run(train, env=environment, check=True)
+    arguments, devices = ["--config", "configs/enwik8.py", *options(overrides)], groups * seq
+    command("train", *arguments, "--workdir", workdir, devices=devices)
     evaluate = [sys.executable, "-m", "lss_jax.evaluate", "--workdir", str(workdir)]
-    printed = subprocess.run(evaluate, env=environment, check=True, stdout=subprocess.PIPE, text=True).stdout
-    command = f"JAX_PLATFORMS=cpu JAX_NUM_CPU_DEVICES={devices} python -m lss_jax.train {' '.join(arguments)}"
-    return command, read_records(workdir / "metrics.jsonl"), float(printed.split()[-2])
+    printed = subprocess.run(evaluate, env=on_cpu(devices), check=True, stdout=subprocess.PIPE, text=True).stdout
+    shown = f"JAX_PLATFORMS=cpu JAX_NUM_CPU_DEVICES={devices} python -m lss_jax.train {' '.join(arguments)}"
+    return shown, read_records(workdir / "metrics.jsonl"), float(printed.split()[-2])
 
 
 def main() -> None:

@@ -26,6 +26,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from experiments.commands import options
 from lss_jax.config.loading import load_config_file
 from lss_jax.config.schema import Config, from_dict
 from lss_jax.data.image_sources import IMAGES
@@ -61,6 +62,10 @@ class Run(NamedTuple):
     def key(self) -> str:
         return f"{self.source}, {self.view}, seed {self.seed}"
 
+    @property
+    def folder(self) -> str:
+        return self.key.replace(", ", "-").replace(" ", "_")
+
 
 def config_of(source: str, changes: dict[str, Any]) -> Config:
     values = load_config_file(f"configs/{source}.py")
@@ -92,17 +97,15 @@ class Training:
 
     def __call__(self, run: Run, changes: dict[str, Any]) -> dict[str, Any]:
         """Trains and evaluates; what is to be told of it."""
-        workdir = self._scratch / run.key.replace(", ", "-").replace(" ", "_")
-        values = {**changes, "seed": run.seed}
-        options = [f"--config.{key}={value}" for key, value in values.items()]
-        train = ["train", "--config", f"configs/{run.source}.py", "--workdir", str(workdir), *options]
+        workdir, keys = self._scratch / run.folder, options({**changes, "seed": run.seed})
+        train = ["train", "--config", f"configs/{run.source}.py", "--workdir", str(workdir), *keys]
         self._command(*train)
         self._command("evaluate", "--workdir", str(workdir), "--split", "test")
         records = read_records(workdir / "metrics.jsonl")
         (test,) = (record for record in records if record["split"] == "test")
         trained = [record["step_seconds"] for record in records if record["split"] == "train"]
         return {
-            "command": "python -m lss_jax.train " + " ".join(train[1:3] + options),
+            "command": "python -m lss_jax.train " + " ".join(train[1:3] + keys),
             "parameters": parameter_count(build_model(load_config(workdir))),
             "steps": test["step"],
             "step_seconds": statistics.median(trained),
@@ -111,7 +114,7 @@ class Training:
 
     def pictures(self, run: Run, out: Path) -> None:
         """Draws some test images with a finished run's predictions."""
-        workdir = self._scratch / run.key.replace(", ", "-").replace(" ", "_")
+        workdir = self._scratch / run.folder
         self._command("evaluate", "--workdir", str(workdir), "--split", "test", "--pictures", "3")
         shutil.copy(workdir / "pictures_test.png", out)
 

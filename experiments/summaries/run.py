@@ -16,10 +16,7 @@ beside this file.
 import argparse
 import dataclasses
 import json
-import os
 import statistics
-import subprocess
-import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,10 +25,12 @@ from typing import Any
 import jax
 
 from configs import summaries
+from experiments.commands import command, options
 from lss_jax.config.schema import Config, from_dict
+from lss_jax.data.text import decoded
 from lss_jax.parallel.mesh import make_mesh
 from lss_jax.reports.rouge import MEASURES, Rouge
-from lss_jax.reports.summaries import documents_of, text_of
+from lss_jax.reports.summaries import documents_of
 from lss_jax.runtime import distributed
 from lss_jax.tasks import make_task
 
@@ -46,17 +45,12 @@ def run(workdir: Path, aspect: str, seed: int, overrides: dict[str, Any], batche
     """Trains, or goes on, and scores the texts: ROUGE by kind of text."""
     folder = workdir / f"{aspect}_{seed}"
     keys = {"data.answer_field": aspect, "seed": seed, "mesh.data": 1, "mesh.seq": DEVICES, **overrides}
-    options = [f"--config.{key}={value}" for key, value in keys.items()]
-    _command("train", "--config=configs/summaries.py", f"--workdir={folder}", *options)
+    command("train", "--config=configs/summaries.py", f"--workdir={folder}", *options(keys), devices=DEVICES)
     some = [] if batches is None else [f"--batches={batches}"]
-    _command("evaluate", f"--workdir={folder}", "--rouge", "--split=test", f"--beams={BEAMS}", *some)
+    shown = ["--rouge", "--split=test", f"--beams={BEAMS}", *some]
+    command("evaluate", f"--workdir={folder}", *shown, devices=DEVICES)
     result = json.loads((folder / "rouge_test.json").read_text())
     return {key: result[key] for key in ("step", "documents", "scores")} | {"texts": result["texts"][:SHOWN]}
-
-
-def _command(module: str, *arguments: str) -> None:
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(DEVICES)}
-    subprocess.run([sys.executable, "-m", f"lss_jax.{module}", *arguments], env=environment, check=True)
 
 
 def typical(aspect: str, count: int) -> tuple[str, dict[str, float]]:
@@ -78,7 +72,7 @@ def references(config: Config, split: str) -> list[str]:
     task = make_task(config)
     assert task.text is not None
     return [
-        text_of(task.text, pair.target)
+        decoded(task.text, pair.target)
         for pair in documents_of(config, make_mesh((1, 1, 1), jax.devices()[:1]), split, None)
     ]
 
