@@ -10,10 +10,9 @@ from itertools import islice
 import pytest
 
 from experiments.alternatives.listops import Bounds, expressions
-from experiments.alternatives.recall import PAIR, Shape, examples
+from experiments.alternatives.recall import examples, length_of
 
 BOUNDS = Bounds(least=50, most=200, depth=5, arguments=6)
-SHAPE = Shape(length=400, distance=123, pairs=9)
 
 
 def value_of(text: str) -> tuple[int, str]:
@@ -51,25 +50,16 @@ def test_expressions_as_long_as_those_of_the_long_range_arena():
         assert 500 <= len(text) <= 2000 and value_of(text) == (value, "")
 
 
-def test_an_example_asks_for_one_of_its_pairs_at_its_distance():
-    places = set()
-    for text, value in examples(200, 0, SHAPE):
-        assert len(text) == 400
-        pairs = re.findall(r"([a-z]{3})=([a-p]);", text)
-        asked = re.fullmatch(r"\?([a-z]{3})=", text[-5:])[1]
-        assert len(pairs) == len(dict(pairs)) == 9 and dict(pairs)[asked] == value
-        assert text[400 - 123] == value and text[400 - 123 - 4 : 400 - 123] == f"{asked}="
-        places |= {match.start() for match in re.finditer(r"[a-z]{3}=[a-p];", text)}
-    assert len(places) == (400 - 5) // PAIR, "the other pairs lie anywhere"
+@pytest.mark.parametrize("distance", [64, 123, 1000])
+def test_an_answer_is_what_was_read_at_its_distance(distance):
+    for prompt, answer in examples(50, 0, distance):
+        text = prompt + answer
+        assert len(text) == length_of(distance) and text[-64:] == answer == text[-64 - distance : -distance]
+        assert re.fullmatch(r"[0-9]{64}[a-p]{64}[0-9]*", prompt)
+    assert set("".join(answer for _, answer in examples(50, 0, distance))) == set("abcdefghijklmnop")
 
 
-@pytest.mark.parametrize("distance", [7, 396])
-def test_the_nearest_and_the_farthest_pair(distance):
-    for text, value in examples(20, 1, Shape(400, distance, 3)):
-        assert text[400 - distance] == value and text.count("=") == 4
-
-
-@pytest.mark.parametrize("generate", [lambda n, s: expressions(n, s, BOUNDS), lambda n, s: examples(n, s, SHAPE)])
+@pytest.mark.parametrize("generate", [lambda n, s: expressions(n, s, BOUNDS), lambda n, s: examples(n, s, 123)])
 def test_a_seed_gives_one_file_and_a_longer_one_begins_alike(generate):
     assert list(generate(5, 3)) == list(islice(generate(50, 3), 5))
     assert not set(generate(50, 3)) & set(generate(50, 4))
@@ -82,12 +72,8 @@ def test_a_seed_gives_one_file_and_a_longer_one_begins_alike(generate):
         (lambda: expressions(1, 0, BOUNDS._replace(least=300)), "least=300, most=200 are no bounds on tokens"),
         (lambda: expressions(1, 0, Bounds(50, 60, 1, 5)), "least=50 tokens is more than the 7 that depth=1 and"),
         (lambda: expressions(0, 0, BOUNDS), "count=0, seed=0: give at least 1 expression"),
-        (
-            lambda: examples(1, 0, SHAPE._replace(distance=397)),
-            "distance=397 does not fit into length=400; use 7 to 396",
-        ),
-        (lambda: examples(1, 0, SHAPE._replace(pairs=64)), "pairs=64 do not fit into length=400; use 1 to 63"),
-        (lambda: examples(1, -1, SHAPE), "count=1, seed=-1: give at least 1 example and a seed"),
+        (lambda: examples(1, 0, 63), "distance=63 is less than the 64 letters; use 64 or more"),
+        (lambda: examples(1, -1, 123), "count=1, seed=-1: give at least 1 example and a seed"),
     ],
 )
 def test_what_cannot_be_is_one_line(generate, message):
@@ -97,7 +83,7 @@ def test_what_cannot_be_is_one_line(generate, message):
 
 def test_the_command_writes_jsonl(tmp_path):
     out = tmp_path / "recall.jsonl"
-    arguments = ["--out", str(out), "--count", "3", "--length", "100", "--distance", "50", "--pairs", "4"]
+    arguments = ["--out", str(out), "--count", "3", "--distance", "70"]
     subprocess.run([sys.executable, "-m", "experiments.alternatives.recall", *arguments], check=True)
     lines = [json.loads(line) for line in out.read_text().splitlines()]
-    assert [(line["text"], line["label"]) for line in lines] == list(examples(3, 0, Shape(100, 50, 4)))
+    assert [(line["prompt"], line["answer"]) for line in lines] == list(examples(3, 0, 70))

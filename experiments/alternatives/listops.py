@@ -93,6 +93,12 @@ def _operation(source: random.Random, bounds: Bounds, depth: int) -> tuple[str, 
     return f"{name}{''.join(texts)}{CLOSE}", OPERATIONS[name](values)
 
 
+def lines(count: int, seed: int, bounds: Bounds) -> str:
+    """The file of these expressions."""
+    found = ({"text": text, "label": str(value)} for text, value in expressions(count, seed, bounds))
+    return "".join(f"{json.dumps(expression)}\n" for expression in found)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", required=True, type=Path, metavar="FILE", help="JSONL, written anew")
@@ -103,15 +109,11 @@ def main() -> None:
     parser.add_argument("--depth", type=int, default=10, help="of nested operations")
     parser.add_argument("--arguments", type=int, default=10, help="of an operation")
     given = parser.parse_args()
-    bounds = Bounds(given.least, given.most, given.depth, given.arguments)
     try:
-        lines = [
-            json.dumps({"text": text, "label": str(value)})
-            for text, value in expressions(given.count, given.seed, bounds)
-        ]
+        text = lines(given.count, given.seed, Bounds(given.least, given.most, given.depth, given.arguments))
     except ValueError as error:
         raise SystemExit(str(error)) from None
-    given.out.write_text("".join(f"{line}\n" for line in lines))
+    given.out.write_text(text)
 
 
 if __name__ == "__main__":

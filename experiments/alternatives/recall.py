@@ -1,13 +1,11 @@
-"""Recall at a controlled distance: what a model still knows of one pair, so many tokens before it is asked for it.
+"""Recall at a controlled distance: what a model still knows of some letters, so many tokens after it has read them.
 
-    python -m experiments.alternatives.recall --out recall.jsonl --count 1000 --length 2048 --distance 1024 --seed 0
+    python -m experiments.alternatives.recall --out recall.jsonl --count 1000 --distance 1024 --seed 0
 
-Writes a line of JSON per example. Its `text` is `length` bytes of noise with some pairs of a key and a value in it,
-`abc=q;`, and at its end the key of one of them, `?abc=`; its `label` is the value. From the value to the place where it
-is asked for are `distance` bytes. The other pairs lie anywhere, with other keys, so that nothing but the key says which
-value is meant. A model that recalls nothing is right in 1 of 16 cases.
-
-Each example is a function of the seed and of its number alone.
+Writes a line of JSON per example: the copying memory problem (Hochreiter & Schmidhuber 1997; Arjovsky et al. 2016,
+arXiv 1511.06464). Its `prompt` is noise, 64 random letters out of 16, and noise again; its `answer` is the letters once
+more, each `distance` bytes after it was read. A model that recalls nothing needs 4 bits for each, and one that recalls
+all needs none. Each example is a function of the seed and of its number alone.
 """
 
 import argparse
@@ -16,68 +14,39 @@ import random
 import string
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
 
-KEY, VALUES = 3, "abcdefghijklmnop"
-PAIR = KEY + 3  # `abc=q;`
-QUERY = KEY + 2  # `?abc=`
+LETTERS, NOISE = string.ascii_lowercase[:16], string.digits
+RECALLED = 64  # letters
+LEAD = 64  # bytes of noise before them, so that they are not the first tokens, which some masks favour
 LARGEST_SEED = 2**32
 
 
-class Shape(NamedTuple):
-    """What every example is like, in bytes, which are tokens."""
-
-    length: int
-    distance: int  # from the value to behind the end of the text, where it is asked for
-    pairs: int
+def length_of(distance: int) -> int:
+    """The bytes of an example, prompt and answer."""
+    return LEAD + distance + RECALLED
 
 
-def examples(count: int, seed: int, shape: Shape) -> Iterator[tuple[str, str]]:
-    """Yields texts and the values that are asked for.
+def examples(count: int, seed: int, distance: int) -> Iterator[tuple[str, str]]:
+    """Yields prompts and answers.
 
     Raises:
       ValueError: there are no such examples.
     """
-    for problem in _problems(count, seed, shape):
-        raise ValueError(problem)
-    for number in range(count):
-        yield _example(random.Random(seed * LARGEST_SEED + number), shape)
-
-
-def _problems(count: int, seed: int, shape: Shape) -> Iterator[str]:
-    nearest, farthest = QUERY + 2, shape.length - KEY - 1
     if count < 1 or not 0 <= seed < LARGEST_SEED:
-        yield f"count={count}, seed={seed}: give at least 1 example and a seed of 0 to 2**32 - 1"
-    if not nearest <= shape.distance <= farthest:
-        yield (
-            f"distance={shape.distance} does not fit into length={shape.length}; use {nearest} to {farthest}, "
-            f"or a longer text"
-        )
-    room = (shape.length - QUERY) // PAIR - 2  # a pair at any place may lie across two others
-    if not 1 <= shape.pairs <= max(room, 1):
-        yield f"pairs={shape.pairs} do not fit into length={shape.length}; use 1 to {max(room, 1)}, or a longer text"
+        raise ValueError(f"count={count}, seed={seed}: give at least 1 example and a seed of 0 to 2**32 - 1")
+    if distance < RECALLED:
+        raise ValueError(f"distance={distance} is less than the {RECALLED} letters; use {RECALLED} or more")
+    for number in range(count):
+        source = random.Random(seed * LARGEST_SEED + number)
+        letters = "".join(source.choices(LETTERS, k=RECALLED))
+        noise = "".join(source.choices(NOISE, k=LEAD + distance - RECALLED))
+        yield noise[:LEAD] + letters + noise[LEAD:], letters
 
 
-def _example(source: random.Random, shape: Shape) -> tuple[str, str]:
-    text = source.choices(string.ascii_lowercase, k=shape.length)
-    keys: list[str] = []
-    while len(keys) < shape.pairs:
-        key = "".join(source.choices(string.ascii_lowercase, k=KEY))
-        keys += [key] * (key not in keys)
-    asked, *others = keys
-    start = shape.length - shape.distance - KEY - 1
-    value = source.choice(VALUES)
-    _put(text, start, f"{asked}={value};")
-    offset = start % PAIR  # the others' places, in a grid with the first pair in it
-    free = [at for at in range(offset, shape.length - QUERY - PAIR + 1, PAIR) if at != start]
-    for at, key in zip(source.sample(free, len(others)), others, strict=True):
-        _put(text, at, f"{key}={source.choice(VALUES)};")
-    _put(text, shape.length - QUERY, f"?{asked}=")
-    return "".join(text), value
-
-
-def _put(text: list[str], at: int, piece: str) -> None:
-    text[at : at + len(piece)] = piece
+def lines(count: int, seed: int, distance: int) -> str:
+    """The file of these examples."""
+    found = ({"prompt": prompt, "answer": answer} for prompt, answer in examples(count, seed, distance))
+    return "".join(f"{json.dumps(example)}\n" for example in found)
 
 
 def main() -> None:
@@ -85,16 +54,13 @@ def main() -> None:
     parser.add_argument("--out", required=True, type=Path, metavar="FILE", help="JSONL, written anew")
     parser.add_argument("--count", type=int, default=1000, help="examples")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--length", type=int, default=2048, help="bytes of a text")
-    parser.add_argument("--distance", type=int, default=1024, help="bytes from a value to where it is asked for")
-    parser.add_argument("--pairs", type=int, default=8)
+    parser.add_argument("--distance", type=int, default=1024, help="bytes from a letter to the same one in the answer")
     given = parser.parse_args()
-    shape = Shape(given.length, given.distance, given.pairs)
     try:
-        lines = [json.dumps({"text": text, "label": value}) for text, value in examples(given.count, given.seed, shape)]
+        text = lines(given.count, given.seed, given.distance)
     except ValueError as error:
         raise SystemExit(str(error)) from None
-    given.out.write_text("".join(f"{line}\n" for line in lines))
+    given.out.write_text(text)
 
 
 if __name__ == "__main__":

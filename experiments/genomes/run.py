@@ -37,7 +37,7 @@ class Size(NamedTuple):
     evaluated: int  # bases of each held-out genome
 
 
-FULL = Size((512, 2048, 8192, 16384), seeds=3, steps=300, genes_steps=600, evaluated=EVALUATED)
+FULL = Size((512, 4096, 16384), seeds=3, steps=120, genes_steps=600, evaluated=EVALUATED)
 QUICK = Size((512, 1024), seeds=1, steps=4, genes_steps=4, evaluated=2 * TOKENS)
 
 

@@ -45,7 +45,7 @@ VIEWS = {  # the pixels on the side of a token, and into how many windows an ima
     "patches of 2 x 2": (2, 1),
     "patches of 4 x 4": (4, 1),
 }
-STEPS = {"mri": 300, "mosaics": 1500}
+STEPS = {"mri": 300, "mosaics": 600}
 PICTURED = ("whole image", "a sixteenth", "patches of 4 x 4")
 QUICK = {"optim.steps": 4, "optim.warmup_steps": 1}
 FULL = {"data.downsample": 1, "model.dtype": "bfloat16", "model.remat": "block"}
@@ -93,7 +93,7 @@ class Training:
 
     def __init__(self, scratch: Path):
         self._scratch = scratch
-        self._environment = {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "8", **os.environ}
+        self._environment = {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "2", **os.environ}
 
     def __call__(self, run: Run, changes: dict[str, Any]) -> dict[str, Any]:
         """Trains and evaluates; what is to be told of it."""
