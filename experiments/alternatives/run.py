@@ -102,7 +102,6 @@ def main() -> None:
     tasks = comparisons(arguments.enwik8, arguments.genomes, arguments.work / "data")
     results, lock = out / "results.json", threading.Lock()
     found: dict[str, Any] = json.loads(results.read_text()) if results.exists() else {"costs": {}, "runs": {}}
-    found["costs"] = found["costs"] or costs_of_models()
     every = list(runs(tasks, 1 if arguments.quick else SEEDS, arguments.quick))
     missing = [run for run in every if run.key not in found["runs"]]
 
@@ -117,6 +116,9 @@ def main() -> None:
 
     with ThreadPoolExecutor(arguments.jobs) as pool:
         list(pool.map(one, missing))
+    if not found["costs"]:
+        found["costs"] = costs_of_models()
+        results.write_text(json.dumps(found, indent=1) + "\n")
     write_report(found, tasks, out)
 
 
