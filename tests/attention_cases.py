@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec as P
 from lss_jax.attention.head_groups import in_head_groups
 from lss_jax.attention.kernels.targets import TARGETS
 from lss_jax.attention.mask import Intervals, bidirectional, causal, documents, prefix_causal, window
-from lss_jax.attention.setting import Setting
+from lss_jax.attention.setting import Reach, Setting
 from lss_jax.attention.strategies import make_attend
 from lss_jax.parallel.dropout import Dropout
 from lss_jax.parallel.layout import Layout
@@ -43,11 +43,13 @@ class Case:
     head_groups: int = 1
     regather: bool = False
     by_row: bool = False  # whether each row of the batch has a mask of its own
+    reach: Reach | None = None  # how far the masks show keys
 
     def __str__(self) -> str:
         parts = [self.layout, f"{self.data}x{self.seq}", f"{self.kv_heads}of{H}", self.dtype, self.kernel]
         parts += [f"{self.blocks[0]}by{self.blocks[1]}", "masks_by_row" if self.by_row else "shared_masks"]
-        return "-".join(parts + [f"{self.head_groups}groups"] * (self.head_groups > 1))
+        parts += [f"{self.head_groups}groups"] * (self.head_groups > 1)
+        return "-".join(parts + [f"{self.reach.before}before_{self.reach.behind}behind"] * (self.reach is not None))
 
     @property
     def order(self) -> Layout:
@@ -75,7 +77,15 @@ def program(case: Case):
     x_spec, rows_spec, sequence_spec = (without_unsharded(spec, mesh) for spec in (P(DATA, SEQ), P(DATA), P(SEQ)))
     axis = SEQ if case.seq > 1 else None
     setting = Setting(
-        axis, case.order, case.order, case.kernel, *case.blocks, case.regather, interpret=True, approximation=None
+        axis,
+        case.order,
+        case.order,
+        case.kernel,
+        *case.blocks,
+        case.regather,
+        interpret=True,
+        approximation=None,
+        reach=case.reach,
     )
 
     def on_device(q_BlHK, k_BlGK, v_BlGK, do_BlHK, mask, dropout):

@@ -22,7 +22,7 @@ from lss_jax.attention.kernels import blocks
 from lss_jax.attention.kernels.interface import FORWARD, PRODUCTS, Queries
 from lss_jax.attention.mask import Intervals, MaskKind, neighbours
 from lss_jax.attention.runs import Attended, attend_to_run, keys_from, together
-from lss_jax.attention.setting import Approximation, Setting
+from lss_jax.attention.setting import Approximation, Reach, Setting, reach_of
 from lss_jax.attention.strategy import Local, Operations, Shards, Shown, Strategy
 from lss_jax.attention.traffic import Sizes, Traffic
 from lss_jax.config.schema import AttentionConfig, Config
@@ -80,9 +80,8 @@ def halo(l: int, setting: Setting) -> tuple[int, int]:
     return left, right
 
 
-def _reach(told: Approximation) -> tuple[int, int]:
-    """How many tokens a token sees before itself and behind; with itself they are the window."""
-    return (told.window - 1, 0) if told.causal else (told.window // 2, (told.window - 1) // 2)
+def _reach(told: Approximation) -> Reach:
+    return reach_of(told.window, causal=told.causal)
 
 
 def _hops(reach: int, l: int) -> Iterator[tuple[int, int]]:

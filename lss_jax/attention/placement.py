@@ -5,7 +5,7 @@ import dataclasses
 from jax.sharding import AbstractMesh, Mesh
 
 from lss_jax.attention.mask import MaskKind
-from lss_jax.attention.setting import SELF, Approximation, Between, Setting
+from lss_jax.attention.setting import SELF, Approximation, Between, Reach, Setting, reach_of
 from lss_jax.attention.strategies import STRATEGIES
 from lss_jax.config.schema import AttentionConfig, Config, ConfigError
 from lss_jax.parallel.layout import Layout, layout_on
@@ -19,13 +19,21 @@ def setting_on(
 ) -> Setting:
     """The static side of a config's attention on this mesh.
 
-    `seen` is the kind of the task's mask, which strategies that are not exact have to know.
+    `seen` is the kind of the task's mask, which strategies that are not exact have to know; to others it tells how far
+    a query sees.
     """
     attention, (layout, key_layout) = config.attention, (layout_on(config, mesh, sequence) for sequence in between)
     setting = setting_of(attention, layout, axis_if_sharded(SEQ, mesh), mesh)
     told = Approximation(seen, attention.window, attention.global_tokens, attention.features, config.seed)
-    exact = STRATEGIES[attention.strategy].exact
-    return dataclasses.replace(setting, key_layout=key_layout, approximation=None if exact else told)
+    if not STRATEGIES[attention.strategy].exact:
+        return dataclasses.replace(setting, key_layout=key_layout, approximation=told)
+    reach = _reach(seen) if between == SELF else None
+    return dataclasses.replace(setting, key_layout=key_layout, reach=reach)
+
+
+def _reach(seen: MaskKind | None) -> Reach | None:
+    """How far a task's masks show keys, if they have a window; tokens of a prefix see one another at any distance."""
+    return reach_of(seen.window, causal=seen.causal) if seen and seen.window and not seen.prefix else None
 
 
 def setting_of(attention: AttentionConfig, layout: Layout, axis: str | None, mesh: Mesh | AbstractMesh) -> Setting:

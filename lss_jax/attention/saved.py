@@ -6,23 +6,27 @@ from typing import NamedTuple
 
 import jax
 
-from lss_jax.attention.collectives import after, all_gather
+from lss_jax.attention.collectives import after
 from lss_jax.attention.kernels.interface import Queries, Residuals
 from lss_jax.attention.setting import Setting
 
 
 class Passes(NamedTuple):
-    """`forward(queries, kv_2BGlK, setting)` to `Residuals`; `backward(residuals, do_BlHK, setting)` to `dq, dkv`."""
+    """`forward(queries, kv_2BGlK, setting)` to `Residuals`; `backward(residuals, do_BlHK, setting)` to `dq, dkv`.
+
+    `fetch(kv_2BGlK, setting)` gives the keys and values of the residuals.
+    """
 
     forward: Callable[..., Residuals]
     backward: Callable[..., tuple[jax.Array, jax.Array]]
+    fetch: Callable[[jax.Array, Setting], jax.Array]
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def differentiable(queries: Queries, kv_2BGlK: jax.Array, passes: Passes, setting: Setting) -> jax.Array:
     """`o_BlHK` of the forward pass, with the backward pass as its gradient.
 
-    With `regather` a device's own keys and values are saved, and gathered once more, but not before `do` is there.
+    With `regather` a device's own keys and values are saved, and fetched once more, but not before `do` is there.
     """
     return _forward(queries, kv_2BGlK, passes, setting)[0]
 
@@ -35,7 +39,7 @@ def _forward(queries, kv_2BGlK, passes, setting):
 
 def _backward(passes, setting, saved, do_BlHK):
     if setting.regather:
-        saved = saved._replace(kv_N2BGlK=all_gather(after(do_BlHK, saved.kv_N2BGlK), setting.axis))
+        saved = saved._replace(kv_N2BGlK=passes.fetch(after(do_BlHK, saved.kv_N2BGlK), setting))
     dq_BlHK, dkv_2BGKl = passes.backward(saved, do_BlHK, setting)
     return Queries._make((dq_BlHK, None, None)), dkv_2BGKl.swapaxes(3, 4).astype(do_BlHK.dtype)
 

@@ -17,6 +17,18 @@ class Between(NamedTuple):
 SELF, IN_SOURCE, CROSS = Between(SEQUENCE, SEQUENCE), Between(SOURCE, SOURCE), Between(SEQUENCE, SOURCE)
 
 
+class Reach(NamedTuple):
+    """How many tokens before a query, and how many behind it, its mask shows at most."""
+
+    before: int
+    behind: int
+
+
+def reach_of(window: int, *, causal: bool) -> Reach:
+    """That of a sliding window of so many tokens, the query's own among them: up to it, or around it."""
+    return Reach(window - 1, 0) if causal else Reach(window // 2, (window - 1) // 2)
+
+
 class Approximation(NamedTuple):
     """What a strategy that is not exact is told: the mask's kind, and keys of the config that are for such alone."""
 
@@ -49,9 +61,10 @@ class Setting:
     regather: bool  # what came from other devices is communicated again in the backward pass, not saved
     interpret: bool  # fused kernels step by step, as on CPUs
     approximation: Approximation | None  # None: attention is exact
+    reach: Reach | None = None  # None: a query may see any key
 
     @property
     def unsharded(self) -> "Setting":
         """The same for whole sequences in natural order, as a device has them after an exchange of heads."""
         whole = Layout("contiguous", 1)
-        return dataclasses.replace(self, axis=None, layout=whole, key_layout=whole)
+        return dataclasses.replace(self, axis=None, layout=whole, key_layout=whole, reach=None)

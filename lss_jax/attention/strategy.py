@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 from lss_jax.attention.kernels.blocks import KeyBlocks
 from lss_jax.attention.mask import Intervals, MaskKind
@@ -15,6 +16,7 @@ from lss_jax.attention.setting import Setting
 from lss_jax.attention.traffic import Sizes, Traffic
 from lss_jax.config.schema import AttentionConfig, Config
 from lss_jax.parallel.dropout import Dropout
+from lss_jax.parallel.layout import Layout
 
 
 class Local(NamedTuple):
@@ -61,6 +63,14 @@ class Operations(NamedTuple):
     training: int  # in both passes
 
 
+class InKernel(NamedTuple):
+    """What a kernel is given, to count what it computes."""
+
+    sizes: Sizes
+    setting: Setting
+    masks: list[Intervals]  # what the queries of each device see; of one, if all are alike
+
+
 class Strategy(NamedTuple):
     """A way to attend across a sharded sequence.
 
@@ -79,9 +89,9 @@ class Strategy(NamedTuple):
     # What of a config and of its task's mask it cannot express, a line each.
     refuses: Callable[[Config, MaskKind, Shards], Iterable[str]]
     own_window: bool  # whether `attention.window` is a matter of the strategy, and not of the task's mask
-    # The sizes of a kernel's queries, and its setting; and the key blocks that the blockwise kernel meets, of segments
-    # of a length. Both None: `operations` instead.
-    in_kernel: Callable[[Sizes, Setting], tuple[Sizes, Setting]] | None
+    # What a kernel is given; and the key blocks that the blockwise kernel meets, of segments of a length. Both None:
+    # `operations` instead.
+    in_kernel: Callable[[Shown, Sizes, Setting], InKernel] | None
     recomputed: Callable[
         [Setting], tuple[bool, bool]
     ]  # whether queries, and keys and values, if only outputs are saved
@@ -94,6 +104,11 @@ def refuses_nothing(_config: Config, _seen: MaskKind, _shards: Shards) -> Iterab
     return ()
 
 
-def own_segment(sizes: Sizes, setting: Setting) -> tuple[Sizes, Setting]:
+def own_segment(shown: Shown, sizes: Sizes, setting: Setting) -> InKernel:
     """`Strategy.in_kernel` where a device computes its own segment's queries, of all heads."""
-    return sizes, setting
+    return InKernel(sizes, setting, masks_of_devices(shown, sizes.l, setting.layout))
+
+
+def masks_of_devices(shown: Shown, l: int, layout: Layout) -> list[Intervals]:
+    """What the segment of `l` queries of each device sees."""
+    return [shown(jnp.asarray(positions_l)) for positions_l in layout.positions(l * layout.devices).reshape(-1, l)]

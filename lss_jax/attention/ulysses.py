@@ -20,7 +20,15 @@ from lss_jax.attention.kernels.blockwise import blocks_of_keys
 from lss_jax.attention.kernels.interface import Queries, Residuals
 from lss_jax.attention.mask import Intervals
 from lss_jax.attention.setting import Setting
-from lss_jax.attention.strategy import Local, Shards, Strategy, refuses_nothing
+from lss_jax.attention.strategy import (
+    InKernel,
+    Local,
+    Shards,
+    Shown,
+    Strategy,
+    masks_of_devices,
+    refuses_nothing,
+)
 from lss_jax.attention.traffic import Sizes, Traffic
 from lss_jax.config.rules import next_multiple
 from lss_jax.config.schema import AttentionConfig
@@ -148,11 +156,11 @@ def _problems(attention: AttentionConfig, shards: Shards) -> Iterator[str]:
         )
 
 
-def _whole_sequence(sizes: Sizes, setting: Setting) -> tuple[Sizes, Setting]:
+def _whole_sequence(shown: Shown, sizes: Sizes, setting: Setting) -> InKernel:
     """A kernel computes the whole sequence of some heads."""
     N = setting.layout.devices
     whole = dataclasses.replace(sizes, l=sizes.l * N, s=sizes.s * N, H=sizes.H // N, G=max(sizes.G // N, 1))
-    return whole, setting.unsharded
+    return InKernel(whole, setting.unsharded, masks_of_devices(shown, whole.l, setting.unsharded.layout))
 
 
 ULYSSES = Strategy(

@@ -6,6 +6,7 @@ computes depends on the mask, so for attention the blocks that the kernel would 
 
 import math
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import jax
@@ -82,9 +83,7 @@ def _of_devices(kind: AttentionLayers) -> np.ndarray:
         forward, training = strategy.operations(task.mask, sizes, setting)
         return layers * np.array([training + forward * repeats(config.model) if reached else forward])
     assert strategy.in_kernel, "a strategy declares its kernel's sizes or its operations"
-    sizes, setting = strategy.in_kernel(sizes, setting)
-    positions_Nl = setting.layout.positions(sizes.l * setting.layout.devices).reshape(-1, sizes.l)
-    masks = (task.mask_between(between, jnp.asarray(positions_l)) for positions_l in positions_Nl)
+    sizes, setting, masks = strategy.in_kernel(partial(task.mask_between, between), sizes, setting)
     scores_N = np.array([_scores(mask, sizes, setting, strategy) for mask in masks])
     products = PRODUCTS[setting.kernel] + FORWARD * repeats(config.model) if reached else FORWARD
     return layers * scores_N * 2 * sizes.K * products

@@ -52,6 +52,7 @@ class PairDropout(NamedTuple):
 
     rate: Any
     stream_BlH: jax.Array
+    first_B: jax.Array | None = None  # the natural position of a row's first key; None: that of the sequence
 
 
 def dropped(x: jax.Array, stream: jax.Array, coordinate: jax.Array, rate: Any) -> jax.Array:

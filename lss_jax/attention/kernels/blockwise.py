@@ -83,6 +83,7 @@ class QueryBlocks(NamedTuple):
     head_i: jax.Array  # the first of the key/value heads in the block
     stream_igm: jax.Array | None  # for dropout
     rate_i: jax.Array | None
+    key_i: jax.Array | None  # for dropout: the natural position of the first key
 
 
 def in_blocks(queries: Queries, kv_heads: int, keys: KeyBlocks, setting: Setting) -> tuple[QueryBlocking, QueryBlocks]:
@@ -91,12 +92,11 @@ def in_blocks(queries: Queries, kv_heads: int, keys: KeyBlocks, setting: Setting
     B, l, H, _ = q_BlHK.shape
     blocking = query_blocking((B, l, H, kv_heads), setting.layout, largest, key_block=keys.size)
     row_i, head_i = blocking.batch_rows_and_heads()
-    stream_igm, rate_i = None, None
+    stream_igm, rate_i, key_i = None, None, None
     if dropout is not None:
-        stream_igm, rate_i = (
-            blocking.split_per_head(dropout.stream_BlH),
-            jnp.full(len(row_i), dropout.rate, jnp.float32),
-        )
+        stream_igm = blocking.split_per_head(dropout.stream_BlH)
+        rate_i = jnp.full(len(row_i), dropout.rate, jnp.float32)
+        key_i = None if dropout.first_B is None else dropout.first_B[row_i]
     return blocking, QueryBlocks(
         q_igmK=blocking.split(q_BlHK),
         start_iq=blocking.split_per_query(mask.start),
@@ -105,6 +105,7 @@ def in_blocks(queries: Queries, kv_heads: int, keys: KeyBlocks, setting: Setting
         head_i=head_i,
         stream_igm=stream_igm,
         rate_i=rate_i,
+        key_i=key_i,
     )
 
 
@@ -254,7 +255,10 @@ def _scores(queries, k_gkK, keys, t):
 def _dropped(x_gmk, queries, keys, t):
     if queries.stream_igm is None:
         return x_gmk
-    return dropped(x_gmk, queries.stream_igm[..., None], _position_k(keys, t), queries.rate_i)
+    position_k = _position_k(keys, t)
+    if queries.key_i is not None:
+        position_k = position_k + queries.key_i
+    return dropped(x_gmk, queries.stream_igm[..., None], position_k, queries.rate_i)
 
 
 def _scale(k_gkK) -> float:

@@ -76,4 +76,7 @@ def _dropped(x_BGmL: jax.Array, dropout: PairDropout | None) -> jax.Array:
     if dropout is None:
         return x_BGmL
     stream_BGm1 = by_kv_head(dropout.stream_BlH[..., None], x_BGmL.shape[1])
-    return dropped(x_BGmL, stream_BGm1, jnp.arange(x_BGmL.shape[3]), dropout.rate)
+    position_L = jnp.arange(x_BGmL.shape[3])
+    if dropout.first_B is not None:
+        position_L = position_L + dropout.first_B[:, None, None, None]
+    return dropped(x_BGmL, stream_BGm1, position_L, dropout.rate)

@@ -85,6 +85,7 @@ class _Program(NamedTuple):
     tiling: Tiling
     tables: Tables
     buffers: Any
+    first_key: Any  # of this row, for dropout: its natural position
 
 
 def _outputs(program: _Program, inputs, outputs):
@@ -189,7 +190,7 @@ def _differentiated(program: _Program, queries: _QueryBlock, block_of_keys, t):
 def _dropped(program: _Program, x_km, stream_1m, position_k1):
     if not program.tiling.drops:
         return x_km
-    return dropped(x_km, stream_1m.astype(jnp.uint32), position_k1, program.tables.rate_1[0])
+    return dropped(x_km, stream_1m.astype(jnp.uint32), program.first_key + position_k1, program.tables.rate_1[0])
 
 
 def _positions(program: _Program, t):
@@ -217,7 +218,7 @@ def _dot(a, b, contracted: tuple[int, int]):
 
 def _over_keys(program: _Program, kv_ref, body, init):
     """`body(t, load, carry)` over the blocks of keys that this program's queries touch, in natural order."""
-    tiling, tables, buffers = program
+    tiling, tables, buffers, _ = program
     b, head, j = (pl.program_id(axis) for axis in range(3))
     g = head // (pl.num_programs(1) // kv_ref.shape[3])
     at = b * pl.num_programs(2) + j
@@ -279,7 +280,9 @@ def _call(kernel, tiling: Tiling, tables: Tables, *, grid, inputs, outputs, walk
         refs, of_tables = refs[len(tables) :], refs[: len(tables)]
         refs, of_inputs = refs[len(inputs) :], refs[: len(inputs)]
         of_outputs, buffers = refs[: len(outputs)], refs[len(outputs) :]
-        kernel(_Program(tiling, Tables(*of_tables), buffers), of_inputs, of_outputs)
+        found = Tables(*of_tables)
+        first_key = found.key_B[pl.program_id(0)] if tiling.drops else 0
+        kernel(_Program(tiling, found, buffers, first_key), of_inputs, of_outputs)
 
     return pl.pallas_call(
         program,

@@ -104,6 +104,7 @@ class Tables(NamedTuple):
     first_B: Any
     stop_B: Any
     rate_1: Any  # of dropout
+    key_B: Any  # for dropout: the natural position of a row's first key
 
 
 def tiling_of(queries: Queries, kv_N2BGlK: Any, setting: Setting, target: Target) -> Tiling:
@@ -160,8 +161,10 @@ def facts(tiling: Tiling, queries: Queries) -> tuple[Tables, Tables, jax.Array]:
     first_Bj, stop_Bj = range_of(touches_Bjt[..., order_t])
     first_Bt, stop_Bt = range_of(touches_Bjt.swapaxes(1, 2))
     rate_1 = jnp.full(1, dropout.rate if dropout else 0.0, jnp.float32)
-    of_queries = Tables(first_Bj.ravel(), stop_Bj.ravel(), rate_1)
-    of_keys = Tables(first_Bt.ravel(), stop_Bt.ravel(), rate_1)
+    key_B = jnp.zeros(tiling.queries.batch, jnp.int32)
+    key_B = key_B if dropout is None or dropout.first_B is None else dropout.first_B
+    of_queries = Tables(first_Bj.ravel(), stop_Bj.ravel(), rate_1, key_B)
+    of_keys = Tables(first_Bt.ravel(), stop_Bt.ravel(), rate_1, key_B)
     stream_BHjm = jnp.zeros_like(start_BHjm) if dropout is None else tiling.split_per_head(dropout.stream_BlH)
     return of_queries, of_keys, jnp.stack((start_BHjm, end_BHjm, stream_BHjm.astype(jnp.int32)), axis=3)
 
