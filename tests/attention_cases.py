@@ -49,7 +49,8 @@ class Case:
         parts = [self.layout, f"{self.data}x{self.seq}", f"{self.kv_heads}of{H}", self.dtype, self.kernel]
         parts += [f"{self.blocks[0]}by{self.blocks[1]}", "masks_by_row" if self.by_row else "shared_masks"]
         parts += [f"{self.head_groups}groups"] * (self.head_groups > 1)
-        return "-".join(parts + [f"{self.reach.before}before_{self.reach.behind}behind"] * (self.reach is not None))
+        parts += [f"{self.reach.before}_before_{self.reach.behind}_behind"] if self.reach else []
+        return "-".join(parts)
 
     @property
     def order(self) -> Layout:

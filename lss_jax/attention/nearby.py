@@ -69,7 +69,10 @@ class Runs(NamedTuple):
 
 
 def runs_of(l: int, setting: Setting) -> Runs | None:
-    """The runs of segments of `l` tokens; None if every key may be seen, or runs would move as much as a gather."""
+    """The runs of segments of `l` tokens; None if every key may be seen, or where a gather is the better way.
+
+    That is where runs would move more than half of its bytes: it is one collective, and they take many.
+    """
     layout = setting.key_layout
     if setting.axis is None or setting.reach is None:
         return None
@@ -83,7 +86,7 @@ def runs_of(l: int, setting: Setting) -> Runs | None:
     )
     runs = Runs(setting.axis, layout, chunk, pieces)
     moved = layout.chunks_per_device * (runs.length - chunk)
-    return runs if moved < (layout.devices - 1) * l else None
+    return runs if 2 * moved <= (layout.devices - 1) * l else None
 
 
 def _pieces(reach: int, chunk: int) -> list[tuple[int, int]]:
