@@ -67,7 +67,9 @@ class Case:
         told = Approximation(kind, self.window, self.global_tokens, FEATURES, SEED)
         axis = SEQ if self.seq > 1 else None
         orders, blocks = (self.order, self.order), (self.block, self.block)
-        return Setting(axis, *orders, "blockwise", *blocks, regather=False, interpret=True, approximation=told)
+        return Setting(
+            axis, *orders, "blockwise", *blocks, regather=False, interpret=True, approximation=told, scale=None
+        )
 
     def mask(self) -> Intervals:
         """What the task shows: all tokens of a row, or each one and those before it; nothing to padding."""

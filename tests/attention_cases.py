@@ -75,7 +75,15 @@ def program(case: Case):
     x_spec, rows_spec, sequence_spec = (without_unsharded(spec, mesh) for spec in (P(DATA, SEQ), P(DATA), P(SEQ)))
     axis = SEQ if case.seq > 1 else None
     setting = Setting(
-        axis, case.order, case.order, case.kernel, *case.blocks, case.regather, interpret=True, approximation=None
+        axis,
+        case.order,
+        case.order,
+        case.kernel,
+        *case.blocks,
+        case.regather,
+        interpret=True,
+        approximation=None,
+        scale=None,
     )
 
     def on_device(q_BlHK, k_BlGK, v_BlGK, do_BlHK, mask, dropout):

@@ -85,6 +85,7 @@ def setting_on(layout: Layout) -> Setting:
         regather=False,
         interpret=True,
         approximation=None,
+        scale=None,
     )
 
 
@@ -171,7 +172,9 @@ def test_of_many_groups_one_is_held_at_a_time(way):
 
     def temporary_bytes(groups):
         layout = Layout("zigzag", 8)
-        setting = Setting(SEQ, layout, layout, "blockwise", 256, 256, True, interpret=True, approximation=None)
+        setting = Setting(
+            SEQ, layout, layout, "blockwise", 256, 256, True, interpret=True, approximation=None, scale=None
+        )
 
         @partial(jax.shard_map, mesh=mesh_of(1, 8), in_specs=P(None, SEQ), out_specs=P(None, SEQ))
         def rows(q_BlHK, k_BlHK, v_BlHK):

@@ -399,7 +399,15 @@ def kernel_alone(shape: Shape, q_BlHK, k_BLGK, v_BLGK, do_BlHK, mask) -> Results
     """A kernel as one device runs it, outside `shard_map`: whole keys in natural order to `Results`."""
     layout = Layout(shape.layout, shape.segments)
     setting = Setting(
-        None, layout, layout, shape.kernel, *shape.blocks, regather=False, interpret=True, approximation=None
+        None,
+        layout,
+        layout,
+        shape.kernel,
+        *shape.blocks,
+        regather=False,
+        interpret=True,
+        approximation=None,
+        scale=None,
     )
     kernel = KERNELS[shape.kernel]
     kv_N2BGlK = layout.segments(stacked(k_BLGK, v_BLGK), 3)

@@ -67,7 +67,9 @@ def program(case: Case):
     mesh = mesh_of(case.data, case.seq)
     x_spec, rows_spec, sequence_spec = (without_unsharded(spec, mesh) for spec in (P(DATA, SEQ), P(DATA), P(SEQ)))
     axis = SEQ if case.seq > 1 else None
-    setting = Setting(axis, *case.orders, case.kernel, *case.blocks, case.regather, interpret=True, approximation=None)
+    setting = Setting(
+        axis, *case.orders, case.kernel, *case.blocks, case.regather, interpret=True, approximation=None, scale=None
+    )
 
     def on_device(q_BlHK, k_BsGK, v_BsGK, do_BlHK, mask, dropout):
         attend = partial(in_head_groups(make_attend(case.strategy, mask, setting), case.head_groups), dropout=dropout)

@@ -11,6 +11,7 @@ from helpers import assert_close, mesh_of, sampled
 import lss_jax
 from lss_jax.config.schema import ConfigError
 
+pytestmark = pytest.mark.usefixtures("strict_ranks")
 B = 2
 BOUND = 1e-5
 BLOCKS = {"block_queries": 8, "block_keys": 8}
@@ -114,6 +115,15 @@ def test_what_flax_can_and_this_cannot(of_layer, of_call, message):
 def test_a_bias_is_refused():
     with pytest.raises(ConfigError, match=r"a bias of shape \(1, 1, 43, 43\) is refused, .*; use positions such as"):
         lss_jax.attention_fn(mesh_of(1, 2))(*INPUTS, np.zeros((1, 1, 43, 43)))
+
+
+def test_arguments_that_nobody_knows_are_refused():
+    with pytest.raises(ConfigError, match=r"stratgy='ring' is no argument of attention_fn, which takes .* strategy, "):
+        lss_jax.attention_fn(mesh_of(1, 2), stratgy="ring")
+    with pytest.raises(
+        ConfigError, match=r"dropuot=0.1 is no argument of the function of attention_fn, which takes bias,"
+    ):
+        lss_jax.attention_fn(mesh_of(1, 2))(*INPUTS, dropuot=0.1)
 
 
 def test_decoding_is_refused():

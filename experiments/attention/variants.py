@@ -88,7 +88,9 @@ def attention_of(
 def setting_of(variant: Variant, blocks: tuple[int, int]) -> Setting:
     """The setting of a variant, with blocks of so many queries and keys."""
     layout = Layout(variant.layout, DEVICES)
-    return Setting(SEQ, layout, layout, variant.kernel, *blocks, variant.regather, interpret=True, approximation=None)
+    return Setting(
+        SEQ, layout, layout, variant.kernel, *blocks, variant.regather, interpret=True, approximation=None, scale=None
+    )
 
 
 def predicted(variant: Variant, length: int) -> Counter:

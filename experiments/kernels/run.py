@@ -117,7 +117,9 @@ def program(case: Case, mesh: Mesh, kernel: str | None):
     assert kernel
     layout = Layout("zigzag", mesh.shape[SEQ])
     axis = SEQ if SEQ in sharded_axes(mesh) else None
-    setting = Setting(axis, layout, layout, kernel, 512, 512, regather=False, interpret=False, approximation=None)
+    setting = Setting(
+        axis, layout, layout, kernel, 512, 512, regather=False, interpret=False, approximation=None, scale=None
+    )
 
     def on_device(q_BlHK, k_BlGK, v_BlGK, do_BlHK, position_l):
         dropout = Dropout(case.rate, jnp.uint32(0), jnp.arange(1), position_l, 0) if case.rate else None

@@ -74,7 +74,7 @@ def computed(strategy: str, devices: int, arrays_1LHK: list[np.ndarray]) -> list
     spec, spec_l = without_unsharded(P(None, SEQ), mesh), without_unsharded(P(SEQ), mesh)
     axis = SEQ if devices > 1 else None
     setting = Setting(
-        axis, layout, layout, "blockwise", BLOCK, BLOCK, regather=False, interpret=True, approximation=None
+        axis, layout, layout, "blockwise", BLOCK, BLOCK, regather=False, interpret=True, approximation=None, scale=None
     )
     position_L = layout.positions(arrays_1LHK[0].shape[1])
 

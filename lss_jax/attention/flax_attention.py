@@ -1,6 +1,7 @@
 """Sequence-parallel attention for the models of Flax: what `nnx.MultiHeadAttention` takes as its `attention_fn`."""
 
-from collections.abc import Callable, Iterator
+import inspect
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -9,6 +10,16 @@ from jax.sharding import Mesh
 
 from lss_jax.attention.arguments import refuse
 from lss_jax.attention.global_attention import dot_product_attention
+
+OPTIONS = tuple(
+    name
+    for name, argument in inspect.signature(dot_product_attention).parameters.items()
+    if argument.kind is argument.KEYWORD_ONLY and name != "mesh"
+)
+OF_FLAX = (
+    *("bias", "mask", "broadcast_dropout", "dropout_rng", "dropout_rate", "deterministic", "dtype", "precision"),
+    *("module", "is_causal"),
+)
 
 
 def attention_fn(mesh: Mesh, **options: Any) -> Callable[..., jax.Array]:
@@ -30,7 +41,11 @@ def attention_fn(mesh: Mesh, **options: Any) -> Callable[..., jax.Array]:
       arguments of `flax.nnx.dot_product_attention`. It raises a `ConfigError` for those that it cannot respect (an
       array as mask, and so the cache of `decode=True`; a bias; dropout; a precision; weights to be sown), and where
       `dot_product_attention` does.
+
+    Raises:
+      ConfigError: an option is none of `dot_product_attention`.
     """
+    refuse(_unknown("attention_fn", options, OPTIONS))
 
     def attend(
         query: jax.Array,
@@ -46,7 +61,9 @@ def attention_fn(mesh: Mesh, **options: Any) -> Callable[..., jax.Array]:
         precision: Any = None,
         module: Any = None,
         is_causal: bool = False,
+        **others: Any,
     ) -> jax.Array:
+        refuse(_unknown("the function of attention_fn", others, OF_FLAX))
         rate = 0.0 if deterministic else dropout_rate
         refuse(_problems(query, bias, mask, dropout_rate=rate, precision=precision, module=module))
         dtype = dtype or jnp.result_type(query, key, value)
@@ -55,6 +72,12 @@ def attention_fn(mesh: Mesh, **options: Any) -> Callable[..., jax.Array]:
         return dot_product_attention(*arrays, mesh=mesh, **{**options, "is_causal": causal})
 
     return attend
+
+
+def _unknown(function: str, options: dict[str, Any], known: Sequence[str]) -> Iterator[str]:
+    """Names of arguments that a function does not have."""
+    for name in options.keys() - set(known):
+        yield f"{name}={options[name]!r} is no argument of {function}, which takes {', '.join(known)}"
 
 
 def _problems(query, bias, mask, *, dropout_rate: float, precision, module) -> Iterator[str]:

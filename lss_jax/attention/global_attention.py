@@ -2,7 +2,8 @@
 
 Here the arrays are a user's: whole, on any mesh with an axis for the sequence, and under the user's own `jit`.
 
-What each query sees: masks combine, a token sees what all of them show, and a query that sees nothing has zeros.
+What each query sees: masks combine, a token sees what all of them show, and a query that sees nothing has zeros (and
+no gradient), where `jax.nn.dot_product_attention` has the mean of all values, of what is masked out too.
 `intervals` are integers that broadcast to `[L]`, or to `[..., L]` for a mask per row: padding is
 `(0, lengths_B[:, None])`, and `lss_jax.attention.mask.packed` makes the intervals of packed documents.
 
@@ -15,6 +16,7 @@ or None. Where the mesh has no "data" or "model", or they do not divide `B`, or 
 sharded, and the devices along these axes all do the same work.
 """
 
+import dataclasses
 import itertools
 import math
 import re
@@ -27,7 +29,17 @@ import jax.numpy as jnp
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from lss_jax.attention.arguments import Names, Seen, array_problems, mesh_problems, option_problems, refuse
+from lss_jax.attention.arguments import (
+    Names,
+    Seen,
+    array_problems,
+    is_traced,
+    mesh_problems,
+    option_problems,
+    placement_problems,
+    refuse,
+    said_clearly,
+)
 from lss_jax.attention.head_groups import in_head_groups
 from lss_jax.attention.mask import Intervals
 from lss_jax.attention.placement import setting_of
@@ -95,13 +107,22 @@ def dot_product_attention(
     Raises:
       ConfigError: a `ValueError`: shapes, options or mesh do not go together; a line per problem.
     """
-    refuse((*array_problems(query, key, value), *mesh_problems(mesh, axes)))
+    query, key, value = map(jnp.asarray, (query, key, value))
+    arrays = {"query": query, "key": key, "value": value}
+    seen = Seen(is_causal, local_window_size, prefix, intervals)
+    problems = (array_problems(query, key, value), mesh_problems(mesh, axes), placement_problems(mesh, arrays))
+    refuse(itertools.chain(*problems, seen.traced()))
     options = dict(strategy=strategy, layout=layout, kernel=kernel, block_queries=block_queries, block_keys=block_keys)
     options |= dict(head_groups=head_groups, regather=regather, prefix=prefix, window=0, source_layout=layout)
     options |= dict(global_tokens=0, features=0)
-    seen, heads = Seen(is_causal, local_window_size, prefix, intervals), (query.shape[-2], key.shape[-2])
+    heads = query.shape[-2], key.shape[-2]
     how = _how(options, seen, heads, _sharded(mesh, axes, math.prod(query.shape[:-3]), math.gcd(*heads)))
-    return _attention((_scaled(query, scale), key, value), seen.mask(query.shape[:-2]), how)
+    if is_traced(scale):
+        query, scale = _scaled(query, scale), None
+    how = how._replace(setting=dataclasses.replace(how.setting, scale=None if scale is None else float(scale)))
+    mask = seen.mask(query.shape[:-2])
+    with said_clearly(), jax.disable_jit(False):  # eagerly, every operation of every block is a program of its own
+        return _attention((query, key, value), mask, how)
 
 
 class Sharded(NamedTuple):
@@ -154,9 +175,9 @@ def _how(options: dict[str, Any], seen: Seen, heads: tuple[int, int], sharded: S
         raise ConfigError(SECTION.sub("", str(error))) from None
 
 
-def _scaled(query: jax.Array, scale: float | None) -> jax.Array:
-    """Queries for kernels that divide scores by the root of `K`."""
-    return query if scale is None else query * jnp.asarray(scale * query.shape[-1] ** 0.5, query.dtype)
+def _scaled(query: jax.Array, scale: Any) -> jax.Array:
+    """Queries with a scale that is traced, and may be differentiated, for kernels that divide by the root of `K`."""
+    return (query.astype(jnp.float32) * (scale * query.shape[-1] ** 0.5)).astype(query.dtype)
 
 
 Arrays = tuple[jax.Array, jax.Array, jax.Array]  # query, key, value

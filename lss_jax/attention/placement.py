@@ -40,6 +40,7 @@ def setting_of(attention: AttentionConfig, layout: Layout, axis: str | None, mes
         regather=attention.regather,
         interpret=False,
         approximation=None,
+        scale=None,
     )
 
 

@@ -49,6 +49,11 @@ class Setting:
     regather: bool  # what came from other devices is communicated again in the backward pass, not saved
     interpret: bool  # fused kernels step by step, as on CPUs
     approximation: Approximation | None  # None: attention is exact
+    scale: float | None  # of the scores, in float32; None: the inverse root of the heads' width
+
+    def scale_of(self, width: int) -> float:
+        """What the products of queries and keys of heads of this width are multiplied by."""
+        return width**-0.5 if self.scale is None else self.scale
 
     @property
     def unsharded(self) -> "Setting":

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from lss_jax.attention.mask import Intervals
+from lss_jax.attention.mask import Intervals, lifted
 from lss_jax.attention.setting import Setting
 from lss_jax.parallel.layout import Layout
 
@@ -66,7 +66,7 @@ def key_blocks(chunks: KeyChunks, target: int) -> KeyBlocks:
     read_t = jnp.minimum(in_run_t, chunks.length - size)
 
     def of_all_runs(first_c: Any, in_run_t: jax.Array) -> jax.Array:
-        return (jnp.asarray(first_c, jnp.int32)[:, None] + in_run_t).ravel()
+        return (jnp.asarray(first_c, jnp.int32)[:, None] + in_run_t[None]).ravel()
 
     return KeyBlocks(
         begin_t=of_all_runs(chunks.start_c, in_run_t),
@@ -94,8 +94,9 @@ def touched(keys: KeyBlocks, start_q: jax.Array, end_q: jax.Array) -> tuple[jax.
     sees = start_q < end_q
     start = jnp.min(start_q, -1, where=sees, initial=jnp.iinfo(jnp.int32).max)
     end = jnp.max(end_q, -1, where=sees, initial=0)
-    first = jnp.sum(keys.end_t <= start[..., None], -1)
-    stop = jnp.sum(keys.begin_t < end[..., None], -1)
+    begin_t, end_t = (lifted(bound_t, start_q.ndim) for bound_t in (keys.begin_t, keys.end_t))
+    first = jnp.sum(end_t <= start[..., None], -1)
+    stop = jnp.sum(begin_t < end[..., None], -1)
     return first, jnp.maximum(first, stop)
 
 

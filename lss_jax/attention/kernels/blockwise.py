@@ -85,7 +85,14 @@ class QueryBlocks(NamedTuple):
     rate_i: jax.Array | None
 
 
-def in_blocks(queries: Queries, kv_heads: int, keys: KeyBlocks, setting: Setting) -> tuple[QueryBlocking, QueryBlocks]:
+class Blocks(NamedTuple):
+    """Queries in blocks, and what the scores of all blocks have in common."""
+
+    queries: QueryBlocks
+    scale: float
+
+
+def in_blocks(queries: Queries, kv_heads: int, keys: KeyBlocks, setting: Setting) -> tuple[QueryBlocking, Blocks]:
     """The local queries in blocks, and how these were made."""
     (q_BlHK, mask, dropout), largest = queries, (setting.block_queries, setting.block_keys)
     B, l, H, _ = q_BlHK.shape
@@ -97,7 +104,7 @@ def in_blocks(queries: Queries, kv_heads: int, keys: KeyBlocks, setting: Setting
             blocking.split_per_head(dropout.stream_BlH),
             jnp.full(len(row_i), dropout.rate, jnp.float32),
         )
-    return blocking, QueryBlocks(
+    of_queries = QueryBlocks(
         q_igmK=blocking.split(q_BlHK),
         start_iq=blocking.split_per_query(mask.start),
         end_iq=blocking.split_per_query(mask.end),
@@ -106,6 +113,7 @@ def in_blocks(queries: Queries, kv_heads: int, keys: KeyBlocks, setting: Setting
         stream_igm=stream_igm,
         rate_i=rate_i,
     )
+    return blocking, Blocks(of_queries, setting.scale_of(q_BlHK.shape[3]))
 
 
 class Softmax(NamedTuple):
@@ -116,13 +124,13 @@ class Softmax(NamedTuple):
     sum_igm: jax.Array
 
 
-def nothing_yet(queries: QueryBlocks) -> Softmax:
+def nothing_yet(blocks: Blocks) -> Softmax:
     """The running softmax before any key."""
-    o_igmK = jnp.zeros_like(queries.q_igmK, jnp.float32)
+    o_igmK = jnp.zeros_like(blocks.queries.q_igmK, jnp.float32)
     return Softmax(o_igmK, jnp.full_like(o_igmK[..., 0], -jnp.inf), o_igmK[..., 0])
 
 
-def accumulate(queries: QueryBlocks, kv_n2BGsK: jax.Array, keys: KeyBlocks, softmax: Softmax) -> Softmax:
+def accumulate(blocks: Blocks, kv_n2BGsK: jax.Array, keys: KeyBlocks, softmax: Softmax) -> Softmax:
     """Takes these keys into the running softmax of every query that sees them."""
 
     def one_block_of_queries(_, inputs):
@@ -131,7 +139,7 @@ def accumulate(queries: QueryBlocks, kv_n2BGsK: jax.Array, keys: KeyBlocks, soft
         def one_block_of_keys(t, softmax):
             o_gmK, max_gm, sum_gm = softmax
             k_gkK, v_gkK = _read(kv_n2BGsK, keys, t, queries)
-            s_gmk = _scores(queries, k_gkK, keys, t)
+            s_gmk = _scores(blocks, queries, k_gkK, keys, t)
             new_max_gm = jnp.maximum(max_gm, s_gmk.max(-1))
             shift_gm = jnp.where(new_max_gm == -jnp.inf, 0.0, new_max_gm)  # a query that has seen nothing yet
             p_gmk = jnp.exp(s_gmk - shift_gm[..., None])
@@ -142,7 +150,7 @@ def accumulate(queries: QueryBlocks, kv_n2BGsK: jax.Array, keys: KeyBlocks, soft
 
         return None, _over_touched(keys, queries, one_block_of_keys, init=softmax, reads=kv_n2BGsK)
 
-    return jax.lax.scan(one_block_of_queries, None, (queries, softmax))[1]
+    return jax.lax.scan(one_block_of_queries, None, (blocks.queries, softmax))[1]
 
 
 def finish(softmax: Softmax) -> tuple[jax.Array, jax.Array]:
@@ -172,9 +180,11 @@ class Gradients(NamedTuple):
     dkv_n2BGKs: jax.Array
 
 
-def no_gradients(queries: QueryBlocks, kv_n2BGsK: jax.Array) -> Gradients:
+def no_gradients(blocks: Blocks, kv_n2BGsK: jax.Array) -> Gradients:
     """Zero gradients, to which blocks add theirs."""
-    return Gradients(jnp.zeros_like(queries.q_igmK, jnp.float32), jnp.zeros_like(kv_n2BGsK.swapaxes(4, 5), jnp.float32))
+    return Gradients(
+        jnp.zeros_like(blocks.queries.q_igmK, jnp.float32), jnp.zeros_like(kv_n2BGsK.swapaxes(4, 5), jnp.float32)
+    )
 
 
 def cotangents(blocking: QueryBlocking, output: Output, do_BlHK: jax.Array) -> Cotangents:
@@ -184,7 +194,7 @@ def cotangents(blocking: QueryBlocking, output: Output, do_BlHK: jax.Array) -> C
 
 
 def differentiate(
-    queries: QueryBlocks, kv_n2BGsK: jax.Array, keys: KeyBlocks, *, cotangents: Cotangents, gradients: Gradients
+    blocks: Blocks, kv_n2BGsK: jax.Array, keys: KeyBlocks, *, cotangents: Cotangents, gradients: Gradients
 ) -> Gradients:
     """The gradients so far, and what these queries and these keys contribute to one another's."""
 
@@ -193,10 +203,10 @@ def differentiate(
 
         def one_block_of_keys(t, gradients):
             k_gkK, v_gkK = _read(kv_n2BGsK, keys, t, queries)
-            p_gmk = jnp.exp(_scores(queries, k_gkK, keys, t) - given.lse_igm[..., None])
+            p_gmk = jnp.exp(_scores(blocks, queries, k_gkK, keys, t) - given.lse_igm[..., None])
             dv_gKk = product("gmK,gmk->gKk", given.do_igmK, _dropped(p_gmk, queries, keys, t))
             dp_gmk = _dropped(product("gmK,gkK->gmk", given.do_igmK, v_gkK), queries, keys, t)
-            ds_gmk = p_gmk * (dp_gmk - given.odo_igm[..., None]) * _scale(k_gkK)
+            ds_gmk = p_gmk * (dp_gmk - given.odo_igm[..., None]) * blocks.scale
             dk_gKk = product("gmK,gmk->gKk", queries.q_igmK, ds_gmk)
             dq_gmK = gradients.dq_igmK + product("gmk,gkK->gmK", ds_gmk, k_gkK)
             d_2gKk = jnp.stack((dk_gKk, dv_gKk))
@@ -206,8 +216,10 @@ def differentiate(
         dq_gmK, dkv_n2BGKs = _over_touched(keys, queries, one_block_of_keys, init=so_far, reads=(kv_n2BGsK, given))
         return dkv_n2BGKs, dq_gmK
 
-    dkv_n2BGKs = varying_like(gradients.dkv_n2BGKs, (queries, kv_n2BGsK, keys, cotangents, gradients))
-    dkv_n2BGKs, dq_igmK = jax.lax.scan(one_block_of_queries, dkv_n2BGKs, (queries, cotangents, gradients.dq_igmK))
+    dkv_n2BGKs = varying_like(gradients.dkv_n2BGKs, (blocks, kv_n2BGsK, keys, cotangents, gradients))
+    dkv_n2BGKs, dq_igmK = jax.lax.scan(
+        one_block_of_queries, dkv_n2BGKs, (blocks.queries, cotangents, gradients.dq_igmK)
+    )
     return Gradients(dq_igmK, dkv_n2BGKs)
 
 
@@ -243,11 +255,11 @@ def _position_k(keys, t):
     return keys.first_t[t] + jnp.arange(keys.size, dtype=jnp.int32)
 
 
-def _scores(queries, k_gkK, keys, t):
+def _scores(blocks, queries, k_gkK, keys, t):
     """`s_gmk`, minus infinity where the query does not see the key."""
-    s_gmk = product("gmK,gkK->gmk", queries.q_igmK, k_gkK) * _scale(k_gkK)
+    s_gmk = product("gmK,gkK->gmk", queries.q_igmK, k_gkK) * blocks.scale
     position_k = _position_k(keys, t)
-    seen_qk = Intervals(queries.start_iq, queries.end_iq).sees(position_k) & (position_k >= keys.begin_t[t])
+    seen_qk = Intervals(queries.start_iq, queries.end_iq).sees(position_k) & (position_k >= keys.begin_t[t])[None]
     return jnp.where(jnp.tile(seen_qk, (s_gmk.shape[1] // seen_qk.shape[0], 1)), s_gmk, -jnp.inf)
 
 
@@ -255,10 +267,6 @@ def _dropped(x_gmk, queries, keys, t):
     if queries.stream_igm is None:
         return x_gmk
     return dropped(x_gmk, queries.stream_igm[..., None], _position_k(keys, t), queries.rate_i)
-
-
-def _scale(k_gkK) -> float:
-    return k_gkK.shape[-1] ** -0.5
 
 
 def product(equation: str, a: jax.Array, b: jax.Array) -> jax.Array:

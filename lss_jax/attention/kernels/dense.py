@@ -18,17 +18,18 @@ from lss_jax.parallel.residuals import ATTENDED
 
 def forward(queries: Queries, kv_N2BGlK: jax.Array, setting: Setting) -> Output:
     """Attention over the keys and values of all segments."""
-    return checkpoint_name(dense_attention(queries, setting.key_layout.natural(kv_N2BGlK, 4)), ATTENDED)
+    scale = setting.scale_of(queries.q_BlHK.shape[3])
+    return checkpoint_name(dense_attention(queries, setting.key_layout.natural(kv_N2BGlK, 4), scale), ATTENDED)
 
 
 def backward(residuals: Residuals, do_BlHK: jax.Array, setting: Setting) -> tuple[jax.Array, jax.Array]:
     """`dq_BlHK`, and these queries' part of `dkv_N2BGKl` in float32."""
     (q_BlHK, mask, dropout), kv_N2BGlK, (o_BlHK, lse_BGm) = residuals
     k_BGLK, v_BGLK = setting.key_layout.natural(kv_N2BGlK, 4)
-    G, scale = k_BGLK.shape[1], q_BlHK.shape[3] ** -0.5
+    G, scale = k_BGLK.shape[1], setting.scale_of(q_BlHK.shape[3])
     q_BGmK, do_BGmK = by_kv_head(q_BlHK, G), by_kv_head(do_BlHK, G)
     odo_BGm = jnp.einsum("BGmK,BGmK->BGm", by_kv_head(o_BlHK, G), do_BGmK, preferred_element_type=jnp.float32)
-    p_BGmL = jnp.exp(_scores(q_BGmK, k_BGLK, mask) - lse_BGm[..., None])
+    p_BGmL = jnp.exp(_scores(q_BGmK, k_BGLK, mask, scale) - lse_BGm[..., None])
     dv_BGKL = product("BGmK,BGmL->BGKL", do_BGmK, _dropped(p_BGmL, dropout))
     dp_BGmL = _dropped(product("BGmK,BGLK->BGmL", do_BGmK, v_BGLK), dropout)
     ds_BGmL = (p_BGmL * (dp_BGmL - odo_BGm[..., None]) * scale).astype(q_BlHK.dtype)
@@ -38,10 +39,10 @@ def backward(residuals: Residuals, do_BlHK: jax.Array, setting: Setting) -> tupl
     return by_query_head(dq_BGmK, q_BlHK.shape).astype(q_BlHK.dtype), dkv_N2BGKl
 
 
-def dense_attention(queries: Queries, kv_2BGLK: jax.Array) -> Output:
+def dense_attention(queries: Queries, kv_2BGLK: jax.Array, scale: float) -> Output:
     """Attention over all `L` keys in natural order; scores and softmax are float32."""
     (q_BlHK, mask, dropout), (k_BGLK, v_BGLK) = queries, kv_2BGLK
-    s_BGmL = _scores(by_kv_head(q_BlHK, k_BGLK.shape[1]), k_BGLK, mask)
+    s_BGmL = _scores(by_kv_head(q_BlHK, k_BGLK.shape[1]), k_BGLK, mask, scale)
     lse_BGm = jax.nn.logsumexp(s_BGmL, axis=-1)
     lse_BGm = jnp.where(lse_BGm == -jnp.inf, 0.0, lse_BGm)
     p_BGmL = _dropped(jnp.exp(s_BGmL - lse_BGm[..., None]), dropout)
@@ -64,9 +65,9 @@ def by_query_head(x_BGmK: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     return x_BGmK.reshape(B, x_BGmK.shape[1], -1, l, K).transpose(0, 3, 1, 2, 4).reshape(shape)
 
 
-def _scores(q_BGmK: jax.Array, k_BGLK: jax.Array, mask: Intervals) -> jax.Array:
+def _scores(q_BGmK: jax.Array, k_BGLK: jax.Array, mask: Intervals, scale: float) -> jax.Array:
     """`s_BGmL`, minus infinity where the query does not see the key."""
-    s_BGmL = product("BGmK,BGLK->BGmL", q_BGmK, k_BGLK) * q_BGmK.shape[-1] ** -0.5
+    s_BGmL = product("BGmK,BGLK->BGmL", q_BGmK, k_BGLK) * scale
     seen = mask.sees(jnp.arange(k_BGLK.shape[2]))
     seen_BlL = seen if seen.ndim == 3 else seen[None]
     return jnp.where(jnp.tile(seen_BlL, (1, s_BGmL.shape[2] // seen_BlL.shape[1], 1))[:, None], s_BGmL, -jnp.inf)
