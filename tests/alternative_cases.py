@@ -16,7 +16,7 @@ from oracle import hashed as plain_hash
 from lss_jax.attention.head_groups import in_head_groups
 from lss_jax.attention.mask import Intervals, MaskKind
 from lss_jax.attention.performer import random_features
-from lss_jax.attention.setting import Approximation, Setting
+from lss_jax.attention.setting import USUAL, Approximation, Setting
 from lss_jax.attention.strategies import make_attend
 from lss_jax.parallel.dropout import Dropout
 from lss_jax.parallel.hashing import hashed
@@ -68,7 +68,14 @@ class Case:
         axis = SEQ if self.seq > 1 else None
         orders, blocks = (self.order, self.order), (self.block, self.block)
         return Setting(
-            axis, *orders, "blockwise", *blocks, regather=False, interpret=True, approximation=told, scale=None
+            axis,
+            *orders,
+            "blockwise",
+            *blocks,
+            regather=False,
+            interpret=True,
+            approximation=told,
+            scores=USUAL,
         )
 
     def mask(self) -> Intervals:

@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec as P
 from lss_jax.attention.head_groups import in_head_groups
 from lss_jax.attention.kernels.targets import TARGETS
 from lss_jax.attention.mask import Intervals, bidirectional, causal, documents, prefix_causal, window
-from lss_jax.attention.setting import Setting
+from lss_jax.attention.setting import USUAL, Setting
 from lss_jax.attention.strategies import make_attend
 from lss_jax.parallel.dropout import Dropout
 from lss_jax.parallel.layout import Layout
@@ -83,7 +83,7 @@ def program(case: Case):
         case.regather,
         interpret=True,
         approximation=None,
-        scale=None,
+        scores=USUAL,
     )
 
     def on_device(q_BlHK, k_BlGK, v_BlGK, do_BlHK, mask, dropout):

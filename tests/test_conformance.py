@@ -41,7 +41,7 @@ from lss_jax.attention.collectives import stacked
 from lss_jax.attention.kernels import KERNELS, blockwise, tiles
 from lss_jax.attention.kernels.interface import Queries, Residuals
 from lss_jax.attention.mask import Intervals
-from lss_jax.attention.setting import Setting
+from lss_jax.attention.setting import USUAL, Setting
 from lss_jax.attention.strategies import EXACT, STRATEGIES
 from lss_jax.config.schema import ConfigError
 from lss_jax.parallel.dropout import Dropout
@@ -407,7 +407,7 @@ def kernel_alone(shape: Shape, q_BlHK, k_BLGK, v_BLGK, do_BlHK, mask) -> Results
         regather=False,
         interpret=True,
         approximation=None,
-        scale=None,
+        scores=USUAL,
     )
     kernel = KERNELS[shape.kernel]
     kv_N2BGlK = layout.segments(stacked(k_BLGK, v_BLGK), 3)

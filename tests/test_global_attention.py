@@ -10,7 +10,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 from helpers import assert_close, mesh_of, sampled
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -336,17 +335,6 @@ def test_defaults_are_those_of_the_config():
     # what JAX calls local_window_size; of what is not exact; and of attention to another sequence
     others = {"window", "global_tokens", "features", "source_layout"}
     assert set(config) - set(defaults) == others
-
-
-def test_arguments_have_the_names_that_jax_and_flax_give_them():
-    ours, jaxs = (inspect.signature(f).parameters for f in (attention, jax.nn.dot_product_attention))
-    shared = {"query", "key", "value", "is_causal", "local_window_size", "scale"}
-    assert shared <= set(ours) & set(jaxs)
-    assert all(ours[name].default == jaxs[name].default for name in shared)
-    flaxs = inspect.signature(nnx.dot_product_attention).parameters
-    others = {"promote_dtype"}, {"others"}
-    found = set(inspect.signature(lss_jax.attention_fn(mesh_of(1, 2))).parameters)
-    assert found - others[1] == set(flaxs) - others[0]
 
 
 def test_importing_the_package_asks_for_no_device():

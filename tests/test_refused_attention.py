@@ -24,11 +24,14 @@ attention = lss_jax.dot_product_attention
 X = np.zeros((B, 48, 6, K), np.float32)
 WRONG_ARRAYS = {
     "query (6, 8), key (6, 8), value (6, 8): each is [..., L, heads, K], of three": [X[0, 0]] * 3,
-    "value (2, 48, 6, 4): they may differ in the number of the query heads alone": [X, X, X[..., :4]],
-    "key (2, 47, 6, 8), value (2, 47, 6, 8): they may differ in": [X, X[:, 1:], X[:, 1:]],
+    "value (2, 48, 6, 4): queries may differ from keys in length and heads alone, and values in nothing": [
+        X,
+        X,
+        X[..., :4],
+    ],
+    "key (1, 48, 6, 8), value (1, 48, 6, 8): queries may differ from": [X, X[1:], X[1:]],
     "(2, 0, 6, 8): nothing to attend to; every dimension must be at least 1": [X[:, :0]] * 3,
-    "of dtypes float32, float32, bfloat16; give all three as float32 or as bfloat16": [X, X, jnp.bfloat16(X)],
-    "of dtypes float16, float16, float16; give all three": [np.float16(X)] * 3,
+    "of dtype int32 together; give float32 or bfloat16 or float16": [np.int32(X)] * 3,
     "heads=6 is not divisible by kv_heads=4; each key/value head serves equally many query heads: use kv_heads=6 or": [
         X,
         X[:, :, :4],
@@ -44,6 +47,15 @@ WRONG_OPTIONS = {
     },
     "block_keys=0 must be at least 1": {"block_keys": 0},
     "block_queries=8.0 is of type float; give a value of type int": {"block_queries": 8.0},
+    "implementation='cudnn' is refused, since it would see one device's keys alone; use implementation=None, and": {
+        "implementation": "cudnn"
+    },
+    "query_seq_lengths of shape (3,) and dtype int32 must be one integer for each row of the batch, which": {
+        "query_seq_lengths": np.zeros(3, np.int32)
+    },
+    "key_value_seq_lengths of shape (2,) and dtype float32 must be one integer": {
+        "key_value_seq_lengths": np.zeros(2, np.float32)
+    },
     "prefix=-1 must be at least 0": {"prefix": -1, "is_causal": True},
     "prefix=3 has no use with is_causal=False, under which all is seen anyway; use prefix=0": {"prefix": 3},
     "local_window_size=-1 must be one number or (left, right), each at least 0; for a side without a bound, give": {

@@ -40,7 +40,7 @@ def in_head_groups(attend: Callable[..., jax.Array], count: int) -> Callable[...
             return None, attend(*group, dropout and dropout.of_group(number, heads))
 
         groups = tuple(jnp.stack(jnp.split(x, count, axis=2)) for x in (q_BlHK, k_BlGK, v_BlGK))
-        _, o_nBlhK = over_head_groups(one_group, None, groups)
-        return jnp.moveaxis(o_nBlhK, 0, 2).reshape(q_BlHK.shape)
+        _, of_groups = over_head_groups(one_group, None, groups)
+        return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 2).reshape(*q_BlHK.shape[:3], *x.shape[4:]), of_groups)
 
     return attend_in_groups

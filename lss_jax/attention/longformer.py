@@ -19,9 +19,9 @@ from jax.ad_checkpoint import checkpoint_name
 from lss_jax.attention.collectives import all_gather, stacked
 from lss_jax.attention.gaps import kernel_gap, mask_gaps
 from lss_jax.attention.kernels import blocks
-from lss_jax.attention.kernels.interface import FORWARD, PRODUCTS, Queries
+from lss_jax.attention.kernels.interface import FORWARD, PRODUCTS, Attended, Queries
 from lss_jax.attention.mask import Intervals, MaskKind, neighbours
-from lss_jax.attention.runs import Attended, attend_to_run, keys_from, together
+from lss_jax.attention.runs import attend_to_run, keys_from, together
 from lss_jax.attention.setting import Approximation, Setting
 from lss_jax.attention.strategy import Local, Operations, Shards, Shown, Strategy
 from lss_jax.attention.traffic import Sizes, Traffic

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from lss_jax.attention.collectives import all_gather, psum_scatter, stacked
 from lss_jax.attention.kernels import KERNELS
-from lss_jax.attention.kernels.interface import Queries, Residuals
+from lss_jax.attention.kernels.interface import Attended, Queries, Residuals
 from lss_jax.attention.saved import Passes, differentiable
 from lss_jax.attention.setting import Setting
 from lss_jax.attention.strategy import Local
@@ -30,7 +30,7 @@ def backward(saved: Residuals, do_BlHK: jax.Array, setting: Setting) -> tuple[ja
     return dq_BlHK, dkv_2BGKl
 
 
-def lss_attention(local: Local, setting: Setting) -> jax.Array:
+def lss_attention(local: Local, setting: Setting) -> jax.Array | Attended:
     """This segment's attention `o_BlHK`, inside `shard_map` over `setting.axis`."""
     dropout = local.dropout and local.dropout.of_heads(jnp.arange(local.q_BlHK.shape[2]))
     queries = Queries(local.q_BlHK, local.mask, dropout)

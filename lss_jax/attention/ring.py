@@ -9,7 +9,6 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
 
 from lss_jax.attention.collectives import stacked
 from lss_jax.attention.kernels.blocks import KeyBlocks, chunks_of_all, chunks_of_device, key_blocks
@@ -18,21 +17,20 @@ from lss_jax.attention.kernels.blockwise import (
     accumulate,
     cotangents,
     differentiate,
-    finish,
     in_blocks,
     no_gradients,
     nothing_yet,
+    output_of,
 )
-from lss_jax.attention.kernels.interface import Output, Queries
+from lss_jax.attention.kernels.interface import Attended, Queries, cotangent_of_output
 from lss_jax.attention.setting import Setting
 from lss_jax.attention.strategy import Local, Shards, Strategy, own_segment, refuses_nothing
 from lss_jax.attention.traffic import Sizes, Traffic
 from lss_jax.config.schema import AttentionConfig
-from lss_jax.parallel.residuals import ATTENDED
 from lss_jax.parallel.varying import varying_like
 
 
-def ring_attention(local: Local, setting: Setting) -> jax.Array:
+def ring_attention(local: Local, setting: Setting) -> jax.Array | Attended:
     """This segment's attention `o_BlHK`, inside `shard_map` over `setting.axis`.
 
     Blocks of keys that the mask rules out cost no work; the pair travels all the same, since another device may see it.
@@ -49,7 +47,7 @@ def traffic(sizes: Sizes, setting: Setting) -> dict[str, list[Traffic]]:
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _ring(queries: Queries, kv_2BGlK: jax.Array, setting: Setting) -> jax.Array:
+def _ring(queries: Queries, kv_2BGlK: jax.Array, setting: Setting) -> jax.Array | Attended:
     return _forward(queries, kv_2BGlK, setting)[0]
 
 
@@ -68,13 +66,13 @@ def _forward(queries, kv_2BGlK, setting):
     last = setting.layout.devices - 1
     start = varying_like((kv_2BGlK, nothing_yet(blocks)), (blocks, kv_2BGlK))
     kv_last_2BGlK, softmax = jax.lax.fori_loop(0, last, one_turn, start)
-    o_igmK, lse_igm = finish(attend(last, kv_last_2BGlK, softmax))
-    output = checkpoint_name(Output(blocking.join(o_igmK).astype(queries.q_BlHK.dtype), lse_igm), ATTENDED)
-    return output.o_BlHK, (queries, kv_2BGlK, output)
+    output = output_of(blocking, attend(last, kv_last_2BGlK, softmax), queries.q_BlHK.dtype, setting)
+    return output.given, (queries, kv_2BGlK, output)
 
 
-def _backward(setting, saved, do_BlHK):
+def _backward(setting, saved, cotangent):
     queries, kv_2BGlK, output = saved
+    do_BlHK = cotangent_of_output(cotangent)
     keys = _keys_in_turn(0, kv_2BGlK, setting)
     blocking, blocks = in_blocks(queries, kv_2BGlK.shape[2], keys, setting)
     given = cotangents(blocking, output, do_BlHK)

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import jax
 
 from lss_jax.attention.collectives import after, all_gather
-from lss_jax.attention.kernels.interface import Queries, Residuals
+from lss_jax.attention.kernels.interface import Attended, Queries, Residuals, cotangent_of_output
 from lss_jax.attention.setting import Setting
 
 
@@ -19,7 +19,7 @@ class Passes(NamedTuple):
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def differentiable(queries: Queries, kv_2BGlK: jax.Array, passes: Passes, setting: Setting) -> jax.Array:
+def differentiable(queries: Queries, kv_2BGlK: jax.Array, passes: Passes, setting: Setting) -> jax.Array | Attended:
     """`o_BlHK` of the forward pass, with the backward pass as its gradient.
 
     With `regather` a device's own keys and values are saved, and gathered once more, but not before `do` is there.
@@ -29,11 +29,11 @@ def differentiable(queries: Queries, kv_2BGlK: jax.Array, passes: Passes, settin
 
 def _forward(queries, kv_2BGlK, passes, setting):
     saved = passes.forward(queries, kv_2BGlK, setting)
-    o_BlHK = saved.output.o_BlHK
-    return o_BlHK, saved._replace(kv_N2BGlK=kv_2BGlK) if setting.regather else saved
+    return saved.output.given, saved._replace(kv_N2BGlK=kv_2BGlK) if setting.regather else saved
 
 
-def _backward(passes, setting, saved, do_BlHK):
+def _backward(passes, setting, saved, cotangent):
+    do_BlHK = cotangent_of_output(cotangent)
     if setting.regather:
         saved = saved._replace(kv_N2BGlK=all_gather(after(do_BlHK, saved.kv_N2BGlK), setting.axis))
     dq_BlHK, dkv_2BGKl = passes.backward(saved, do_BlHK, setting)

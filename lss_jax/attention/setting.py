@@ -33,6 +33,16 @@ class Approximation(NamedTuple):
         return self.seen.causal
 
 
+class Scores(NamedTuple):
+    """What a caller may ask about scores: models of ours ask for nothing."""
+
+    scale: float | None  # in float32; None: the inverse root of the heads' width
+    residual: bool  # attention gives the log-sum-exp of each query's scores, too
+
+
+USUAL = Scores(scale=None, residual=False)
+
+
 @dataclasses.dataclass(frozen=True)
 class Setting:
     """What is known of attention at compile time.
@@ -49,11 +59,11 @@ class Setting:
     regather: bool  # what came from other devices is communicated again in the backward pass, not saved
     interpret: bool  # fused kernels step by step, as on CPUs
     approximation: Approximation | None  # None: attention is exact
-    scale: float | None  # of the scores, in float32; None: the inverse root of the heads' width
+    scores: Scores
 
     def scale_of(self, width: int) -> float:
         """What the products of queries and keys of heads of this width are multiplied by."""
-        return width**-0.5 if self.scale is None else self.scale
+        return width**-0.5 if self.scores.scale is None else self.scores.scale
 
     @property
     def unsharded(self) -> "Setting":

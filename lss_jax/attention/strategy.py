@@ -70,7 +70,7 @@ class Strategy(NamedTuple):
 
     exact: bool
     defined_by: tuple[str, ...]  # config keys that decide what it computes, if it is not exact
-    attention: Callable[[Local, Setting], jax.Array]  # this segment's output `o_BlHK`
+    attention: Callable[[Local, Setting], Any]  # this segment's output `o_BlHK`, or `Attended` if scores are asked for
     traffic: Callable[[Sizes, Setting], dict[str, list[Traffic]]]  # the collectives of one layer, by direction
     whole_mask: Callable[[Intervals, Setting], Intervals] | None  # gathers all queries' intervals, once per step
     kernels: tuple[str, ...]  # those that it can use

@@ -17,7 +17,7 @@ from jax.ad_checkpoint import checkpoint_name
 from lss_jax.attention.collectives import after, stacked
 from lss_jax.attention.kernels import KERNELS
 from lss_jax.attention.kernels.blockwise import blocks_of_keys
-from lss_jax.attention.kernels.interface import Queries, Residuals
+from lss_jax.attention.kernels.interface import Attended, Output, Queries, Residuals, cotangent_of_output
 from lss_jax.attention.mask import Intervals
 from lss_jax.attention.setting import Setting
 from lss_jax.attention.strategy import Local, Shards, Strategy, refuses_nothing
@@ -28,7 +28,7 @@ from lss_jax.parallel.layout import Layout
 from lss_jax.parallel.residuals import ATTENDED, COMMUNICATED
 
 
-def ulysses_attention(local: Local, setting: Setting) -> jax.Array:
+def ulysses_attention(local: Local, setting: Setting) -> jax.Array | Attended:
     """This segment's attention `o_BlHK`, inside `shard_map` over `setting.axis`.
 
     `local.mask` is that of the whole sequence in natural order, from `whole_mask`. `N` must divide `H`. Where it does
@@ -62,7 +62,7 @@ def whole_mask(mask: Intervals, setting: Setting) -> Intervals:
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _exchanged(queries: Queries, k_BlgK: jax.Array, v_BlgK: jax.Array, setting: Setting) -> jax.Array:
+def _exchanged(queries: Queries, k_BlgK: jax.Array, v_BlgK: jax.Array, setting: Setting) -> jax.Array | Attended:
     """`queries` are this segment's, all heads; their mask and dropout are the whole sequence's, this device's heads."""
     return _forward(queries, k_BlgK, v_BlgK, setting)[0]
 
@@ -71,12 +71,14 @@ def _forward(queries, k_BlgK, v_BlgK, setting):
     exchanged, kv_12BhLK = _exchange(queries, k_BlgK, v_BlgK, setting)
     output = KERNELS[setting.kernel].forward(exchanged, kv_12BhLK, setting.unsharded)
     o_BlHK = checkpoint_name(_to_sequence((output.o_BlHK,), setting)[0], ATTENDED)
+    lse_BlH = None if output.lse_BlH is None else _to_sequence((output.lse_BlH[..., None],), setting)[0][..., 0]
     own = (queries, k_BlgK, v_BlgK) if setting.regather else None
-    return o_BlHK, (own, None if own else (exchanged, kv_12BhLK), output)
+    return Output(o_BlHK, output.lse, lse_BlH).given, (own, None if own else (exchanged, kv_12BhLK), output)
 
 
-def _backward(setting, saved, do_BlHK):
+def _backward(setting, saved, cotangent):
     own, exchanged, output = saved
+    do_BlHK = cotangent_of_output(cotangent)
     if own:  # not before they are needed
         queries, k_BlgK, v_BlgK = own
         queries = queries._replace(q_BlHK=after(do_BlHK, queries.q_BlHK))

@@ -9,7 +9,7 @@ key blocks in natural order says where each lies. What a block of queries sees a
 over key blocks runs from the first that is seen to the last. The letters are those of `blocks`.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -36,8 +36,8 @@ def forward(queries: Queries, kv_N2BGlK: jax.Array, setting: Setting) -> Output:
     """Attention over the keys and values of all segments."""
     kv_n2BGsK, keys = _ordered(kv_N2BGlK, setting)
     blocking, blocks = in_blocks(queries, kv_N2BGlK.shape[3], keys, setting)
-    o_igmK, lse_igm = finish(accumulate(blocks, kv_n2BGsK, keys, nothing_yet(blocks)))
-    return checkpoint_name(Output(blocking.join(o_igmK).astype(queries.q_BlHK.dtype), lse_igm), ATTENDED)
+    softmax = accumulate(blocks, kv_n2BGsK, keys, nothing_yet(blocks))
+    return output_of(blocking, softmax, queries.q_BlHK.dtype, setting)
 
 
 def backward(residuals: Residuals, do_BlHK: jax.Array, setting: Setting) -> tuple[jax.Array, jax.Array]:
@@ -159,6 +159,18 @@ def finish(softmax: Softmax) -> tuple[jax.Array, jax.Array]:
     sum_igm = jnp.where(seen_igm, softmax.sum_igm, 1.0)
     lse_igm = jnp.where(seen_igm, softmax.max_igm, 0.0) + jnp.log(sum_igm)
     return softmax.o_igmK / sum_igm[..., None], lse_igm
+
+
+def output_of(blocking: QueryBlocking, softmax: Softmax, dtype: Any, setting: Setting) -> Output:
+    """The output once all keys have been met."""
+    o_igmK, lse_igm = finish(softmax)
+    lse_BlH = unblocked(blocking, softmax, lse_igm) if setting.scores.residual else None
+    return checkpoint_name(Output(blocking.join(o_igmK).astype(dtype), lse_igm, lse_BlH), ATTENDED)
+
+
+def unblocked(blocking: QueryBlocking, softmax: Softmax, lse_igm: jax.Array) -> jax.Array:
+    """The log-sum-exp as `lse_BlH`, minus infinity for a query that saw nothing."""
+    return blocking.join(jnp.where(softmax.sum_igm > 0, lse_igm, -jnp.inf)[..., None])[..., 0]
 
 
 class Cotangents(NamedTuple):

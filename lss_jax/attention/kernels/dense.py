@@ -19,12 +19,13 @@ from lss_jax.parallel.residuals import ATTENDED
 def forward(queries: Queries, kv_N2BGlK: jax.Array, setting: Setting) -> Output:
     """Attention over the keys and values of all segments."""
     scale = setting.scale_of(queries.q_BlHK.shape[3])
-    return checkpoint_name(dense_attention(queries, setting.key_layout.natural(kv_N2BGlK, 4), scale), ATTENDED)
+    output = dense_attention(queries, setting.key_layout.natural(kv_N2BGlK, 4), scale)
+    return checkpoint_name(output if setting.scores.residual else output._replace(lse_BlH=None), ATTENDED)
 
 
 def backward(residuals: Residuals, do_BlHK: jax.Array, setting: Setting) -> tuple[jax.Array, jax.Array]:
     """`dq_BlHK`, and these queries' part of `dkv_N2BGKl` in float32."""
-    (q_BlHK, mask, dropout), kv_N2BGlK, (o_BlHK, lse_BGm) = residuals
+    (q_BlHK, mask, dropout), kv_N2BGlK, (o_BlHK, lse_BGm, _) = residuals
     k_BGLK, v_BGLK = setting.key_layout.natural(kv_N2BGlK, 4)
     G, scale = k_BGLK.shape[1], setting.scale_of(q_BlHK.shape[3])
     q_BGmK, do_BGmK = by_kv_head(q_BlHK, G), by_kv_head(do_BlHK, G)
@@ -43,11 +44,12 @@ def dense_attention(queries: Queries, kv_2BGLK: jax.Array, scale: float) -> Outp
     """Attention over all `L` keys in natural order; scores and softmax are float32."""
     (q_BlHK, mask, dropout), (k_BGLK, v_BGLK) = queries, kv_2BGLK
     s_BGmL = _scores(by_kv_head(q_BlHK, k_BGLK.shape[1]), k_BGLK, mask, scale)
-    lse_BGm = jax.nn.logsumexp(s_BGmL, axis=-1)
-    lse_BGm = jnp.where(lse_BGm == -jnp.inf, 0.0, lse_BGm)
+    known_BGm = jax.nn.logsumexp(s_BGmL, axis=-1)
+    lse_BGm = jnp.where(known_BGm == -jnp.inf, 0.0, known_BGm)
     p_BGmL = _dropped(jnp.exp(s_BGmL - lse_BGm[..., None]), dropout)
     o_BGmK = product("BGmL,BGLK->BGmK", p_BGmL, v_BGLK)
-    return Output(by_query_head(o_BGmK, q_BlHK.shape).astype(q_BlHK.dtype), lse_BGm)
+    lse_BlH = by_query_head(known_BGm[..., None], (*q_BlHK.shape[:3], 1))[..., 0]
+    return Output(by_query_head(o_BGmK, q_BlHK.shape).astype(q_BlHK.dtype), lse_BGm, lse_BlH)
 
 
 def by_kv_head(x_BlHK: jax.Array, kv_heads: int) -> jax.Array:

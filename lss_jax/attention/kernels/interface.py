@@ -22,6 +22,24 @@ class Output(NamedTuple):
 
     o_BlHK: jax.Array
     lse: jax.Array  # the log-sum-exp of each query's scores, float32, blocked as the kernel has it
+    lse_BlH: jax.Array | None  # the same unblocked, if it is asked for: minus infinity for a query that sees nothing
+
+    @property
+    def given(self) -> "jax.Array | Attended":
+        """What attention gives: `o_BlHK`, with its log-sum-exp if that is asked for."""
+        return self.o_BlHK if self.lse_BlH is None else Attended(self.o_BlHK, self.lse_BlH)
+
+
+class Attended(NamedTuple):
+    """The attention of queries to some keys; where a query sees none, zero and minus infinity."""
+
+    o_BlHK: jax.Array
+    lse_BlH: jax.Array  # float32
+
+
+def cotangent_of_output(cotangent: "jax.Array | Attended") -> jax.Array:
+    """That of `o_BlHK` from that of `Output.given`: as in JAX, nothing is differentiated by its log-sum-exp."""
+    return cotangent.o_BlHK if isinstance(cotangent, Attended) else cotangent
 
 
 class Residuals(NamedTuple):

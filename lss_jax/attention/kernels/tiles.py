@@ -78,6 +78,10 @@ class Tiling(NamedTuple):
         B, _, H = x_BlH.shape
         return self.queries.split_per_head(x_BlH).reshape(B, H, -1, self.queries.size)
 
+    def join_per_head(self, x_BHj1m: jax.Array) -> jax.Array:
+        """The inverse, with one row per block: `x_BlH`."""
+        return self.queries.join(x_BHj1m.reshape(-1, 1, self.queries.size, 1))[..., 0]
+
     def split_keys(self, kv_N2BGlK: jax.Array) -> jax.Array:
         """`kv_n2BGsK`, all runs padded to whole blocks, `K` widened."""
         if self.unordered:
