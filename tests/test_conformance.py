@@ -411,11 +411,11 @@ def kernel_alone(shape: Shape, q_BlHK, k_BLGK, v_BLGK, do_BlHK, mask) -> Results
     )
     kernel = KERNELS[shape.kernel]
     kv_N2BGlK = layout.segments(stacked(k_BLGK, v_BLGK), 3)
-    queries = Queries(q_BlHK, mask, None)
+    queries = Queries(q_BlHK, mask, None, None)
     output = kernel.forward(queries, kv_N2BGlK, setting)
-    dq_BlHK, dkv_N2BGKl = kernel.backward(Residuals(queries, kv_N2BGlK, output), do_BlHK, setting)
+    dqueries, dkv_N2BGKl = kernel.backward(Residuals(queries, kv_N2BGlK, output), do_BlHK, setting)
     dk_BLGK, dv_BLGK = layout.natural(dkv_N2BGKl, 5).transpose(0, 1, 4, 2, 3)
-    return Results(output.o_BlHK, dq_BlHK, dk_BLGK, dv_BLGK)
+    return Results(output.o_BlHK, dqueries.q_BlHK, dk_BLGK, dv_BLGK)
 
 
 @pytest.mark.parametrize(

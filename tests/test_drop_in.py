@@ -19,8 +19,10 @@ from flax import nnx
 from helpers import assert_close, mesh_of, relative_error, sampled
 
 import lss_jax
+from lss_jax.attention.pair_arrays import as_intervals
 from lss_jax.attention.strategies import EXACT
 from lss_jax.parallel.layout import CHUNKS_PER_DEVICE
+from lss_jax.parallel.mesh import SEQ
 
 pytestmark = pytest.mark.usefixtures("strict_ranks")
 B, H, K = 2, 40, 8  # 2, 5 and 8 devices divide the heads, for Ulysses
@@ -48,10 +50,10 @@ class Case(NamedTuple):
 
     @property
     def seen(self) -> np.ndarray:
-        """Which keys each query sees, `[rows, 1, queries, keys]`, by the definitions in JAX's documentation."""
+        """Which keys each query sees, `[rows, H, queries, keys]`, by the definitions in JAX's documentation."""
         of = {"is_causal": False, "local_window_size": None, "mask": True, **self.arguments}
         query, key = np.arange(self.queries)[:, None], np.arange(self.keys)
-        seen = np.broadcast_to(of["mask"], (*self.rows, 1, self.queries, self.keys))
+        seen = np.broadcast_to(of["mask"], (*self.rows, H, self.queries, self.keys))
         if of["is_causal"]:
             seen = seen & (key <= query)
         if of["local_window_size"] is not None:
@@ -62,9 +64,24 @@ class Case(NamedTuple):
                 seen = seen & (position < of[name].reshape(*self.rows, 1, 1, 1))
         return seen
 
+    @property
+    def sees_any(self) -> np.ndarray:
+        """Which queries see anything, `[rows, queries, H]`."""
+        return np.moveaxis(self.seen.any(-1), -2, -1)
+
 
 def lengths(*numbers: int) -> np.ndarray:
     return np.array(numbers, np.int32)
+
+
+def shown(*shape: int, first: bool = True) -> np.ndarray:
+    """A random mask that is no intervals; if `first`, every query sees the first key."""
+    mask = np.random.default_rng(2).random(shape) < 0.7
+    return mask | (first & (np.arange(shape[-1]) == 0))
+
+
+def numbers(*shape: int) -> np.ndarray:
+    return np.random.default_rng(3).standard_normal(shape, np.float32)
 
 
 CASES = {
@@ -92,17 +109,41 @@ CASES = {
     "more keys, lengths": Case(queries=13, keys=50, arguments={"key_value_seq_lengths": lengths(50, 9)}),
     "more queries, window": Case(queries=50, keys=13, arguments={"local_window_size": (20, 2)}),
     "more queries, causal": Case(queries=50, keys=13, arguments={"is_causal": True}),
+    "mask": Case(arguments={"mask": shown(B, 1, L, L, first=False)}),
+    "mask by head": Case(arguments={"mask": shown(1, H, L, L)}),
+    "mask of keys": Case(arguments={"mask": shown(B, 1, 1, L)}),
+    "mask of queries": Case(arguments={"mask": shown(B, 1, L, 1, first=False)}),
+    "mask that is lengths": Case(arguments={"mask": np.arange(L) < np.array([30, 3])[:, None, None, None]}),
+    "mask that is causal": Case(arguments={"mask": np.tri(L, dtype=bool)}),
+    "mask, causal, window, lengths": Case(
+        arguments={
+            "mask": shown(B, H, L, L),
+            "is_causal": True,
+            "local_window_size": (30, 3),
+            "key_value_seq_lengths": lengths(40, 20),
+        }
+    ),
+    "more keys, mask": Case(queries=13, keys=50, arguments={"mask": shown(B, 1, 13, 50), "is_causal": True}),
+    "bias": Case(arguments={"bias": numbers(B, H, L, L)}),
+    "bias by head": Case(arguments={"bias": numbers(1, H, L, L), "is_causal": True}),
+    "bias by head and key": Case(arguments={"bias": numbers(1, H, 1, L), "scale": 0.3}),
+    "bias by row and key": Case(arguments={"bias": numbers(B, 1, 1, L), "local_window_size": 9}),
+    "bias, no batch": Case(rows=(), arguments={"bias": numbers(H, L, L), "is_causal": True}),
+    "bias, mask": Case(kv_heads=H, arguments={"bias": numbers(1, 1, L, L), "mask": shown(B, 1, 1, L)}),
+    "more queries, bias": Case(queries=50, keys=13, arguments={"bias": numbers(1, H, 50, 13)}),
+    "one query, mask, bias": Case(
+        queries=1, keys=64, arguments={"mask": shown(B, 1, 1, 64), "bias": numbers(B, H, 1, 64)}
+    ),
     "one query": Case(queries=1, keys=64, arguments={"key_value_seq_lengths": lengths(64, 30)}),
 }
 
 
 def results(attend, case: Case) -> dict[str, jax.Array]:
     """The output, the log-sum-exp and the gradients, by name."""
-    seen_BL = case.seen.any(-1)[..., 0, :]
 
     def loss(arrays):
         o, lse = attend(**arrays, **others, return_residual=True)
-        return (jnp.where(seen_BL[..., None, None], o, 0.0) * weight).sum(), (o, lse)
+        return (jnp.where(case.sees_any[..., None], o, 0.0) * weight).sum(), (o, lse)
 
     names = ("query", "key", "value")
     arrays = dict(zip(names, case.arrays, strict=True))
@@ -118,8 +159,7 @@ def expected(name: str) -> dict[str, np.ndarray]:
     """JAX's own results, with zeros and minus infinity for queries that see nothing."""
     case = CASES[name]
     found = jax.jit(partial(results, jax.nn.dot_product_attention, case))()
-    seen_BL1 = case.seen.any(-1)[..., 0, :, None]
-    o, lse = np.where(seen_BL1[..., None], found["o"], 0.0), np.where(seen_BL1, found["lse"], -np.inf)
+    o, lse = np.where(case.sees_any[..., None], found["o"], 0.0), np.where(case.sees_any, found["lse"], -np.inf)
     return found | {"o": o, "lse": lse}
 
 
@@ -130,27 +170,127 @@ def finite(found: dict[str, Any]) -> dict[str, Any]:
 
 MESHES = [(1, 8, 1), (2, 2, 2), (1, 5, 1)]
 PROGRAMS = [(strategy, layout, sizes) for strategy in EXACT for layout in CHUNKS_PER_DEVICE for sizes in MESHES]
-SAMPLE = [("lss", "zigzag", (2, 2, 2)), ("ring", "contiguous", (1, 5, 1)), ("ulysses", "zigzag", (1, 8, 1))]
+GRID = [(name, *program) for name in CASES for program in PROGRAMS]
+SAMPLE = [GRID[(len(PROGRAMS) + 5) * n % len(GRID)] for n in range(len(CASES))]  # one program for most cases
 
 
-@pytest.mark.parametrize("program", sampled(PROGRAMS, SAMPLE), ids=lambda program: "-".join(map(str, program)))
-@pytest.mark.parametrize("name", CASES)
-def test_values_and_gradients_are_those_of_jax(program, name):
-    strategy, layout, sizes = program
+@pytest.mark.parametrize("case", sampled(GRID, SAMPLE), ids=lambda case: "-".join(map(str, case)))
+def test_values_and_gradients_are_those_of_jax(case):
+    name, strategy, layout, sizes = case
     ours = partial(attention, mesh=mesh_of(*sizes), strategy=strategy, layout=layout, **BLOCKS)
     found = jax.jit(partial(results, ours, CASES[name]))()
     assert_close(finite(found), finite(expected(name)), BOUND)
 
 
-KERNELS = ["dense", "blockwise"]
+OPTIONS = [
+    {"kernel": "dense"},
+    {"head_groups": 2, "regather": True},
+    {"strategy": "ulysses", "head_groups": 5, "layout": "zigzag"},
+]
 
 
-@pytest.mark.parametrize("kernel", KERNELS)
-def test_every_kernel_and_groups_of_heads_give_the_log_sum_exp(kernel):
-    name = "lengths, causal"
-    ours = partial(attention, mesh=mesh_of(1, 2), kernel=kernel, head_groups=2, **BLOCKS)
+BY_OPTIONS = [
+    (name, n)
+    for name in ("lengths, causal", "bias", "bias, mask", "bias by head and key", "mask by head")
+    for n in range(len(OPTIONS))
+]
+
+
+@pytest.mark.parametrize("case", sampled(BY_OPTIONS, BY_OPTIONS[::4]), ids=str)
+def test_no_option_changes_the_result(case):
+    name, n = case
+    ours = partial(attention, mesh=mesh_of(1, 2), **BLOCKS, **OPTIONS[n])
     found = jax.jit(partial(results, ours, CASES[name]))()
     assert_close(finite(found), finite(expected(name)), BOUND)
+
+
+TRACED = ["mask that is lengths", "mask that is causal", "bias, mask"]
+
+
+@pytest.mark.parametrize("name", sampled(TRACED, TRACED[:1]))
+def test_a_mask_that_is_traced_is_read_as_an_array(name):
+    case = CASES[name]
+    mask, others = case.arguments["mask"], {key: x for key, x in case.arguments.items() if key != "mask"}
+
+    @jax.jit
+    def found(mask):
+        ours = partial(attention, mesh=mesh_of(2, 2), mask=mask, **BLOCKS)
+        return results(ours, case._replace(arguments=others))
+
+    assert_close(finite(found(mask)), finite(expected(name)), BOUND)
+
+
+def test_vmap_over_masks_and_biases():
+    q, k, v = CASES["all"].arrays
+    masks, biases = shown(3, 1, 1, L, L), numbers(3, 1, H, 1, L)
+
+    def over_both(attend):
+        return jax.vmap(lambda mask, bias: attend(q, k, v, bias, mask))(masks, biases)
+
+    assert_close(over_both(partial(attention, mesh=mesh_of(2, 2))), over_both(jax.nn.dot_product_attention), BOUND)
+
+
+@pytest.mark.parametrize("numbers_of", [np, jnp])
+def test_masks_that_are_intervals_are_found(numbers_of):
+    random, shape = np.random.default_rng(0), (3, L, H, K)
+    start, end = np.sort(random.integers(0, L + 1, (2, 3, L)), 0)
+    key_L = np.arange(L)
+    shown_BLL = (start[..., None] <= key_L) & (key_L < end[..., None])
+    for mask in (shown_BLL[:, None], shown_BLL[:1, None], shown_BLL[:, None, :1], shown_BLL[:, None, :, 5:6]):
+        found = as_intervals(numbers_of.asarray(mask), shape, L)
+        assert found.start.shape in ((L,), (3, L))
+        np.testing.assert_array_equal(
+            np.broadcast_to(found.sees(key_L), (3, L, L)), np.broadcast_to(mask[:, 0], (3, L, L))
+        )
+    holes, by_head = shown_BLL[:, None].copy(), np.repeat(shown_BLL[:, None], H, 1)
+    holes[1, 0, 7, [0, 9]] = True, True
+    holes[1, 0, 7, 5] = False
+    by_head[2, 3, 4] ^= True
+    for mask in (holes, by_head):
+        assert as_intervals(numbers_of.asarray(mask), shape, L) is None
+
+
+@pytest.mark.parametrize("strategy", sampled(EXACT, ["lss"]))
+def test_a_mask_array_costs_its_own_memory(strategy):
+    """Each device has the rows of its own queries; the scores still exist in blocks. Ulysses gathers the rows."""
+    N, length = 4, 2048
+    mesh = mesh_of(1, N)
+    whole, rows = (jax.NamedSharding(mesh, spec) for spec in (jax.P(), jax.P(None, None, SEQ)))
+    x = jax.ShapeDtypeStruct((1, length, 4, K), jnp.float32, sharding=whole)
+    mask = jax.ShapeDtypeStruct((1, 1, length, length), bool, sharding=rows)
+
+    def temporaries(*masks):
+        def loss(q, k, v, *masks):
+            ours = partial(attention, mesh=mesh, strategy=strategy, block_queries=128, block_keys=128)
+            return (ours(q, k, v, None, *masks) ** 2).sum()
+
+        program = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).lower(x, x, x, *masks)
+        return program.compile().memory_analysis().temp_size_in_bytes
+
+    size = length**2 // (1 if strategy == "ulysses" else N)
+    assert temporaries(mask) - temporaries() < 1.1 * size
+
+
+def own_of(real):
+    """A collective that gives every device what it has of its own, where arrays over pairs are exchanged."""
+
+    def dropped(x, axis, **options):
+        if options:
+            return x if x.ndim == 5 else real(x, axis, **options)
+        return jnp.stack([x] * jax.lax.axis_size(axis)) if x.ndim == 4 else real(x, axis)
+
+    return dropped
+
+
+@pytest.mark.parametrize(("collective", "name"), [("all_gather", "mask"), ("all_to_all", "bias by head")])
+def test_a_dropped_collective_is_seen(monkeypatch, collective, name):
+    monkeypatch.setattr(jax.lax, collective, own_of(getattr(jax.lax, collective)))
+    jax.clear_caches()
+    ours = partial(attention, mesh=mesh_of(1, 2), strategy="ulysses", **BLOCKS)
+    found = jax.jit(partial(results, ours, CASES[name]))()
+    jax.clear_caches()
+    with pytest.raises(AssertionError, match="relative error not under"):
+        assert_close(finite(found), finite(expected(name)), BOUND)
 
 
 def test_the_log_sum_exp_has_no_gradient():
@@ -193,7 +333,6 @@ def test_a_mesh_with_explicit_axes_places_the_log_sum_exp_as_the_queries():
 
 def test_the_signature_is_that_of_jax():
     ours, theirs = (inspect.signature(f).parameters for f in (attention, jax.nn.dot_product_attention))
-    theirs = {name: p for name, p in theirs.items() if name not in ("bias", "mask")}
     assert [(p.name, p.kind, p.default) for p in ours.values()][: len(theirs)] == [
         (p.name, p.kind, p.default) for p in theirs.values()
     ]

@@ -1,5 +1,7 @@
 """Attention as the `attention_fn` of layers of Flax: a model trains as with Flax's own."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,6 +17,7 @@ pytestmark = pytest.mark.usefixtures("strict_ranks")
 B = 2
 BOUND = 1e-5
 BLOCKS = {"block_queries": 8, "block_keys": 8}
+PADDED = np.arange(43) < np.array([[43], [9]])  # which tokens there are
 INPUTS = np.random.default_rng(0).normal(size=(3, B, 43, 6, 8)).astype(np.float32)
 
 
@@ -93,16 +96,11 @@ def test_options_of_all_layers():
 @pytest.mark.parametrize(
     ("of_layer", "of_call", "message"),
     [
-        (
-            {},
-            {"mask": np.ones((1, 1, 43, 43), bool)},
-            "a mask array of shape (1, 1, 43, 43) is refused, since L x L numbers are what no device should have: say",
-        ),
         ({"dropout_rate": 0.1, "deterministic": False}, {}, "dropout_rate=0.1 is refused, since attention"),
         ({}, {"sow_weights": True}, "sow_weights=True is refused, since attention weights exist in blocks alone; use"),
         ({"precision": "highest"}, {}, "precision=highest is refused, since the backward pass would not know it; use"),
     ],
-    ids=["mask", "dropout", "weights", "precision"],
+    ids=["dropout", "weights", "precision"],
 )
 def test_what_flax_can_and_this_cannot(of_layer, of_call, message):
     attend = lss_jax.attention_fn(mesh_of(1, 2))
@@ -112,9 +110,15 @@ def test_what_flax_can_and_this_cannot(of_layer, of_call, message):
     assert str(error.value).startswith(message)
 
 
-def test_a_bias_is_refused():
-    with pytest.raises(ConfigError, match=r"a bias of shape \(1, 1, 43, 43\) is refused, .*; use positions such as"):
-        lss_jax.attention_fn(mesh_of(1, 2))(*INPUTS, np.zeros((1, 1, 43, 43)))
+@pytest.mark.parametrize("make", [nnx.make_causal_mask, partial(nnx.make_attention_mask, PADDED)])
+def test_masks_as_flax_makes_them(make):
+    """Of numbers, not of booleans, and under `jit`: so they are read as arrays."""
+    layer = nnx.MultiHeadAttention(4, 32, decode=False, rngs=nnx.Rngs(0))
+    ours = nnx.clone(layer)
+    ours.attention_fn = lss_jax.attention_fn(mesh_of(1, 4), **BLOCKS)
+    x_BLE = np.random.default_rng(0).normal(size=(B, 43, 32)).astype(np.float32)
+    call = nnx.jit(lambda layer: layer(x_BLE, mask=make(PADDED)))
+    assert_close(call(ours)[PADDED], call(layer)[PADDED], BOUND)
 
 
 def test_arguments_that_nobody_knows_are_refused():
@@ -126,9 +130,13 @@ def test_arguments_that_nobody_knows_are_refused():
         lss_jax.attention_fn(mesh_of(1, 2))(*INPUTS, dropuot=0.1)
 
 
-def test_decoding_is_refused():
-    attend = lss_jax.attention_fn(mesh_of(1, 2))
-    layer = nnx.MultiHeadAttention(4, 32, decode=True, attention_fn=attend, rngs=nnx.Rngs(0))
-    layer.init_cache((B, 43, 32))
-    with pytest.raises(ConfigError, match="decode=True makes such a mask, too: decode with Flax's own attention"):
-        layer(jnp.ones((B, 1, 32)))
+def test_decoding_from_the_cache_of_flax():
+    """Each query meets all of the cache, behind a mask of what has been decoded."""
+    layers = [nnx.MultiHeadAttention(4, 32, decode=True, rngs=nnx.Rngs(0)) for _ in range(2)]
+    layers[1].attention_fn = lss_jax.attention_fn(mesh_of(1, 2), **BLOCKS)
+    for layer in layers:
+        layer.init_cache((B, 12, 32))
+    x_BLE = np.random.default_rng(0).normal(size=(B, 12, 32)).astype(np.float32)
+    for token in range(3):
+        expected, found = (layer(x_BLE[:, token : token + 1]) for layer in layers)
+        assert_close(found, expected, BOUND)

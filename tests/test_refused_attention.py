@@ -56,6 +56,18 @@ WRONG_OPTIONS = {
     "key_value_seq_lengths of shape (2,) and dtype float32 must be one integer": {
         "key_value_seq_lengths": np.zeros(2, np.float32)
     },
+    "mask is of dtype float32; give booleans, or numbers that are added to the scores as bias": {
+        "mask": np.zeros((1, 1, 48, 48), np.float32)
+    },
+    "bias is of dtype bool; give floating-point numbers, or booleans as mask": {"bias": np.zeros((1, 1, 48, 48), bool)},
+    "mask of shape (2, 1, 48, 47) does not broadcast to (2, 6, 48, 48): rows, query heads, queries, keys, each as": {
+        "mask": np.ones((B, 1, 48, 47), bool)
+    },
+    "bias of shape (1, 1, 1, 1, 48) does not broadcast to (2, 6, 48, 48)": {"bias": np.ones((1, 1, 1, 1, 48))},
+    "kernel='triton' reads no mask array and no bias; use kernel='auto', which is 'blockwise' then": {
+        "bias": np.ones(48),
+        "kernel": "triton",
+    },
     "prefix=-1 must be at least 0": {"prefix": -1, "is_causal": True},
     "prefix=3 has no use with is_causal=False, under which all is seen anyway; use prefix=0": {"prefix": 3},
     "local_window_size=-1 must be one number or (left, right), each at least 0; for a side without a bound, give": {

@@ -73,10 +73,11 @@ def mesh_problems(mesh: Mesh, axes: tuple[Names, str, Names]) -> Iterator[str]:
         )
 
 
-def placement_problems(mesh: Mesh, arrays: dict[str, jax.Array]) -> Iterator[str]:
+def placement_problems(mesh: Mesh, arrays: dict[str, Any]) -> Iterator[str]:
     """Arrays that are on other devices, or whose types name another mesh; tracers of automatic axes say neither."""
     if not isinstance(mesh, Mesh):
         return
+    arrays = {name: x for name, x in arrays.items() if isinstance(x, jax.Array)}
     meshes = {name: jax.typeof(x).sharding.mesh for name, x in arrays.items()}
     meshes["jax.set_mesh"] = jax.sharding.get_abstract_mesh()
     for name, other in meshes.items():

@@ -38,9 +38,8 @@ def attention_fn(mesh: Mesh, **options: Any) -> Callable[..., jax.Array]:
 
     Returns:
       A function of global `query [..., L, H, K]`, `key` and `value [..., L, G, K]` to `[..., L, H, K]`, with the
-      arguments of `flax.nnx.dot_product_attention`. It raises a `ConfigError` for those that it cannot respect (an
-      array as mask, and so the cache of `decode=True`; a bias; dropout; a precision; weights to be sown), and where
-      `dot_product_attention` does.
+      arguments of `flax.nnx.dot_product_attention`. It raises a `ConfigError` for those that it cannot respect
+      (dropout; a precision; weights to be sown), and where `dot_product_attention` does.
 
     Raises:
       ConfigError: an option is none of `dot_product_attention`.
@@ -65,11 +64,12 @@ def attention_fn(mesh: Mesh, **options: Any) -> Callable[..., jax.Array]:
     ) -> jax.Array:
         refuse(_unknown("the function of attention_fn", others, OF_FLAX))
         rate = 0.0 if deterministic else dropout_rate
-        refuse(_problems(query, bias, mask, dropout_rate=rate, precision=precision, module=module))
+        refuse(_problems(dropout_rate=rate, precision=precision, module=module))
+        mask = mask if mask is None else mask.astype(bool)
         dtype = dtype or jnp.result_type(query, key, value)
-        arrays = [x.astype(dtype) for x in (query, key, value)]
+        query, key, value = (x.astype(dtype) for x in (query, key, value))
         causal = is_causal or options.get("is_causal", False)
-        return dot_product_attention(*arrays, mesh=mesh, **{**options, "is_causal": causal})
+        return dot_product_attention(query, key, value, bias, mask, mesh=mesh, **{**options, "is_causal": causal})
 
     return attend
 
@@ -80,16 +80,8 @@ def _unknown(function: str, options: dict[str, Any], known: Sequence[str]) -> It
         yield f"{name}={options[name]!r} is no argument of {function}, which takes {', '.join(known)}"
 
 
-def _problems(query, bias, mask, *, dropout_rate: float, precision, module) -> Iterator[str]:
+def _problems(*, dropout_rate: float, precision, module) -> Iterator[str]:
     """What Flax's own attention can do, and this cannot."""
-    if mask is not None:
-        yield (
-            f"a mask array of shape {mask.shape} is refused, since L x L numbers are what no device should have: say "
-            f"what a token sees by is_causal, or by local_window_size, prefix or intervals of attention_fn"
-            + ("; decode=True makes such a mask, too: decode with Flax's own attention" * (query.shape[-3] == 1))
-        )
-    if bias is not None:
-        yield f"a bias of shape {bias.shape} is refused, since scores exist in blocks alone; use positions such as rope"
     if dropout_rate:
         yield (
             f"dropout_rate={dropout_rate} is refused, since attention weights exist in blocks alone; use "

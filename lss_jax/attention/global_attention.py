@@ -20,14 +20,11 @@ import dataclasses
 import itertools
 import math
 import re
-from collections.abc import Callable
-from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AxisType, Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
+from jax.sharding import Mesh
 
 from lss_jax.attention.arguments import (
     Names,
@@ -39,16 +36,16 @@ from lss_jax.attention.arguments import (
     refuse,
     said_clearly,
 )
-from lss_jax.attention.head_groups import in_head_groups
-from lss_jax.attention.mask import Intervals
+from lss_jax.attention.on_mesh import How, Sharded, attention_on_mesh
+from lss_jax.attention.pair_arrays import as_intervals, in_four_axes, kinds_problems, shape_problems
+from lss_jax.attention.pairs import Pairs
 from lss_jax.attention.placement import setting_of
 from lss_jax.attention.seen import Seen, is_traced
-from lss_jax.attention.setting import Scores, Setting
-from lss_jax.attention.strategies import make_attend
+from lss_jax.attention.setting import Scores
 from lss_jax.attention.strategy import Shards
 from lss_jax.config.schema import AttentionConfig, ConfigError, typed
 from lss_jax.parallel.layout import Layout
-from lss_jax.parallel.mesh import DATA, MODEL, SEQ, axes_of, without_unsharded
+from lss_jax.parallel.mesh import DATA, MODEL, SEQ, axes_of
 
 SECTION = re.compile(r"\b(attention|model|mesh)\.")  # of a config's key: an argument is called the same without it
 
@@ -57,6 +54,8 @@ def dot_product_attention(
     query: jax.Array,
     key: jax.Array,
     value: jax.Array,
+    bias: jax.Array | None = None,
+    mask: jax.Array | None = None,
     *,
     scale: float | None = None,
     is_causal: bool = False,
@@ -95,6 +94,8 @@ def dot_product_attention(
       key: `[..., S, G, K]`; each of its `G` heads serves `H/G` neighbouring heads of the queries. The result is in the
         dtype to which all three are promoted.
       value: as `key`.
+      bias: added to the scaled scores; broadcasts to `[..., H, L, S]`.
+      mask: booleans of that shape: which keys a query sees. Key axes are whole on each device, query axes sharded.
       scale: of the scores, in float32; None is `K**-0.5`.
       is_causal: a token sees itself and what came before.
       query_seq_lengths: integers `[B]`: the queries from there on see nothing.
@@ -118,10 +119,20 @@ def dot_product_attention(
       ConfigError: a `ValueError`: shapes, options or mesh do not go together; a line per problem.
     """
     query, key, value = _promoted(query, key, value)
-    arrays = {"query": query, "key": key, "value": value}
-    seen = Seen(is_causal, local_window_size, prefix, query_seq_lengths, key_value_seq_lengths, intervals)
+    mask, bias = (x if x is None or hasattr(x, "dtype") else jnp.asarray(x) for x in (mask, bias))
+    arrays = {"query": query, "key": key, "value": value, "mask": mask, "bias": bias}
+    seen = Seen(is_causal, local_window_size, prefix, query_seq_lengths, key_value_seq_lengths, intervals, None)
     problems = (array_problems(query, key, value), mesh_problems(mesh, axes), placement_problems(mesh, arrays))
     refuse(itertools.chain(*problems, seen.traced(), implementation_problems(implementation)))
+    shape, keys = query.shape, key.shape[-3]
+    of_pairs = (shape_problems("mask", mask, shape, keys), shape_problems("bias", bias, shape, keys))
+    refuse(itertools.chain(kinds_problems(mask, bias, kernel), *of_pairs))
+    mask, bias = (None if x is None else in_four_axes(x, shape, keys) for x in (mask, bias))
+    if mask is not None and (of_mask := as_intervals(mask, shape, keys)) is not None:
+        mask, seen = None, seen._replace(of_mask=of_mask)
+    pairs = None if mask is None and bias is None else Pairs(mask, bias)
+    if pairs and kernel == "auto":
+        kernel = "blockwise"
     options = dict(strategy=strategy, layout=layout, kernel=kernel, block_queries=block_queries, block_keys=block_keys)
     options |= dict(head_groups=head_groups, regather=regather, prefix=prefix, window=0, source_layout=layout)
     options |= dict(global_tokens=0, features=0)
@@ -131,24 +142,11 @@ def dot_product_attention(
         query, scale = _scaled(query, scale), None
     scores = Scores(None if scale is None else float(scale), return_residual)
     setting = dataclasses.replace(how.setting, scores=scores)
-    if query.shape[-3] != key.shape[-3]:
+    if shape[-3] != keys:
         setting = dataclasses.replace(setting, key_layout=Layout("contiguous", setting.layout.devices))
-    mask = seen.mask(query.shape[:-2], key.shape[-3])
+    shown = seen.mask(shape[:-2], keys)
     with said_clearly(), jax.disable_jit(False):  # eagerly, every operation of every block is a program of its own
-        return _attention((query, key, value), mask, how._replace(setting=setting))
-
-
-class Sharded(NamedTuple):
-    """The mesh axes that shard each dimension."""
-
-    mesh: Mesh
-    batch: tuple[str, ...]
-    seq: str
-    heads: tuple[str, ...]
-
-    def spec(self, *dimensions: tuple[str, ...] | str) -> P:
-        """The spec of an array for `shard_map`, without the axes that have one device."""
-        return without_unsharded(P(*dimensions), self.mesh)
+        return attention_on_mesh((query, key, value), shown, pairs, how._replace(setting=setting))
 
 
 def _sharded(mesh: Mesh, axes: tuple[Names, str, Names], batch: int, heads: int) -> Sharded:
@@ -159,15 +157,6 @@ def _sharded(mesh: Mesh, axes: tuple[Names, str, Names], batch: int, heads: int)
         return () if size % math.prod(mesh.shape[name] for name in there) else there
 
     return Sharded(mesh, dividing(axes[0], batch), axes[1], dividing(axes[2], heads))
-
-
-class How(NamedTuple):
-    """What is known when attention is compiled."""
-
-    sharded: Sharded
-    strategy: str
-    setting: Setting
-    head_groups: int
 
 
 def _how(options: dict[str, Any], seen: Seen, heads: tuple[int, int], sharded: Sharded) -> How:
@@ -197,67 +186,3 @@ def _promoted(*arrays: Any) -> list[jax.Array]:
 def _scaled(query: jax.Array, scale: Any) -> jax.Array:
     """Queries with a scale that is traced, and may be differentiated, for kernels that divide by the root of `K`."""
     return (query.astype(jnp.float32) * (scale * query.shape[-1] ** 0.5)).astype(query.dtype)
-
-
-Arrays = tuple[jax.Array, jax.Array, jax.Array]  # query, key, value
-Given = jax.Array | tuple[jax.Array, jax.Array]  # the output, and if the setting wants it the log-sum-exp
-
-
-@partial(jax.jit, static_argnames="how")
-def _attention(arrays: Arrays, mask: Intervals, how: How) -> Given:
-    """On the mesh, whether its axes are automatic or explicit (where types say how arrays are sharded)."""
-    on_mesh = partial(_on_mesh, how=how)
-    mesh, spec = jax.typeof(arrays[0]).sharding.mesh, jax.typeof(arrays[0]).sharding.spec
-    mesh = jax.sharding.get_abstract_mesh() if mesh.empty else mesh
-    if AxisType.Explicit in mesh.axis_types:
-        placed = [NamedSharding(mesh, of_result) for of_result in (spec, P(*spec[:-1]))]
-        out = tuple(placed) if how.setting.scores.residual else placed[0]
-        on_mesh = jax.sharding.auto_axes(on_mesh, axes=mesh.axis_names, out_sharding=out)
-    return on_mesh(arrays, mask)
-
-
-def _on_mesh(arrays: Arrays, mask: Intervals, how: How) -> Given:
-    """From global arrays in natural order to what the strategies know, segments in layout order, and back."""
-    sharded, shape, setting = how.sharded, arrays[0].shape, how.setting
-    layout, length = setting.layout, shape[-3]
-    position_L = layout.positions(layout.padded(length))
-    x_spec = sharded.spec(sharded.batch, sharded.seq, sharded.heads)
-    mask_spec = sharded.spec(sharded.seq) if mask.start.ndim == 1 else sharded.spec(sharded.batch, sharded.seq)
-
-    @partial(
-        jax.shard_map,
-        mesh=Mesh(sharded.mesh.devices, sharded.mesh.axis_names),  # all axes automatic
-        in_specs=((x_spec,) * 3, mask_spec),
-        out_specs=x_spec,
-    )
-    def on_segments(segments: Arrays, mask: Intervals) -> Any:
-        attend = in_head_groups(make_attend(how.strategy, mask, setting), how.head_groups)
-        if layout.name == "contiguous":
-            return attend(*segments)
-        count = 3 if setting.key_layout == layout else 1  # other keys stay in natural order
-        moved = _moved(segments[:count], partial(layout.from_natural, axes=(sharded.seq,)))
-        given = attend(*moved, *segments[count:])
-        return jax.tree.map(lambda x: _moved((x,), partial(layout.to_natural, axes=(sharded.seq,)))[0], given)
-
-    def padded(x: jax.Array, layout: Layout) -> jax.Array:
-        missing = layout.padded(x.shape[-3]) - x.shape[-3]
-        return jnp.pad(x.reshape(-1, *x.shape[-3:]), ((0, 0), (0, missing), (0, 0), (0, 0)))
-
-    def in_layout_order(bound: jax.Array) -> jax.Array:  # intervals of the padding end at 0: it is masked out
-        bound = bound.reshape(-1, length) if bound.ndim > 1 else bound
-        missing = len(position_L) - length
-        return jnp.pad(bound, [(0, 0)] * (bound.ndim - 1) + [(0, missing)])[..., position_L]
-
-    query, key, value = map(padded, arrays, (layout, setting.key_layout, setting.key_layout))
-    given = on_segments((query, key, value), Intervals(*map(in_layout_order, mask)))
-    if not setting.scores.residual:
-        return given[:, :length].reshape(shape)
-    o_BLHK, lse_BLH = (x[:, :length] for x in given)
-    return o_BLHK.reshape(shape), lse_BLH.reshape(shape[:-1]).astype(o_BLHK.dtype)
-
-
-def _moved(arrays: tuple[jax.Array, ...], move: Callable[[jax.Array], jax.Array]) -> tuple[jax.Array, ...]:
-    """Arrays `[B, l, H, ...]` with their tokens in another order, moved together in one array."""
-    moved = move(jnp.moveaxis(jnp.concatenate(arrays, axis=2), 1, 0))
-    ends = list(itertools.accumulate(x.shape[2] for x in arrays))
-    return tuple(jnp.split(jnp.moveaxis(moved, 0, 1), ends[:-1], axis=2))

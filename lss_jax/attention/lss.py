@@ -23,17 +23,17 @@ def forward(queries: Queries, kv_2BGlK: jax.Array, setting: Setting) -> Residual
     return Residuals(queries, kv_N2BGlK, output)
 
 
-def backward(saved: Residuals, do_BlHK: jax.Array, setting: Setting) -> tuple[jax.Array, jax.Array]:
+def backward(saved: Residuals, do_BlHK: jax.Array, setting: Setting) -> tuple[Queries, jax.Array]:
     """The gradients of this segment's queries, and of its keys and values."""
-    dq_BlHK, dkv_N2BGKl = KERNELS[setting.kernel].backward(saved, do_BlHK, setting)  # partial sums, for all segments
+    dqueries, dkv_N2BGKl = KERNELS[setting.kernel].backward(saved, do_BlHK, setting)  # partial sums, for all segments
     dkv_2BGKl = psum_scatter(dkv_N2BGKl, setting.axis)  # each device keeps the finished gradient of its own segment
-    return dq_BlHK, dkv_2BGKl
+    return dqueries, dkv_2BGKl
 
 
 def lss_attention(local: Local, setting: Setting) -> jax.Array | Attended:
     """This segment's attention `o_BlHK`, inside `shard_map` over `setting.axis`."""
     dropout = local.dropout and local.dropout.of_heads(jnp.arange(local.q_BlHK.shape[2]))
-    queries = Queries(local.q_BlHK, local.mask, dropout)
+    queries = Queries(local.q_BlHK, local.mask, dropout, local.pairs)
     return differentiable(queries, stacked(local.k_BlGK, local.v_BlGK), Passes(forward, backward), setting)
 
 

@@ -13,7 +13,6 @@ import jax.numpy as jnp
 from lss_jax.attention.collectives import stacked
 from lss_jax.attention.kernels.blocks import KeyBlocks, chunks_of_all, chunks_of_device, key_blocks
 from lss_jax.attention.kernels.blockwise import (
-    Gradients,
     accumulate,
     cotangents,
     differentiate,
@@ -36,7 +35,8 @@ def ring_attention(local: Local, setting: Setting) -> jax.Array | Attended:
     Blocks of keys that the mask rules out cost no work; the pair travels all the same, since another device may see it.
     """
     dropout = local.dropout and local.dropout.of_heads(jnp.arange(local.q_BlHK.shape[2]))
-    return _ring(Queries(local.q_BlHK, local.mask, dropout), stacked(local.k_BlGK, local.v_BlGK), setting)
+    queries = Queries(local.q_BlHK, local.mask, dropout, local.pairs)
+    return _ring(queries, stacked(local.k_BlGK, local.v_BlGK), setting)
 
 
 def traffic(sizes: Sizes, setting: Setting) -> dict[str, list[Traffic]]:
@@ -79,8 +79,8 @@ def _backward(setting, saved, cotangent):
 
     def attend(turn, kv_2BGlK, gradients):
         keys = _keys_in_turn(turn, kv_2BGlK, setting)
-        dq_igmK, dkv_12BGKl = differentiate(blocks, kv_2BGlK[None], keys, cotangents=given, gradients=gradients)
-        return Gradients(dq_igmK, _send_on(dkv_12BGKl, setting))  # to where its keys are by then
+        gradients = differentiate(blocks, kv_2BGlK[None], keys, cotangents=given, gradients=gradients)
+        return gradients._replace(dkv_n2BGKs=_send_on(gradients.dkv_n2BGKs, setting))  # to where its keys are by then
 
     def one_turn(turn, carry):
         kv_2BGlK, gradients = carry
@@ -90,12 +90,9 @@ def _backward(setting, saved, cotangent):
     last = setting.layout.devices - 1
     start = varying_like((kv_2BGlK, no_gradients(blocks, kv_2BGlK[None])), (blocks, kv_2BGlK, given))
     kv_last_2BGlK, gradients = jax.lax.fori_loop(0, last, one_turn, start)
-    dq_igmK, dkv_12BGKl = attend(
-        last, kv_last_2BGlK, gradients
-    )  # after N sends every gradient is back on its own device
-    dkv_2BGlK = dkv_12BGKl[0].swapaxes(3, 4)
-    dq_BlHK = blocking.join(dq_igmK).astype(do_BlHK.dtype)
-    return queries._replace(q_BlHK=dq_BlHK, mask=None, dropout=None), dkv_2BGlK.astype(kv_2BGlK.dtype)
+    gradients = attend(last, kv_last_2BGlK, gradients)  # after N sends those of keys and values are back at home
+    dkv_2BGlK = gradients.dkv_n2BGKs[0].swapaxes(3, 4)
+    return gradients.of_queries(queries, blocking), dkv_2BGlK.astype(kv_2BGlK.dtype)
 
 
 _ring.defvjp(_forward, _backward)

@@ -48,9 +48,9 @@ def _backward(setting, saved, given):
     do_igmK = blocking.split(do_BlHK.astype(queries.q_BlHK.dtype))
     cotangents = Cotangents(do_igmK, lse_igm, blocking.split_per_head(odo_BlH))
     start = no_gradients(blocks, kv_2BGsK[None])
-    dq_igmK, dkv_12BGKs = differentiate(blocks, kv_2BGsK[None], keys, cotangents=cotangents, gradients=start)
-    dq_BlHK = blocking.join(dq_igmK).astype(queries.q_BlHK.dtype)
-    return Queries._make((dq_BlHK, None, None)), dkv_12BGKs[0].swapaxes(3, 4).astype(kv_2BGsK.dtype), None
+    gradients = differentiate(blocks, kv_2BGsK[None], keys, cotangents=cotangents, gradients=start)
+    dkv_2BGsK = gradients.dkv_n2BGKs[0].swapaxes(3, 4).astype(kv_2BGsK.dtype)
+    return gradients.of_queries(queries, blocking), dkv_2BGsK, None
 
 
 attend_to_run.defvjp(_forward, _backward)

@@ -12,10 +12,10 @@ from lss_jax.attention.setting import Setting
 
 
 class Passes(NamedTuple):
-    """`forward(queries, kv_2BGlK, setting)` to `Residuals`; `backward(residuals, do_BlHK, setting)` to `dq, dkv`."""
+    """`forward(queries, kv_2BGlK, setting)` to `Residuals`; `backward(residuals, do_BlHK, setting)` to gradients."""
 
     forward: Callable[..., Residuals]
-    backward: Callable[..., tuple[jax.Array, jax.Array]]
+    backward: Callable[..., tuple[Queries, jax.Array]]
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3))
@@ -36,8 +36,8 @@ def _backward(passes, setting, saved, cotangent):
     do_BlHK = cotangent_of_output(cotangent)
     if setting.regather:
         saved = saved._replace(kv_N2BGlK=all_gather(after(do_BlHK, saved.kv_N2BGlK), setting.axis))
-    dq_BlHK, dkv_2BGKl = passes.backward(saved, do_BlHK, setting)
-    return Queries._make((dq_BlHK, None, None)), dkv_2BGKl.swapaxes(3, 4).astype(do_BlHK.dtype)
+    dqueries, dkv_2BGKl = passes.backward(saved, do_BlHK, setting)
+    return dqueries, dkv_2BGKl.swapaxes(3, 4).astype(do_BlHK.dtype)
 
 
 differentiable.defvjp(_forward, _backward)

@@ -27,6 +27,7 @@ class Seen(NamedTuple):
     query_seq_lengths: Any  # for each row of the batch, or None
     key_value_seq_lengths: Any
     intervals: tuple[Any, Any] | None
+    of_mask: Intervals | None  # what a mask array shows, if that is intervals
 
     @property
     def sides(self) -> tuple[int, ...] | None:
@@ -80,6 +81,8 @@ class Seen(NamedTuple):
             queries_B1 = _lengths("query_seq_lengths", self.query_seq_lengths, shape_BL[:-1], length)
             keys_B1 = _lengths("key_value_seq_lengths", self.key_value_seq_lengths, shape_BL[:-1], keys)
             mask &= first_keys(lifted(position_L, len(shape_BL)), queries_B1, keys_B1)
+        if self.of_mask is not None:
+            mask &= self.of_mask
         return mask if self.intervals is None else mask & _intervals(self.intervals, shape_BL)
 
 

@@ -11,6 +11,7 @@ import jax
 
 from lss_jax.attention.kernels.blocks import KeyBlocks
 from lss_jax.attention.mask import Intervals, MaskKind
+from lss_jax.attention.pairs import Pairs
 from lss_jax.attention.setting import Setting
 from lss_jax.attention.traffic import Sizes, Traffic
 from lss_jax.config.schema import AttentionConfig, Config
@@ -25,6 +26,7 @@ class Local(NamedTuple):
     v_BlGK: jax.Array
     mask: Intervals  # the keys that each query sees; of all queries, where `Strategy.whole_mask` gathers them
     dropout: Dropout | None  # of attention weights
+    pairs: Pairs | None  # a mask array and a bias of local queries and all keys, of others' models
 
 
 class Shards(NamedTuple):

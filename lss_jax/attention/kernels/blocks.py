@@ -128,7 +128,7 @@ class QueryBlocking(NamedTuple):
         """`x_igmK`; the padding is zero."""
         H, K = x_BlHK.shape[2:]
         g, R = self.block_heads, H // self.kv_heads
-        x = self._padded(x_BlHK, 1).reshape(self.batch, -1, self.size, self.kv_heads // g, g, R, K)
+        x = self.padded(x_BlHK, 1).reshape(self.batch, -1, self.size, self.kv_heads // g, g, R, K)
         return x.transpose(0, 3, 1, 4, 5, 2, 6).reshape(-1, g, R * self.size, K)
 
     def join(self, x_igmK: jax.Array) -> jax.Array:
@@ -144,7 +144,7 @@ class QueryBlocking(NamedTuple):
 
     def split_per_query(self, x: jax.Array) -> jax.Array:
         """The same for a number per query, `[l]` or `[B, l]`: `x_iq`."""
-        x_1iq = self._padded(x, x.ndim - 1).reshape(-1, 1, self.runs * self._blocks, self.size)
+        x_1iq = self.padded(x, x.ndim - 1).reshape(-1, 1, self.runs * self._blocks, self.size)
         return jnp.broadcast_to(x_1iq, (self.batch, self.kv_heads // self.block_heads, *x_1iq.shape[2:])).reshape(
             -1, self.size
         )
@@ -155,17 +155,29 @@ class QueryBlocking(NamedTuple):
         index_i = jnp.arange(self.batch * head_groups * self.runs * self._blocks) // (self.runs * self._blocks)
         return index_i // head_groups, index_i % head_groups * self.block_heads
 
+    def first_queries(self) -> jax.Array:
+        """The first query of each block, counted in the padded order: `query_i`."""
+        of_head = self.runs * self._blocks
+        return jnp.arange(self.batch * (self.kv_heads // self.block_heads) * of_head) % of_head * self.size
+
     @property
     def _blocks(self) -> int:
         return -(-self.run_length // self.size)
 
-    def _padded(self, x: jax.Array, axis: int) -> jax.Array:
+    def padded(self, x: jax.Array, axis: int) -> jax.Array:
+        """An array with the queries at `axis`, each run padded to whole blocks."""
         missing = -self.run_length % self.size
         if not missing:
             return x
         before, after = x.shape[:axis], x.shape[axis + 1 :]
         widths = [(0, 0)] * (axis + 1) + [(0, missing)] + [(0, 0)] * len(after)
         return jnp.pad(x.reshape(*before, self.runs, -1, *after), widths).reshape(*before, -1, *after)
+
+    def cropped(self, x: jax.Array, axis: int) -> jax.Array:
+        """The inverse of `padded`."""
+        before, after = x.shape[:axis], x.shape[axis + 1 :]
+        runs = x.reshape(*before, self.runs, -1, *after)
+        return jax.lax.slice_in_dim(runs, 0, self.run_length, axis=axis + 1).reshape(*before, -1, *after)
 
 
 def query_blocking(

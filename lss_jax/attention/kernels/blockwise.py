@@ -26,6 +26,7 @@ from lss_jax.attention.kernels.blocks import (
 )
 from lss_jax.attention.kernels.interface import Output, Queries, Residuals
 from lss_jax.attention.mask import Intervals
+from lss_jax.attention.pairs import QUERY_AXIS, Pairs, add_block, applied, bias_gradient, block_of
 from lss_jax.attention.setting import Setting
 from lss_jax.parallel.dropout import dropped
 from lss_jax.parallel.residuals import ATTENDED
@@ -40,16 +41,17 @@ def forward(queries: Queries, kv_N2BGlK: jax.Array, setting: Setting) -> Output:
     return output_of(blocking, softmax, queries.q_BlHK.dtype, setting)
 
 
-def backward(residuals: Residuals, do_BlHK: jax.Array, setting: Setting) -> tuple[jax.Array, jax.Array]:
-    """`dq_BlHK`, and these queries' part of `dkv_N2BGKl` in float32."""
+def backward(residuals: Residuals, do_BlHK: jax.Array, setting: Setting) -> tuple[Queries, jax.Array]:
+    """The gradients of the queries, and these queries' part of `dkv_N2BGKl` in float32."""
     queries, kv_N2BGlK, output = residuals
     kv_n2BGsK, keys = _ordered(kv_N2BGlK, setting)
     blocking, blocks = in_blocks(queries, kv_N2BGlK.shape[3], keys, setting)
     given, start = cotangents(blocking, output, do_BlHK), no_gradients(blocks, kv_n2BGsK)
-    dq_igmK, dkv_n2BGKs = differentiate(blocks, kv_n2BGsK, keys, cotangents=given, gradients=start)
+    gradients = differentiate(blocks, kv_n2BGsK, keys, cotangents=given, gradients=start)
+    dkv_n2BGKs = gradients.dkv_n2BGKs
     if ordered_first(kv_N2BGlK.shape[4], setting):
         dkv_n2BGKs = setting.key_layout.segments(dkv_n2BGKs[0], 4)
-    return blocking.join(dq_igmK).astype(do_BlHK.dtype), dkv_n2BGKs
+    return gradients.of_queries(queries, blocking), dkv_n2BGKs
 
 
 def _ordered(kv_N2BGlK: jax.Array, setting: Setting) -> tuple[jax.Array, KeyBlocks]:
@@ -83,6 +85,7 @@ class QueryBlocks(NamedTuple):
     head_i: jax.Array  # the first of the key/value heads in the block
     stream_igm: jax.Array | None  # for dropout
     rate_i: jax.Array | None
+    query_i: jax.Array | None  # the first query, for arrays over pairs
 
 
 class Blocks(NamedTuple):
@@ -90,11 +93,12 @@ class Blocks(NamedTuple):
 
     queries: QueryBlocks
     scale: float
+    pairs: Pairs | None  # of all queries, each run of them padded to whole blocks
 
 
 def in_blocks(queries: Queries, kv_heads: int, keys: KeyBlocks, setting: Setting) -> tuple[QueryBlocking, Blocks]:
     """The local queries in blocks, and how these were made."""
-    (q_BlHK, mask, dropout), largest = queries, (setting.block_queries, setting.block_keys)
+    (q_BlHK, mask, dropout, pairs), largest = queries, (setting.block_queries, setting.block_keys)
     B, l, H, _ = q_BlHK.shape
     blocking = query_blocking((B, l, H, kv_heads), setting.layout, largest, key_block=keys.size)
     row_i, head_i = blocking.batch_rows_and_heads()
@@ -112,8 +116,10 @@ def in_blocks(queries: Queries, kv_heads: int, keys: KeyBlocks, setting: Setting
         head_i=head_i,
         stream_igm=stream_igm,
         rate_i=rate_i,
+        query_i=pairs and blocking.first_queries(),
     )
-    return blocking, Blocks(of_queries, setting.scale_of(q_BlHK.shape[3]))
+    padded = jax.tree.map(lambda x: x if x.shape[QUERY_AXIS] == 1 else blocking.padded(x, QUERY_AXIS), pairs)
+    return blocking, Blocks(of_queries, setting.scale_of(q_BlHK.shape[3]), padded)
 
 
 class Softmax(NamedTuple):
@@ -148,7 +154,7 @@ def accumulate(blocks: Blocks, kv_n2BGsK: jax.Array, keys: KeyBlocks, softmax: S
             weighted_gmK = product("gmk,gkK->gmK", _dropped(p_gmk, queries, keys, t), v_gkK)
             return Softmax(o_gmK * shrink_gm[..., None] + weighted_gmK, new_max_gm, sum_gm)
 
-        return None, _over_touched(keys, queries, one_block_of_keys, init=softmax, reads=kv_n2BGsK)
+        return None, _over_touched(keys, queries, one_block_of_keys, init=softmax, reads=(kv_n2BGsK, blocks.pairs))
 
     return jax.lax.scan(one_block_of_queries, None, (blocks.queries, softmax))[1]
 
@@ -190,13 +196,20 @@ class Gradients(NamedTuple):
 
     dq_igmK: jax.Array
     dkv_n2BGKs: jax.Array
+    dbias_BHlL: jax.Array | None  # padded as the bias is
+
+    def of_queries(self, queries: Queries, blocking: QueryBlocking) -> Queries:
+        """Those of the queries and of their bias, in the dtypes of these."""
+        dq_BlHK, dbias_BHlL = blocking.join(self.dq_igmK), self.dbias_BHlL
+        if dbias_BHlL is not None and dbias_BHlL.shape[QUERY_AXIS] > 1:
+            dbias_BHlL = blocking.cropped(dbias_BHlL, QUERY_AXIS)
+        return queries.gradient(dq_BlHK, dbias_BHlL)
 
 
 def no_gradients(blocks: Blocks, kv_n2BGsK: jax.Array) -> Gradients:
     """Zero gradients, to which blocks add theirs."""
-    return Gradients(
-        jnp.zeros_like(blocks.queries.q_igmK, jnp.float32), jnp.zeros_like(kv_n2BGsK.swapaxes(4, 5), jnp.float32)
-    )
+    read = (blocks.queries.q_igmK, kv_n2BGsK.swapaxes(4, 5), blocks.pairs and blocks.pairs.bias_BHlL)
+    return Gradients(*jax.tree.map(lambda x: jnp.zeros_like(x, jnp.float32), read))
 
 
 def cotangents(blocking: QueryBlocking, output: Output, do_BlHK: jax.Array) -> Cotangents:
@@ -210,7 +223,7 @@ def differentiate(
 ) -> Gradients:
     """The gradients so far, and what these queries and these keys contribute to one another's."""
 
-    def one_block_of_queries(dkv_n2BGKs, inputs):
+    def one_block_of_queries(sums, inputs):
         queries, given, dq_gmK = inputs
 
         def one_block_of_keys(t, gradients):
@@ -218,21 +231,22 @@ def differentiate(
             p_gmk = jnp.exp(_scores(blocks, queries, k_gkK, keys, t) - given.lse_igm[..., None])
             dv_gKk = product("gmK,gmk->gKk", given.do_igmK, _dropped(p_gmk, queries, keys, t))
             dp_gmk = _dropped(product("gmK,gkK->gmk", given.do_igmK, v_gkK), queries, keys, t)
-            ds_gmk = p_gmk * (dp_gmk - given.odo_igm[..., None]) * blocks.scale
+            ds_gmk = p_gmk * (dp_gmk - given.odo_igm[..., None])
+            dbias_BHlL = _add_to_bias(gradients.dbias_BHlL, ds_gmk, blocks, queries, keys, t)
+            ds_gmk = ds_gmk * blocks.scale
             dk_gKk = product("gmK,gmk->gKk", queries.q_igmK, ds_gmk)
             dq_gmK = gradients.dq_igmK + product("gmk,gkK->gmK", ds_gmk, k_gkK)
             d_2gKk = jnp.stack((dk_gKk, dv_gKk))
-            return Gradients(dq_gmK, _add(gradients.dkv_n2BGKs, d_2gKk, at=_start_of(keys, t, queries)))
+            dkv_n2BGKs = _add(gradients.dkv_n2BGKs, d_2gKk, at=_start_of(keys, t, queries))
+            return Gradients(dq_gmK, dkv_n2BGKs, dbias_BHlL)
 
-        so_far = Gradients(dq_gmK, dkv_n2BGKs)
-        dq_gmK, dkv_n2BGKs = _over_touched(keys, queries, one_block_of_keys, init=so_far, reads=(kv_n2BGsK, given))
-        return dkv_n2BGKs, dq_gmK
+        so_far, reads = Gradients(dq_gmK, *sums), (kv_n2BGsK, given, blocks.pairs)
+        dq_gmK, *sums = _over_touched(keys, queries, one_block_of_keys, init=so_far, reads=reads)
+        return sums, dq_gmK
 
-    dkv_n2BGKs = varying_like(gradients.dkv_n2BGKs, (blocks, kv_n2BGsK, keys, cotangents, gradients))
-    dkv_n2BGKs, dq_igmK = jax.lax.scan(
-        one_block_of_queries, dkv_n2BGKs, (blocks.queries, cotangents, gradients.dq_igmK)
-    )
-    return Gradients(dq_igmK, dkv_n2BGKs)
+    sums = varying_like(list(gradients[1:]), (blocks, kv_n2BGsK, keys, cotangents, gradients))
+    sums, dq_igmK = jax.lax.scan(one_block_of_queries, sums, (blocks.queries, cotangents, gradients.dq_igmK))
+    return Gradients(dq_igmK, *sums)
 
 
 def _over_touched(keys, queries, body, *, init, reads):
@@ -272,7 +286,28 @@ def _scores(blocks, queries, k_gkK, keys, t):
     s_gmk = product("gmK,gkK->gmk", queries.q_igmK, k_gkK) * blocks.scale
     position_k = _position_k(keys, t)
     seen_qk = Intervals(queries.start_iq, queries.end_iq).sees(position_k) & (position_k >= keys.begin_t[t])[None]
+    if blocks.pairs is not None:
+        at, sizes = _pairs_of(keys, t, queries)
+        block = jax.tree.map(lambda x: block_of(x, at, sizes), blocks.pairs)
+        s_gmk = applied(block, s_gmk[None], len(seen_qk))[0]
     return jnp.where(jnp.tile(seen_qk, (s_gmk.shape[1] // seen_qk.shape[0], 1)), s_gmk, -jnp.inf)
+
+
+def _pairs_of(keys, t, queries):
+    """Where arrays over pairs have a block of queries and one of keys: first row, head, query and key, and sizes."""
+    (g, m, _), q = queries.q_igmK.shape, len(queries.start_iq)
+    heads_per_kv = m // q
+    at = (queries.row_i, queries.head_i * heads_per_kv, queries.query_i, keys.first_t[t])
+    return at, (1, g * heads_per_kv, q, keys.size)
+
+
+def _add_to_bias(dbias_BHlL, ds_gmk, blocks, queries, keys, t):
+    """Adds the gradients of a block's scores to those of the bias, if there is one."""
+    if dbias_BHlL is None:
+        return None
+    at, sizes = _pairs_of(keys, t, queries)
+    block = block_of(blocks.pairs.bias_BHlL, at, sizes)
+    return add_block(dbias_BHlL, bias_gradient(block, ds_gmk[None], len(queries.start_iq)), at)
 
 
 def _dropped(x_gmk, queries, keys, t):

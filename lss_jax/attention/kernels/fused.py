@@ -47,8 +47,8 @@ def forward(queries: Queries, kv_N2BGlK: jax.Array, setting: Setting, target: Ta
     return checkpoint_name(Output(tiling.join_queries(o_BHjmK, q_BlHK.shape[3]), lse_BHj1m, lse_BlH), ATTENDED)
 
 
-def backward(residuals: Residuals, do_BlHK: jax.Array, setting: Setting, target: Target) -> tuple[jax.Array, jax.Array]:
-    """`dq_BlHK`, and these queries' part of `dkv_N2BGKl` in float32."""
+def backward(residuals: Residuals, do_BlHK: jax.Array, setting: Setting, target: Target) -> tuple[Queries, jax.Array]:
+    """The gradients of the queries, and these queries' part of `dkv_N2BGKl` in float32."""
     queries, kv_N2BGlK, (o_BlHK, lse_BHj1m, _) = residuals
     q_BlHK = queries.q_BlHK
     tiling = tiling_of(queries, kv_N2BGlK, setting, target)
@@ -81,7 +81,7 @@ def backward(residuals: Residuals, do_BlHK: jax.Array, setting: Setting, target:
         walked=[(*x.shape[3:], x.dtype) for x in of_queries],
     )
     K = q_BlHK.shape[3]
-    return tiling.join_queries(dq_BHjmK, K), tiling.join_key_gradients(dkv_n2BGKs, K)
+    return queries.gradient(tiling.join_queries(dq_BHjmK, K)), tiling.join_key_gradients(dkv_n2BGKs, K)
 
 
 class _Program(NamedTuple):

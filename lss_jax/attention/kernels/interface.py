@@ -6,6 +6,7 @@ from typing import NamedTuple
 import jax
 
 from lss_jax.attention.mask import Intervals
+from lss_jax.attention.pairs import Pairs
 from lss_jax.parallel.dropout import PairDropout
 
 
@@ -15,6 +16,14 @@ class Queries(NamedTuple):
     q_BlHK: jax.Array
     mask: Intervals  # the keys that each query sees
     dropout: PairDropout | None  # of their attention weights
+    pairs: Pairs | None  # what a mask array shows of the keys besides, and a bias
+
+    def gradient(self, dq_BlHK: jax.Array, dbias_BHlL: jax.Array | None = None) -> "Queries":
+        """Their cotangents, in the dtypes of what these are of: nothing but queries and bias has any."""
+        pairs = None
+        if self.pairs is not None and self.pairs.bias_BHlL is not None and dbias_BHlL is not None:
+            pairs = Pairs(None, dbias_BHlL.astype(self.pairs.bias_BHlL.dtype))
+        return Queries(dq_BlHK.astype(self.q_BlHK.dtype), None, None, pairs)  # type: ignore[arg-type]
 
 
 class Output(NamedTuple):
@@ -58,10 +67,10 @@ PRODUCTS = {"dense": 2 + 5, "blockwise": 2 + 5, "triton": 2 + 3 + 4, "mosaic": 2
 class Kernel(NamedTuple):
     """Attention of local queries over keys that are all there, and its gradient.
 
-    `forward(queries, kv_N2BGlK, setting)` gives the `Output`. `backward(residuals, do_BlHK, setting)` gives `dq_BlHK`
-    and, in float32 and with keys last, `dkv_N2BGKl`: what these queries contribute to the gradient of every key and
-    value.
+    `forward(queries, kv_N2BGlK, setting)` gives the `Output`. `backward(residuals, do_BlHK, setting)` gives
+    `Queries.gradient` and, in float32 and with keys last, `dkv_N2BGKl`: what these queries contribute to the gradient
+    of every key and value.
     """
 
     forward: Callable[..., Output]
-    backward: Callable[..., tuple[jax.Array, jax.Array]]
+    backward: Callable[..., tuple[Queries, jax.Array]]

@@ -153,7 +153,8 @@ def _width(K: int) -> int:
 
 def facts(tiling: Tiling, queries: Queries) -> tuple[Tables, Tables, jax.Array]:
     """The tables of blocks of queries and of keys, and the queries' rows `START`, `END` and `STREAM`: `ints_BHj3m`."""
-    _, mask, dropout = queries
+    _, mask, dropout, pairs = queries
+    assert pairs is None  # which are refused before: `placement.kernel_on`
     blocks_t = jnp.arange(tiling.layout.devices * tiling.blocks_per_segment)
     order_t = tiling.block_of(blocks_t)
     begin_11t, end_11t = (bound_t[None, None] for bound_t in tiling.positions_of(blocks_t))
