@@ -343,4 +343,5 @@ def test_the_arguments_of_attention_fn_are_those_of_flax():
     ours, theirs = (
         inspect.signature(f).parameters for f in (lss_jax.attention_fn(mesh_of(1, 2)), nnx.dot_product_attention)
     )
-    assert list(ours)[: len(theirs) - 2] == [name for name in theirs if name != "promote_dtype"][:-1]
+    assert list(ours)[: len(theirs)] == list(theirs)
+    assert [p.default for p in ours.values()][: len(theirs)] == [p.default for p in theirs.values()]

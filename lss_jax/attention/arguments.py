@@ -53,6 +53,31 @@ def implementation_problems(implementation: Any) -> Iterator[str]:
         )
 
 
+def precision_named(precision: Any) -> str | None:
+    """A precision as Flax has it, by its name in `jax.default_matmul_precision`.
+
+    Raises:
+      ConfigError: two factors of a product have different ones.
+    """
+    if isinstance(precision, tuple) and len(set(precision)) == 1:
+        precision = precision[0]
+    if isinstance(precision, jax.lax.Precision):
+        return precision.name.lower()
+    if isinstance(precision, jax.lax.DotAlgorithmPreset):
+        return precision.name
+    if precision is None or isinstance(precision, str):
+        return precision
+    raise ConfigError(f"precision={precision!r} must be one for both factors of a product; give one name, as 'highest'")
+
+
+def dropout_problems(rate: Any, rng: Any) -> Iterator[str]:
+    """A rate that leaves nothing, or no key."""
+    if not is_traced(rate) and not 0 <= rate < 1:
+        yield f"dropout_rate={rate} must be at least 0 and below 1"
+    elif rng is None and (is_traced(rate) or rate):
+        yield f"dropout_rate={rate} needs a key; give dropout_rng=jax.random.key(...), another one for each step"
+
+
 def mesh_problems(mesh: Mesh, axes: tuple[Names, str, Names]) -> Iterator[str]:
     """No mesh, a call inside `shard_map`, or names that the mesh does not have (but for the usual two)."""
     if not isinstance(mesh, Mesh):

@@ -29,14 +29,16 @@ from jax.sharding import Mesh
 from lss_jax.attention.arguments import (
     Names,
     array_problems,
+    dropout_problems,
     implementation_problems,
     mesh_problems,
     option_problems,
     placement_problems,
+    precision_named,
     refuse,
     said_clearly,
 )
-from lss_jax.attention.on_mesh import How, Sharded, attention_on_mesh
+from lss_jax.attention.on_mesh import Dropped, How, Sharded, attention_on_mesh
 from lss_jax.attention.pair_arrays import as_intervals, in_four_axes, kinds_problems, shape_problems
 from lss_jax.attention.pairs import Pairs
 from lss_jax.attention.placement import setting_of
@@ -67,6 +69,10 @@ def dot_product_attention(
     mesh: Mesh,
     prefix: int = 0,
     intervals: tuple[Any, Any] | None = None,
+    dropout_rate: float = 0.0,
+    dropout_rng: Any = None,
+    broadcast_dropout: bool = False,
+    precision: Any = None,
     strategy: str = "lss",
     layout: str = "contiguous",
     kernel: str = "auto",
@@ -106,6 +112,10 @@ def dot_product_attention(
       mesh: any mesh with an axis for the sequence.
       prefix: with `is_causal`, number of tokens at the start that see one another.
       intervals: `(start, end)`: a query sees keys at `start <= position < end`, integers `[L]` or `[..., L]`.
+      dropout_rate: of the attention weights that become zero, the same on every mesh.
+      dropout_rng: a key of `jax.random`, if any do.
+      broadcast_dropout: the same weights become zero in all rows of the batch and all heads.
+      precision: of matrix products, as in Flax; "dense" and "blockwise" kernels alone have a use for it.
       strategy: "lss", "ring" or "ulysses"; this and the next six as in `configs/base.py`.
       layout: "contiguous", or "zigzag", which balances a causal mask.
       kernel: "auto", "blockwise", "dense", "triton" or "mosaic".
@@ -126,7 +136,7 @@ def dot_product_attention(
     refuse(itertools.chain(*problems, seen.traced(), implementation_problems(implementation)))
     shape, keys = query.shape, key.shape[-3]
     of_pairs = (shape_problems("mask", mask, shape, keys), shape_problems("bias", bias, shape, keys))
-    refuse(itertools.chain(kinds_problems(mask, bias, kernel), *of_pairs))
+    refuse(itertools.chain(kinds_problems(mask, bias, kernel), *of_pairs, dropout_problems(dropout_rate, dropout_rng)))
     mask, bias = (None if x is None else in_four_axes(x, shape, keys) for x in (mask, bias))
     if mask is not None and (of_mask := as_intervals(mask, shape, keys)) is not None:
         mask, seen = None, seen._replace(of_mask=of_mask)
@@ -140,13 +150,16 @@ def dot_product_attention(
     how = _how(options, seen, heads, _sharded(mesh, axes, math.prod(query.shape[:-3]), math.gcd(*heads)))
     if is_traced(scale):
         query, scale = _scaled(query, scale), None
-    scores = Scores(None if scale is None else float(scale), return_residual)
+    scores = Scores(None if scale is None else float(scale), return_residual, precision_named(precision))
     setting = dataclasses.replace(how.setting, scores=scores)
     if shape[-3] != keys:
         setting = dataclasses.replace(setting, key_layout=Layout("contiguous", setting.layout.devices))
     shown = seen.mask(shape[:-2], keys)
+    drops = is_traced(dropout_rate) or dropout_rate > 0
+    dropped = Dropped(dropout_rate, jax.random.bits(dropout_rng, (), jnp.uint32)) if drops else None
+    how = how._replace(setting=setting, shared_dropout=broadcast_dropout)
     with said_clearly(), jax.disable_jit(False):  # eagerly, every operation of every block is a program of its own
-        return attention_on_mesh((query, key, value), shown, pairs, how._replace(setting=setting))
+        return attention_on_mesh((query, key, value), shown, pairs, dropped, how)
 
 
 def _sharded(mesh: Mesh, axes: tuple[Names, str, Names], batch: int, heads: int) -> Sharded:
@@ -172,7 +185,7 @@ def _how(options: dict[str, Any], seen: Seen, heads: tuple[int, int], sharded: S
         refuse(option_problems(attention, seen, shards))
         layout = Layout(attention.layout, shards.seq)
         setting = setting_of(attention, layout, seq if shards.seq > 1 else None, mesh)
-        return How(sharded, attention.strategy, setting, attention.head_groups)
+        return How(sharded, attention.strategy, setting, attention.head_groups, shared_dropout=False)
     except ConfigError as error:
         raise ConfigError(SECTION.sub("", str(error))) from None
 

@@ -1,6 +1,7 @@
 """Attention of global arrays on a mesh: from natural order to what strategies know, segments in theirs, and back."""
 
 import itertools
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -15,8 +16,9 @@ from lss_jax.attention.mask import Intervals
 from lss_jax.attention.pairs import QUERY_AXIS, Pairs
 from lss_jax.attention.setting import Setting
 from lss_jax.attention.strategies import make_attend
+from lss_jax.parallel.dropout import Dropout, SharedDropout
 from lss_jax.parallel.layout import Layout
-from lss_jax.parallel.mesh import named_axes, without_unsharded
+from lss_jax.parallel.mesh import axes_of, named_axes, without_unsharded
 
 
 class Sharded(NamedTuple):
@@ -39,6 +41,14 @@ class How(NamedTuple):
     strategy: str
     setting: Setting
     head_groups: int
+    shared_dropout: bool  # the same for all rows and heads
+
+
+class Dropped(NamedTuple):
+    """Dropout of a call's attention weights: the rate, and a hash to tell its steps and layers apart."""
+
+    rate: Any
+    key: jax.Array
 
 
 Arrays = tuple[jax.Array, jax.Array, jax.Array]  # query, key, value
@@ -46,7 +56,7 @@ Given = jax.Array | tuple[jax.Array, jax.Array]  # the output, and if the settin
 
 
 @partial(jax.jit, static_argnames="how")
-def attention_on_mesh(arrays: Arrays, mask: Intervals, pairs: Pairs | None, how: How) -> Given:
+def attention_on_mesh(arrays: Arrays, mask: Intervals, pairs: Pairs | None, dropped: Dropped | None, how: How) -> Given:
     """On the mesh, whether its axes are automatic or explicit (where types say how arrays are sharded)."""
     on_mesh = partial(_on_mesh, how=how)
     mesh, spec = jax.typeof(arrays[0]).sharding.mesh, jax.typeof(arrays[0]).sharding.spec
@@ -55,10 +65,10 @@ def attention_on_mesh(arrays: Arrays, mask: Intervals, pairs: Pairs | None, how:
         placed = [NamedSharding(mesh, of_result) for of_result in (spec, P(*spec[:-1]))]
         out = tuple(placed) if how.setting.scores.residual else placed[0]
         on_mesh = jax.sharding.auto_axes(on_mesh, axes=mesh.axis_names, out_sharding=out)
-    return on_mesh(arrays, mask, pairs)
+    return on_mesh(arrays, mask, pairs, dropped)
 
 
-def _on_mesh(arrays: Arrays, mask: Intervals, pairs: Pairs | None, how: How) -> Given:
+def _on_mesh(arrays: Arrays, mask: Intervals, pairs: Pairs | None, dropped: Dropped | None, how: How) -> Given:
     """From global arrays in natural order to what the strategies know, segments in layout order, and back."""
     sharded, shape, setting = how.sharded, arrays[0].shape, how.setting
     layout, length = setting.layout, shape[-3]
@@ -67,17 +77,20 @@ def _on_mesh(arrays: Arrays, mask: Intervals, pairs: Pairs | None, how: How) -> 
     mask_spec = sharded.spec(sharded.seq) if mask.start.ndim == 1 else sharded.spec(sharded.batch, sharded.seq)
     pairs = jax.tree.map(lambda x: _padded_pairs(x, setting, length, arrays[1].shape[-3]), pairs)
     pair_specs = jax.tree.map(partial(_pair_spec, sharded), pairs)
+    dropout, dropout_specs = (None, None) if dropped is None else _dropout(dropped, arrays[0].shape, position_L, how)
 
     @partial(
         jax.shard_map,
         mesh=Mesh(sharded.mesh.devices, sharded.mesh.axis_names),  # all axes automatic
-        in_specs=((x_spec,) * 3, mask_spec, pair_specs),
+        in_specs=((x_spec,) * 3, mask_spec, pair_specs, dropout_specs),
         out_specs=x_spec,
     )
-    def on_segments(segments: Arrays, mask: Intervals, pairs: Pairs | None) -> Any:
+    def on_segments(segments: Arrays, mask: Intervals, pairs: Pairs | None, dropout: Any) -> Any:
         attend = in_head_groups(make_attend(how.strategy, mask, setting), how.head_groups)
         pairs = jax.tree.map(partial(_local_pairs, x_spec, sharded.seq, layout), pairs, pair_specs)
-        attend = partial(attend, pairs=pairs)
+        if isinstance(dropout, Dropout) and (names := axes_of(x_spec[2])):
+            dropout = dropout._replace(first_head=jax.lax.axis_index(names) * segments[0].shape[2])
+        attend = partial(attend, dropout=dropout, pairs=pairs)
         if layout.name == "contiguous":
             return attend(*segments)
         count = 3 if setting.key_layout == layout else 1  # other keys stay in natural order
@@ -95,11 +108,20 @@ def _on_mesh(arrays: Arrays, mask: Intervals, pairs: Pairs | None, how: How) -> 
         return jnp.pad(bound, [(0, 0)] * (bound.ndim - 1) + [(0, missing)])[..., position_L]
 
     query, key, value = map(padded, arrays, (layout, setting.key_layout, setting.key_layout))
-    given = on_segments((query, key, value), Intervals(*map(in_layout_order, mask)), pairs)
+    given = on_segments((query, key, value), Intervals(*map(in_layout_order, mask)), pairs, dropout)
     if not setting.scores.residual:
         return given[:, :length].reshape(shape)
     o_BLHK, lse_BLH = (x[:, :length] for x in given)
     return o_BLHK.reshape(shape), lse_BLH.reshape(shape[:-1]).astype(o_BLHK.dtype)
+
+
+def _dropout(dropped: Dropped, shape: tuple[int, ...], position_L: Any, how: How) -> tuple[Any, Any]:
+    """Dropout by the rows and the natural positions of a global batch, and its specs."""
+    sharded, row_B = how.sharded, jnp.arange(math.prod(shape[:-3]))
+    rows, positions = sharded.spec(sharded.batch), sharded.spec(sharded.seq)
+    if how.shared_dropout:
+        return SharedDropout(*dropped, row_B, position_L), SharedDropout._make((P(), P(), rows, positions))
+    return Dropout(*dropped, row_B, position_L, 0), Dropout._make((P(), P(), rows, positions, P()))
 
 
 def _padded_pairs(x_BHLS: jax.Array, setting: Setting, queries: int, keys: int) -> jax.Array:

@@ -22,7 +22,7 @@ from lss_jax.attention.kernels.blockwise import (
     output_of,
 )
 from lss_jax.attention.kernels.interface import Attended, Queries, cotangent_of_output
-from lss_jax.attention.setting import Setting
+from lss_jax.attention.setting import Setting, at_precision
 from lss_jax.attention.strategy import Local, Shards, Strategy, own_segment, refuses_nothing
 from lss_jax.attention.traffic import Sizes, Traffic
 from lss_jax.config.schema import AttentionConfig
@@ -51,6 +51,7 @@ def _ring(queries: Queries, kv_2BGlK: jax.Array, setting: Setting) -> jax.Array 
     return _forward(queries, kv_2BGlK, setting)[0]
 
 
+@at_precision
 def _forward(queries, kv_2BGlK, setting):
     keys = _keys_in_turn(0, kv_2BGlK, setting)
     blocking, blocks = in_blocks(queries, kv_2BGlK.shape[2], keys, setting)
@@ -70,6 +71,7 @@ def _forward(queries, kv_2BGlK, setting):
     return output.given, (queries, kv_2BGlK, output)
 
 
+@at_precision
 def _backward(setting, saved, cotangent):
     queries, kv_2BGlK, output = saved
     do_BlHK = cotangent_of_output(cotangent)

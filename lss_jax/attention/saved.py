@@ -8,7 +8,7 @@ import jax
 
 from lss_jax.attention.collectives import after, all_gather
 from lss_jax.attention.kernels.interface import Attended, Queries, Residuals, cotangent_of_output
-from lss_jax.attention.setting import Setting
+from lss_jax.attention.setting import Setting, at_precision
 
 
 class Passes(NamedTuple):
@@ -27,11 +27,13 @@ def differentiable(queries: Queries, kv_2BGlK: jax.Array, passes: Passes, settin
     return _forward(queries, kv_2BGlK, passes, setting)[0]
 
 
+@at_precision
 def _forward(queries, kv_2BGlK, passes, setting):
     saved = passes.forward(queries, kv_2BGlK, setting)
     return saved.output.given, saved._replace(kv_N2BGlK=kv_2BGlK) if setting.regather else saved
 
 
+@at_precision
 def _backward(passes, setting, saved, cotangent):
     do_BlHK = cotangent_of_output(cotangent)
     if setting.regather:

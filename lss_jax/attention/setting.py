@@ -1,7 +1,11 @@
 """What attention knows at compile time, and nothing of where it runs: see `placement` for that."""
 
 import dataclasses
-from typing import NamedTuple
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
 
 from lss_jax.attention.mask import MaskKind
 from lss_jax.parallel.layout import SEQUENCE, SOURCE, Layout
@@ -38,9 +42,10 @@ class Scores(NamedTuple):
 
     scale: float | None  # in float32; None: the inverse root of the heads' width
     residual: bool  # attention gives the log-sum-exp of each query's scores, too
+    precision: str | None  # of matrix products, as in `jax.default_matmul_precision`; None: as it is there
 
 
-USUAL = Scores(scale=None, residual=False)
+USUAL = Scores(scale=None, residual=False, precision=None)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,3 +75,20 @@ class Setting:
         """The same for whole sequences in natural order, as a device has them after an exchange of heads."""
         whole = Layout("contiguous", 1)
         return dataclasses.replace(self, axis=None, layout=whole, key_layout=whole)
+
+
+def at_precision(one_pass: Callable[..., Any]) -> Callable[..., Any]:
+    """A pass with a `Setting` among its arguments, traced at the setting's precision.
+
+    A backward pass is traced when the user's context has long been left.
+    """
+
+    @functools.wraps(one_pass)
+    def traced(*arguments: Any) -> Any:
+        (setting,) = (argument for argument in arguments if isinstance(argument, Setting))
+        if setting.scores.precision is None:
+            return one_pass(*arguments)
+        with jax.default_matmul_precision(setting.scores.precision):
+            return one_pass(*arguments)
+
+    return traced

@@ -20,7 +20,7 @@ from lss_jax.attention.kernels.blockwise import blocks_of_keys
 from lss_jax.attention.kernels.interface import Attended, Output, Queries, Residuals, cotangent_of_output
 from lss_jax.attention.mask import Intervals
 from lss_jax.attention.pairs import of_whole_sequence
-from lss_jax.attention.setting import Setting
+from lss_jax.attention.setting import Setting, at_precision
 from lss_jax.attention.strategy import Local, Shards, Strategy, refuses_nothing
 from lss_jax.attention.traffic import Sizes, Traffic
 from lss_jax.config.rules import next_multiple
@@ -69,6 +69,7 @@ def _exchanged(queries: Queries, k_BlgK: jax.Array, v_BlgK: jax.Array, setting: 
     return _forward(queries, k_BlgK, v_BlgK, setting)[0]
 
 
+@at_precision
 def _forward(queries, k_BlgK, v_BlgK, setting):
     exchanged, kv_12BhLK = _exchange(queries, k_BlgK, v_BlgK, setting)
     output = KERNELS[setting.kernel].forward(exchanged, kv_12BhLK, setting.unsharded)
@@ -78,6 +79,7 @@ def _forward(queries, k_BlgK, v_BlgK, setting):
     return Output(o_BlHK, output.lse, lse_BlH).given, (own, None if own else (exchanged, kv_12BhLK), output)
 
 
+@at_precision
 def _backward(setting, saved, cotangent):
     own, exchanged, output = saved
     do_BlHK = cotangent_of_output(cotangent)
