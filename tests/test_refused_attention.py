@@ -1,6 +1,9 @@
 """What attention on global arrays refuses: one clear error each, before anything is compiled."""
 
+import re
 from contextlib import nullcontext
+from functools import partial
+from pathlib import Path
 
 import jax
 import jax.export
@@ -136,6 +139,35 @@ def test_all_problems_are_told_at_once():
         attention(X, X, X, mesh=mesh_of(1, 4), strategy="ulysses", block_keys=0, head_groups=4)
     found = [line.partition("=")[0] for line in str(error.value).splitlines()]
     assert found == ["block_keys", "kv_heads", "heads"]
+
+
+GUIDE = (Path(__file__).parents[1] / "docs" / "own_model.md").read_text()
+REFUSED = re.findall(r"^\| `(.*)` \| (.*) \|$", GUIDE, re.MULTILINE)
+
+
+@pytest.mark.parametrize(("call", "why"), REFUSED)
+def test_the_guide_says_what_is_refused_and_why(call, why):
+    mesh = mesh_of(2, 2)
+    names = {
+        "jax": jax,
+        "P": P,
+        "mesh": mesh,
+        "attend": partial(attention, mesh=mesh),
+        "layer": lss_jax.attention_fn(mesh),
+        "x": jnp.asarray(X),
+        "x48": jnp.zeros((48, 48, 6, K)),
+        "lengths48": jnp.full(48, 5),
+        "numbers": jnp.zeros((1, 1, 48, 48)),
+        "symbols": jax.ShapeDtypeStruct(jax.export.symbolic_shape("b, 48, 6, 8"), jnp.float32),
+        "elsewhere": jax.device_put(X, jax.devices()[7]),
+    }
+    with pytest.raises(ConfigError) as error:
+        eval(call, names)
+    assert why in str(error.value)
+
+
+def test_the_guide_lists_what_is_refused():
+    assert len(REFUSED) >= 18
 
 
 def test_local_arrays_are_refused():
