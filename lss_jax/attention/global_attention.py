@@ -39,8 +39,7 @@ from lss_jax.attention.arguments import (
     said_clearly,
 )
 from lss_jax.attention.on_mesh import Dropped, How, Sharded, attention_on_mesh
-from lss_jax.attention.pair_arrays import as_intervals, in_four_axes, kinds_problems, shape_problems
-from lss_jax.attention.pairs import Pairs
+from lss_jax.attention.pair_arrays import as_pairs, pair_problems
 from lss_jax.attention.placement import setting_of
 from lss_jax.attention.seen import Seen, is_traced
 from lss_jax.attention.setting import Scores
@@ -134,32 +133,31 @@ def dot_product_attention(
     seen = Seen(is_causal, local_window_size, prefix, query_seq_lengths, key_value_seq_lengths, intervals, None)
     problems = (array_problems(query, key, value), mesh_problems(mesh, axes), placement_problems(mesh, arrays))
     refuse(itertools.chain(*problems, seen.traced(), implementation_problems(implementation)))
-    shape, keys = query.shape, key.shape[-3]
-    of_pairs = (shape_problems("mask", mask, shape, keys), shape_problems("bias", bias, shape, keys))
-    refuse(itertools.chain(kinds_problems(mask, bias, kernel), *of_pairs, dropout_problems(dropout_rate, dropout_rng)))
-    mask, bias = (None if x is None else in_four_axes(x, shape, keys) for x in (mask, bias))
-    if mask is not None and (of_mask := as_intervals(mask, shape, keys)) is not None:
-        mask, seen = None, seen._replace(of_mask=of_mask)
-    pairs = None if mask is None and bias is None else Pairs(mask, bias)
+    shape, (*rows, _, heads, _), (*_, keys, kv_heads, _) = query.shape, query.shape, key.shape
+    of_pairs = pair_problems(mask, bias, kernel, shape, keys)
+    refuse(itertools.chain(of_pairs, dropout_problems(dropout_rate, dropout_rng)))
+
+    pairs, of_mask = as_pairs(mask, bias, shape, keys)
+    seen = seen._replace(of_mask=of_mask)
     if pairs and kernel == "auto":
         kernel = "blockwise"
     options = dict(strategy=strategy, layout=layout, kernel=kernel, block_queries=block_queries, block_keys=block_keys)
     options |= dict(head_groups=head_groups, regather=regather, prefix=prefix, window=0, source_layout=layout)
     options |= dict(global_tokens=0, features=0)
-    heads = query.shape[-2], key.shape[-2]
-    how = _how(options, seen, heads, _sharded(mesh, axes, math.prod(query.shape[:-3]), math.gcd(*heads)))
+    sharded = _sharded(mesh, axes, math.prod(rows), math.gcd(heads, kv_heads))
+    how = _how(options, seen, (heads, kv_heads), sharded)
+
     if is_traced(scale):
         query, scale = _scaled(query, scale), None
     scores = Scores(None if scale is None else float(scale), return_residual, precision_named(precision))
     setting = dataclasses.replace(how.setting, scores=scores)
     if shape[-3] != keys:
         setting = dataclasses.replace(setting, key_layout=Layout("contiguous", setting.layout.devices))
-    shown = seen.mask(shape[:-2], keys)
+    how = how._replace(setting=setting, shared_dropout=broadcast_dropout)
     drops = is_traced(dropout_rate) or dropout_rate > 0
     dropped = Dropped(dropout_rate, jax.random.bits(dropout_rng, (), jnp.uint32)) if drops else None
-    how = how._replace(setting=setting, shared_dropout=broadcast_dropout)
     with said_clearly(), jax.disable_jit(False):  # eagerly, every operation of every block is a program of its own
-        return attention_on_mesh((query, key, value), shown, pairs, dropped, how)
+        return attention_on_mesh((query, key, value), seen.mask(shape[:-2], keys), pairs, dropped, how)
 
 
 def _sharded(mesh: Mesh, axes: tuple[Names, str, Names], batch: int, heads: int) -> Sharded:

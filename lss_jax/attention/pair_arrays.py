@@ -11,30 +11,36 @@ from jax.sharding import AxisType
 
 from lss_jax.attention.kernels import TARGETS
 from lss_jax.attention.mask import Intervals
+from lss_jax.attention.pairs import Pairs
 from lss_jax.attention.seen import is_traced
 
 
-def kinds_problems(mask: Any, bias: Any, kernel: str) -> Iterator[str]:
-    """Dtypes that are none of a mask or of a bias, and kernels that read neither."""
+def pair_problems(mask: Any, bias: Any, kernel: str, shape: tuple[int, ...], keys: int) -> Iterator[str]:
+    """Dtypes that are none of a mask or of a bias, shapes that do not broadcast, and kernels that read neither.
+
+    The queries are of this shape, `[..., L, H, K]`, and there are so many keys.
+    """
     if mask is not None and mask.dtype != bool:
         yield f"mask is of dtype {mask.dtype}; give booleans, or numbers that are added to the scores as bias"
     if bias is not None and not jnp.issubdtype(bias.dtype, jnp.floating):
         yield f"bias is of dtype {bias.dtype}; give floating-point numbers, or booleans as mask"
     if kernel in TARGETS and not (mask is None and bias is None):
         yield f"kernel={kernel!r} reads no mask array and no bias; use kernel='auto', which is 'blockwise' then"
-
-
-def shape_problems(name: str, array: Any, shape: tuple[int, ...], keys: int) -> Iterator[str]:
-    """An array that does not broadcast to the scores of queries of this shape, `[..., L, H, K]`, and so many keys."""
-    if array is None:
-        return
     whole = _scores_shape(shape, keys)
-    sizes = (1,) * (len(whole) - array.ndim) + array.shape
-    if len(sizes) > len(whole) or any(size not in (1, full) for size, full in zip(sizes, whole, strict=True)):
-        yield (
-            f"{name} of shape {array.shape} does not broadcast to {whole}: rows, query heads, queries, keys, each "
-            f"as large or 1"
-        )
+    for name, array in (("mask", mask), ("bias", bias)):
+        if array is not None and not _broadcasts(array.shape, whole):
+            yield (
+                f"{name} of shape {array.shape} does not broadcast to {whole}: rows, query heads, queries, keys, each "
+                f"as large or 1"
+            )
+
+
+def as_pairs(mask: Any, bias: Any, shape: tuple[int, ...], keys: int) -> tuple[Pairs | None, Intervals | None]:
+    """Both as the kernels read them, without the mask if it is intervals: and these, if it is."""
+    mask, bias = (None if x is None else in_four_axes(x, shape, keys) for x in (mask, bias))
+    intervals = None if mask is None else as_intervals(mask, shape, keys)
+    mask = mask if intervals is None else None
+    return (None if mask is None and bias is None else Pairs(mask, bias)), intervals
 
 
 def in_four_axes(array: Any, shape: tuple[int, ...], keys: int) -> Any:
@@ -70,6 +76,11 @@ def as_intervals(mask_BHLS: Any, shape: tuple[int, ...], keys: int) -> Intervals
 def _per_query(bound_BL: Any, shape: tuple[int, ...]) -> jax.Array:
     bound = bound_BL.reshape(*shape[:-1], -1) if len(shape) > 1 else bound_BL.reshape(-1)
     return jnp.broadcast_to(jnp.asarray(bound, jnp.int32), shape)
+
+
+def _broadcasts(shape: tuple[int, ...], whole: tuple[int, ...]) -> bool:
+    shape = (1,) * (len(whole) - len(shape)) + shape
+    return len(shape) == len(whole) and all(size in (1, full) for size, full in zip(shape, whole, strict=True))
 
 
 def _scores_shape(shape: tuple[int, ...], keys: int) -> tuple[int, ...]:
