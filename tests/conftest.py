@@ -31,6 +31,13 @@ def few_programs_at_a_time():
     jax.clear_caches()
 
 
+@pytest.fixture
+def strict_ranks():
+    """Users may forbid that JAX adds leading axes on its own."""
+    with jax.numpy_rank_promotion("raise"):
+        yield
+
+
 def pytest_sessionstart(session):
     count = len(jax.devices())
     assert count >= 8, f"the tests need 8 simulated devices, {count} found; unset XLA_FLAGS and JAX_NUM_CPU_DEVICES"

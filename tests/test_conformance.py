@@ -41,7 +41,7 @@ from lss_jax.attention.collectives import stacked
 from lss_jax.attention.kernels import KERNELS, blockwise, tiles
 from lss_jax.attention.kernels.interface import Queries, Residuals
 from lss_jax.attention.mask import Intervals
-from lss_jax.attention.setting import Setting
+from lss_jax.attention.setting import USUAL, Setting
 from lss_jax.attention.strategies import EXACT, STRATEGIES
 from lss_jax.config.schema import ConfigError
 from lss_jax.parallel.dropout import Dropout
@@ -399,15 +399,23 @@ def kernel_alone(shape: Shape, q_BlHK, k_BLGK, v_BLGK, do_BlHK, mask) -> Results
     """A kernel as one device runs it, outside `shard_map`: whole keys in natural order to `Results`."""
     layout = Layout(shape.layout, shape.segments)
     setting = Setting(
-        None, layout, layout, shape.kernel, *shape.blocks, regather=False, interpret=True, approximation=None
+        None,
+        layout,
+        layout,
+        shape.kernel,
+        *shape.blocks,
+        regather=False,
+        interpret=True,
+        approximation=None,
+        scores=USUAL,
     )
     kernel = KERNELS[shape.kernel]
     kv_N2BGlK = layout.segments(stacked(k_BLGK, v_BLGK), 3)
-    queries = Queries(q_BlHK, mask, None)
+    queries = Queries(q_BlHK, mask, None, None)
     output = kernel.forward(queries, kv_N2BGlK, setting)
-    dq_BlHK, dkv_N2BGKl = kernel.backward(Residuals(queries, kv_N2BGlK, output), do_BlHK, setting)
+    dqueries, dkv_N2BGKl = kernel.backward(Residuals(queries, kv_N2BGlK, output), do_BlHK, setting)
     dk_BLGK, dv_BLGK = layout.natural(dkv_N2BGKl, 5).transpose(0, 1, 4, 2, 3)
-    return Results(output.o_BlHK, dq_BlHK, dk_BLGK, dv_BLGK)
+    return Results(output.o_BlHK, dqueries.q_BlHK, dk_BLGK, dv_BLGK)
 
 
 @pytest.mark.parametrize(

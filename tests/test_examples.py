@@ -25,6 +25,16 @@ def test_examples_of_a_module_print_what_they_say(module):
     assert attempted and not failed
 
 
+def test_recipes_run():
+    """All but those for what is not installed by default, which `test_peers` runs."""
+    names: dict = {}
+    for section in re.split(r"^## ", (ROOT / "docs" / "recipes.md").read_text(), flags=re.MULTILINE):
+        if not section.startswith(("Equinox", "Gemma")):
+            for program in re.findall(r"```python\n(.*?)```", section, re.DOTALL):
+                exec(compile(program, "recipes.md", "exec"), names)
+    assert {"q_BLHK", "model", "sharded", "document_BL"} <= set(names)
+
+
 def test_examples_of_the_readme_run():
     assert PROGRAMS
     for program in PROGRAMS:

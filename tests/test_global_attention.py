@@ -10,7 +10,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 from helpers import assert_close, mesh_of, sampled
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -23,6 +22,7 @@ from lss_jax.inspection.hlo import collectives
 from lss_jax.parallel.layout import CHUNKS_PER_DEVICE
 from lss_jax.parallel.mesh import SEQ
 
+pytestmark = pytest.mark.usefixtures("strict_ranks")
 B, H, K = 2, 24, 8  # 2, 3, 4 and 8 devices divide the heads, for Ulysses
 BOUND = 1e-5
 BLOCKS = {"block_queries": 8, "block_keys": 8}
@@ -166,7 +166,78 @@ def test_a_query_that_sees_nothing_has_a_row_of_zeros_and_no_gradient(strategy):
     assert not found["dv"][:, 9:].any()
 
 
+@pytest.mark.parametrize("strategy", sampled(EXACT, ["lss"]))
+def test_a_scale_rounds_nothing_in_bfloat16(strategy):
+    """The root of 128 is no number of bfloat16, and Gemma and T5 call with `scale=1`."""
+    random = np.random.default_rng(0)
+    inputs = [jnp.asarray(random.standard_normal((1, 32, 2, 128)) / 8**0.5, jnp.bfloat16) for _ in range(3)]
+    exact = jax.nn.dot_product_attention(*(x.astype(jnp.float32) for x in inputs), scale=1.0)
+
+    def rms(found):
+        return float(jnp.sqrt(jnp.mean((found.astype(jnp.float32) - exact) ** 2)))
+
+    ours = rms(attention(*inputs, mesh=mesh_of(1, 2), strategy=strategy, scale=1.0, **BLOCKS))
+    assert ours < 1.1 * rms(jax.nn.dot_product_attention(*inputs, scale=1.0))
+
+
+def test_a_scale_may_be_learned():
+    *inputs, _ = arrays_of(43)
+    ours, theirs = (
+        jax.jit(jax.value_and_grad(lambda scale, attend=attend: (attend(*inputs, scale=scale) ** 2).sum()))(0.7)
+        for attend in (partial(attention, mesh=mesh_of(1, 2)), jax.nn.dot_product_attention)
+    )
+    assert_close(ours, theirs, BOUND)
+
+
+@pytest.mark.parametrize("strategy", EXACT)
+def test_debugging_without_jit_takes_no_longer(strategy):
+    """Eagerly, each operation of each block would be compiled for itself, by the thousand."""
+    arrays = arrays_of(43)
+    with jax.disable_jit():
+        found = with_gradients(partial(attention, mesh=mesh_of(1, 4), strategy=strategy, is_causal=True), arrays)
+    assert_close(found, of_jax(arrays, is_causal=True), BOUND)
+
+
+def test_numbers_and_lists_are_taken_as_jax_takes_them():
+    *inputs, _ = arrays_of(43, 2, (), 2)
+    expected = jax.nn.dot_product_attention(*inputs, local_window_size=(3, 2), is_causal=True)
+    for window in ([3, 2], np.array([3, 2]), (np.int64(3), jnp.int32(2))):
+        found = attention(*(x.tolist() for x in inputs), mesh=mesh_of(1, 2), local_window_size=window, is_causal=True)
+        assert_close(found, expected, BOUND)
+
+
+def test_intervals_of_rows_and_of_queries_where_there_are_as_many_of_both():
+    *inputs, _ = arrays_of(16, 2, (16,), 2)
+    end = np.arange(1, 17)
+    of_queries, of_rows = (
+        attention(*inputs, mesh=mesh_of(2, 2), intervals=(0, bound)) for bound in (end[None], end[:, None])
+    )
+    assert_close(of_queries, jax.nn.dot_product_attention(*inputs, is_causal=True), BOUND)
+    assert_close(of_rows, jax.nn.dot_product_attention(*inputs, key_value_seq_lengths=end.astype(np.int32)), BOUND)
+
+
 # In somebody's program
+
+
+def test_a_hessian_is_forward_mode_over_a_gradient():
+    q, k, v, _ = arrays_of(43, 2, (), 2)
+
+    def loss(attend, factor):
+        return (attend(factor * q, k, factor * v) ** 2).mean()
+
+    ours, theirs = (
+        jax.hessian(partial(loss, attend))(1.0)
+        for attend in (partial(attention, mesh=mesh_of(1, 2)), jax.nn.dot_product_attention)
+    )
+    assert_close(ours, theirs, BOUND)
+
+
+def test_vmap_over_an_axis_that_an_explicit_mesh_shards():
+    mesh = jax.make_mesh((2, 4), ("data", "seq"))
+    *inputs, _ = arrays_of(48, 2, (2, 3), 2)
+    placed = [jax.device_put(x, NamedSharding(mesh, P("data", None, "seq"))) for x in inputs]
+    found = jax.vmap(partial(attention, mesh=mesh, axes=(None, "seq", None)))(*placed)
+    assert_close(found, jax.vmap(jax.nn.dot_product_attention)(*inputs), BOUND)
 
 
 @pytest.mark.parametrize("strategy", sampled(EXACT, ["lss"]))
@@ -264,15 +335,6 @@ def test_defaults_are_those_of_the_config():
     # what JAX calls local_window_size; of what is not exact; and of attention to another sequence
     others = {"window", "global_tokens", "features", "source_layout"}
     assert set(config) - set(defaults) == others
-
-
-def test_arguments_have_the_names_that_jax_and_flax_give_them():
-    ours, jaxs = (inspect.signature(f).parameters for f in (attention, jax.nn.dot_product_attention))
-    shared = {"query", "key", "value", "is_causal", "local_window_size", "scale"}
-    assert shared <= set(ours) & set(jaxs)
-    assert all(ours[name].default == jaxs[name].default for name in shared)
-    flaxs = inspect.signature(nnx.dot_product_attention).parameters
-    assert set(inspect.signature(lss_jax.attention_fn(mesh_of(1, 2))).parameters) == set(flaxs) - {"promote_dtype"}
 
 
 def test_importing_the_package_asks_for_no_device():

@@ -76,7 +76,7 @@ def test_intervals_are_half_open_and_in_natural_positions():
     random = np.random.default_rng(0)
     q, k, v = (random.standard_normal((2, 24, 4, 8), np.float32) for _ in range(3))
     start, end = np.arange(24) // 3, np.arange(24) // 2 + 12
-    found, _ = jax.jit(dense_attention)(Queries(q, Intervals(start, end), None), stacked(k, v))
+    found, *_ = jax.jit(dense_attention)(Queries(q, Intervals(start, end), None, None), stacked(k, v), 8**-0.5)
     seen = (start[:, None] <= np.arange(24)) & (np.arange(24) < end[:, None])
     assert relative_error(found, jax.nn.dot_product_attention(q, k, v, mask=seen[None, None])) < 1e-5
 

@@ -1,8 +1,10 @@
 """Narrow windows: devices fetch their neighbours' tokens, and no more, and nothing else changes."""
 
 import dataclasses
+from functools import partial
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from attention_cases import TOKENS, Case, arrays_of, attended, oracle, seen_by
@@ -10,12 +12,13 @@ from helpers import assert_close, check_against_oracle, model_on, sampled
 from jax.sharding import AbstractMesh
 from test_contract import check_contract, compiled_step
 
+from lss_jax import dot_product_attention, make_mesh
 from lss_jax.attention.mask import Intervals, bidirectional, documents, neighbours
 from lss_jax.attention.nearby import runs_of
 from lss_jax.attention.placement import setting_on
 from lss_jax.attention.setting import Reach
 from lss_jax.attention.traffic import sizes_of
-from lss_jax.inspection import contract
+from lss_jax.inspection import contract, hlo
 from lss_jax.models import build_model
 from lss_jax.parallel.dropout import Dropout
 from lss_jax.parallel.hashing import hashed
@@ -165,6 +168,14 @@ def test_a_prefix_and_another_sequence_are_gathered():
         model, mesh = model_on(1, 8, **{**WINDOW, **changes})
         seen = make_task(model.config).mask_kind
         assert runs_of(sizes_of(model.config, mesh).l, setting_on(model.config, mesh, seen=seen)) is None
+
+
+@pytest.mark.parametrize(("window", "kind"), [(3, "collective-permute"), (48, "all-gather")])
+def test_attention_for_other_models_fetches_neighbours(window, kind):
+    mesh, x = make_mesh((1, 8, 1)), jnp.zeros((1, 96, 2, 8))
+    attend = jax.jit(partial(dot_product_attention, mesh=mesh, is_causal=True, local_window_size=window))
+    found = hlo.collectives(attend.lower(x, x, x).compile().as_text())
+    assert {one.kind for one in found} == {kind}
 
 
 def test_a_dropped_send_is_seen(monkeypatch):

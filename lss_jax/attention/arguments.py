@@ -1,13 +1,13 @@
 """What the arguments of attention on global arrays must be: a line per problem, before anything is compiled."""
 
 from collections.abc import Iterable, Iterator
-from typing import Any, NamedTuple
+from contextlib import contextmanager
+from typing import Any
 
 import jax
-import jax.numpy as jnp
-from jax.sharding import Mesh
+from jax.sharding import AxisType, Mesh
 
-from lss_jax.attention.mask import Intervals, bidirectional, neighbours, prefix_causal
+from lss_jax.attention.seen import Seen, is_traced
 from lss_jax.attention.strategies import EXACT, STRATEGIES, strategy_problems
 from lss_jax.attention.strategy import Shards
 from lss_jax.config.rules import attention_problems, less_than_1
@@ -15,7 +15,8 @@ from lss_jax.config.schema import AttentionConfig, ConfigError
 from lss_jax.parallel.mesh import DATA, MODEL, SEQ, axes_of
 
 Names = str | tuple[str, ...] | None  # of the mesh axes that shard one dimension
-DTYPES = ("float32", "bfloat16")
+DTYPES = ("float32", "bfloat16", "float16")
+IMPLEMENTATIONS = (None, "xla")  # of JAX: what these compute is what ours must
 
 
 def refuse(problems: Iterable[str]) -> None:
@@ -24,81 +25,57 @@ def refuse(problems: Iterable[str]) -> None:
         raise ConfigError(text)
 
 
-class Seen(NamedTuple):
-    """What each query sees, by the arguments of `dot_product_attention`."""
-
-    is_causal: bool
-    local_window_size: int | tuple[int, int] | None
-    prefix: int
-    intervals: tuple[Any, Any] | None
-
-    @property
-    def sides(self) -> tuple[int, int] | None:
-        """The window as (left, right)."""
-        size = self.local_window_size
-        return (size, size) if isinstance(size, int) else size
-
-    def problems(self) -> Iterator[str]:
-        """What is wrong with the arguments, a line each; errors in the intervals are raised by `mask`."""
-        if self.prefix < 0:
-            yield f"prefix={self.prefix} must be at least 0"
-        if self.prefix > 0 and not self.is_causal:
-            yield f"prefix={self.prefix} has no use with is_causal=False, under which all is seen anyway; use prefix=0"
-        pair = isinstance(self.sides, tuple) and len(self.sides) == 2
-        if self.sides is not None and not (pair and all(isinstance(side, int) and side >= 0 for side in self.sides)):
-            yield f"local_window_size={self.sides!r} must be one number or (left, right), each at least 0"
-
-    def mask(self, shape_BL: tuple[int, ...]) -> Intervals:
-        """The keys that each query sees, `[L]`, or `[..., L]` if the user's intervals differ between rows.
-
-        Raises:
-          ConfigError: the intervals are not integers, or of another shape.
-        """
-        length = shape_BL[-1]
-        position_L = jnp.arange(length, dtype=jnp.int32)
-        mask = bidirectional(position_L, length)
-        if self.is_causal:
-            mask &= prefix_causal(position_L, self.prefix)
-        if self.sides is not None:
-            mask &= neighbours(position_L, *(min(side, length) for side in self.sides))
-        return mask if self.intervals is None else mask & _intervals(self.intervals, shape_BL)
-
-
-def _intervals(bounds: tuple[Any, Any], shape_BL: tuple[int, ...]) -> Intervals:
-    """The user's intervals, `[L]` or `[..., L]`, checked and broadcast."""
-    arrays = [jnp.asarray(bound) for bound in bounds]
-    shapes = [array.shape for array in arrays]
-    for name, array in zip(("start", "end"), arrays, strict=True):
-        if not jnp.issubdtype(array.dtype, jnp.integer):
-            raise ConfigError(f"intervals: {name} is of dtype {array.dtype}; give positions as integers")
-    try:
-        shared = len(jnp.broadcast_shapes(*shapes, shape_BL[-1:])) == 1
-        whole = jnp.broadcast_shapes(*shapes, shape_BL)
-    except ValueError:
-        whole = ()
-    if whole != shape_BL:
-        raise ConfigError(
-            f"intervals: start and end of shapes {shapes[0]} and {shapes[1]} do not broadcast to {shape_BL}, which the "
-            f"queries have before their heads; give [L] for all rows, or [..., L]"
-        )
-    return Intervals(*(jnp.broadcast_to(a, shape_BL[-1:] if shared else shape_BL).astype(jnp.int32) for a in arrays))
-
-
 def array_problems(query: jax.Array, key: jax.Array, value: jax.Array) -> Iterator[str]:
-    """Shapes or dtypes that do not go together."""
+    """Shapes that do not go together, or a dtype that is none of ours; arrays that are promoted to one dtype."""
     shapes = f"query {query.shape}, key {key.shape}, value {value.shape}"
-    dtypes = [str(x.dtype) for x in (query, key, value)]
+    if not all(isinstance(size, int) for x in (query, key, value) for size in x.shape):
+        yield f"{shapes}: a size that is a symbol is refused, since blocks have sizes; export one program per size"
+        return
     if min(query.ndim, key.ndim, value.ndim) < 3:
         yield f"{shapes}: each is [..., L, heads, K], of three dimensions at least"
-    elif key.shape != value.shape or (*query.shape[:-2], query.shape[-1]) != (*key.shape[:-2], key.shape[-1]):
+    elif key.shape != value.shape or (*query.shape[:-3], query.shape[-1]) != (*key.shape[:-3], key.shape[-1]):
         yield (
-            f"{shapes}: they may differ in the number of the query heads alone; attention to another sequence, or with "
-            f"values of another width, is left to jax.nn.dot_product_attention"
+            f"{shapes}: queries may differ from keys in length and heads alone, and values in nothing; values "
+            f"of another width can be padded with zeros"
         )
     elif 0 in query.shape or 0 in key.shape:
         yield f"{shapes}: nothing to attend to; every dimension must be at least 1"
-    if len(set(dtypes)) > 1 or dtypes[0] not in DTYPES:
-        yield f"query, key and value of dtypes {', '.join(dtypes)}; give all three as {' or as '.join(DTYPES)}"
+    if str(query.dtype) not in DTYPES:
+        yield f"query, key and value are of dtype {query.dtype} together; give {' or '.join(DTYPES)}"
+
+
+def implementation_problems(implementation: Any) -> Iterator[str]:
+    """Another of JAX's implementations, none of which knows of a sharded sequence."""
+    if implementation not in IMPLEMENTATIONS:
+        yield (
+            f"implementation={implementation!r} is refused, since it would see one device's keys alone; use "
+            f"implementation=None, and kernel= for a fused kernel"
+        )
+
+
+def precision_named(precision: Any) -> str | None:
+    """A precision as Flax has it, by its name in `jax.default_matmul_precision`.
+
+    Raises:
+      ConfigError: two factors of a product have different ones.
+    """
+    if isinstance(precision, tuple) and len(set(precision)) == 1:
+        precision = precision[0]
+    if isinstance(precision, jax.lax.Precision):
+        return precision.name.lower()
+    if isinstance(precision, jax.lax.DotAlgorithmPreset):
+        return precision.name
+    if precision is None or isinstance(precision, str):
+        return precision
+    raise ConfigError(f"precision={precision!r} must be one for both factors of a product; give one name, as 'highest'")
+
+
+def dropout_problems(rate: Any, rng: Any) -> Iterator[str]:
+    """A rate that leaves nothing, or no key."""
+    if not is_traced(rate) and not 0 <= rate < 1:
+        yield f"dropout_rate={rate} must be at least 0 and below 1"
+    elif rng is None and (is_traced(rate) or rate):
+        yield f"dropout_rate={rate} needs a key; give dropout_rng=jax.random.key(...), another one for each step"
 
 
 def mesh_problems(mesh: Mesh, axes: tuple[Names, str, Names]) -> Iterator[str]:
@@ -119,6 +96,53 @@ def mesh_problems(mesh: Mesh, axes: tuple[Names, str, Names]) -> Iterator[str]:
             f"names for the axes that shard batch, sequence and heads, each once and None for none, as axes=(None, "
             f"{mesh.axis_names[0]!r}, None)"
         )
+
+
+def placement_problems(mesh: Mesh, arrays: dict[str, Any]) -> Iterator[str]:
+    """Arrays that are on other devices, or whose types name another mesh; tracers of automatic axes say neither."""
+    if not isinstance(mesh, Mesh):
+        return
+    arrays = {name: x for name, x in arrays.items() if isinstance(x, jax.Array)}
+    meshes = {name: jax.typeof(x).sharding.mesh for name, x in arrays.items()}
+    meshes["jax.set_mesh"] = jax.sharding.get_abstract_mesh()
+    for name, other in meshes.items():
+        if AxisType.Explicit in other.axis_types and dict(other.shape) != dict(mesh.shape):
+            yield (
+                f"{name} is on a mesh of {dict(other.shape)}, and mesh is of {dict(mesh.shape)}; give the same to both"
+            )
+    for name, x in arrays.items():
+        devices = set() if is_traced(x) or not x.committed else x.sharding.device_set
+        if devices and devices != set(mesh.devices.flat):
+            yield (
+                f"{name} is on {len(devices)} device(s), {min(map(str, devices))} for one, which are not the "
+                f"{mesh.size} of the mesh; place it there first, as by jax.device_put({name}, NamedSharding(mesh, P()))"
+            )
+
+
+@contextmanager
+def said_clearly() -> Iterator[None]:
+    """What JAX refuses of the transformations around a call, said with its remedy.
+
+    Raises:
+      ConfigError: in place of JAX's own error.
+    """
+    try:
+        yield
+    except TypeError as error:
+        if "forward-mode" not in str(error):
+            raise
+        raise ConfigError(
+            "forward-mode differentiation (jvp, jacfwd, linearize) is refused, since the backward pass is written by "
+            "hand; use jax.grad or jax.vjp, of which a jvp may be taken (jax.hessian)"
+        ) from error
+    except ValueError as error:
+        if not any(words in str(error) for words in ("spmd_axis_name", "shard_map in_specs", "varying manual axes")):
+            raise
+        raise ConfigError(
+            "vmap maps over an axis that the mesh shards (spmd_axis_name, or an Explicit axis), which axes= names too "
+            "or cannot leave out; call it without vmap, since all leading axes are the batch, or on an Explicit mesh "
+            "give None for that axis, as axes=(None, 'seq', 'model')"
+        ) from error
 
 
 def option_problems(attention: AttentionConfig, seen: Seen, shards: Shards) -> Iterator[str]:

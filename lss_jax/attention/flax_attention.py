@@ -1,14 +1,24 @@
 """Sequence-parallel attention for the models of Flax: what `nnx.MultiHeadAttention` takes as its `attention_fn`."""
 
-from collections.abc import Callable, Iterator
+import inspect
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
+from flax import nnx
+from flax.nnx.nn.dtypes import promote_dtype
 from jax.sharding import Mesh
 
 from lss_jax.attention.arguments import refuse
 from lss_jax.attention.global_attention import dot_product_attention
+
+OF_CALL = ("dropout_rate", "dropout_rng", "broadcast_dropout", "precision")  # which a layer says itself
+OPTIONS = tuple(
+    name
+    for name, argument in inspect.signature(dot_product_attention).parameters.items()
+    if argument.kind is argument.KEYWORD_ONLY and name not in ("mesh", "return_residual", *OF_CALL)
+)
+OF_FLAX = tuple(inspect.signature(nnx.dot_product_attention).parameters)
 
 
 def attention_fn(mesh: Mesh, **options: Any) -> Callable[..., jax.Array]:
@@ -17,7 +27,7 @@ def attention_fn(mesh: Mesh, **options: Any) -> Callable[..., jax.Array]:
     >>> from flax import nnx
     >>> mesh = jax.make_mesh((2, 4), ("data", "seq"))
     >>> layer = nnx.MultiHeadAttention(4, 32, decode=False, attention_fn=attention_fn(mesh), rngs=nnx.Rngs(0))
-    >>> layer(jnp.ones((2, 40, 32)), is_causal=True).shape
+    >>> layer(jax.numpy.ones((2, 40, 32)), is_causal=True).shape
     (2, 40, 32)
 
     Args:
@@ -26,11 +36,14 @@ def attention_fn(mesh: Mesh, **options: Any) -> Callable[..., jax.Array]:
         without, those are that are called so.
 
     Returns:
-      A function of global `query [..., L, H, K]`, `key` and `value [..., L, G, K]` to `[..., L, H, K]`, with the
-      arguments of `flax.nnx.dot_product_attention`. It raises a `ConfigError` for those that it cannot respect (an
-      array as mask, and so the cache of `decode=True`; a bias; dropout; a precision; weights to be sown), and where
-      `dot_product_attention` does.
+      A function of global `query [..., L, H, K]`, `key` and `value [..., S, G, K]` to `[..., L, H, K]`, with the
+      arguments of `flax.nnx.dot_product_attention`. Dropout is by global positions, and so other weights become zero
+      than with Flax's. It raises a `ConfigError` if weights are to be sown, and where `dot_product_attention` does.
+
+    Raises:
+      ConfigError: an option is none of `dot_product_attention`.
     """
+    refuse(_unknown("attention_fn", options, OPTIONS))
 
     def attend(
         query: jax.Array,
@@ -45,37 +58,31 @@ def attention_fn(mesh: Mesh, **options: Any) -> Callable[..., jax.Array]:
         dtype: Any = None,
         precision: Any = None,
         module: Any = None,
+        promote_dtype: Callable[..., Any] = promote_dtype,
         is_causal: bool = False,
+        **others: Any,
     ) -> jax.Array:
-        rate = 0.0 if deterministic else dropout_rate
-        refuse(_problems(query, bias, mask, dropout_rate=rate, precision=precision, module=module))
-        dtype = dtype or jnp.result_type(query, key, value)
-        arrays = [x.astype(dtype) for x in (query, key, value)]
-        causal = is_causal or options.get("is_causal", False)
-        return dot_product_attention(*arrays, mesh=mesh, **{**options, "is_causal": causal})
+        refuse((*_unknown("the function of attention_fn", others, OF_FLAX[3:]), *_sown(module)))
+        query, key, value = promote_dtype((query, key, value), dtype=dtype)
+        of_call = {
+            "is_causal": is_causal or options.get("is_causal", False),
+            "dropout_rate": 0.0 if deterministic else dropout_rate,
+            "dropout_rng": dropout_rng,
+            "broadcast_dropout": broadcast_dropout,
+            "precision": precision,
+        }
+        mask = mask if mask is None else mask.astype(bool)
+        return dot_product_attention(query, key, value, bias, mask, mesh=mesh, **{**options, **of_call})
 
     return attend
 
 
-def _problems(query, bias, mask, *, dropout_rate: float, precision, module) -> Iterator[str]:
-    """What Flax's own attention can do, and this cannot."""
-    if mask is not None:
-        yield (
-            f"a mask array of shape {mask.shape} is refused, since L x L numbers are what no device should have: say "
-            f"what a token sees by is_causal, or by local_window_size, prefix or intervals of attention_fn"
-            + ("; decode=True makes such a mask, too: decode with Flax's own attention" * (query.shape[-3] == 1))
-        )
-    if bias is not None:
-        yield f"a bias of shape {bias.shape} is refused, since scores exist in blocks alone; use positions such as rope"
-    if dropout_rate:
-        yield (
-            f"dropout_rate={dropout_rate} is refused, since attention weights exist in blocks alone; use "
-            f"dropout_rate=0.0 (or deterministic=True), and drop what attention puts out"
-        )
-    if precision is not None:
-        yield (
-            f"precision={precision} is refused, since the backward pass would not know it; use precision=None and "
-            f"jax.config.update('jax_default_matmul_precision', ...)"
-        )
+def _unknown(function: str, options: dict[str, Any], known: Sequence[str]) -> Iterator[str]:
+    """Names of arguments that a function does not have."""
+    for name in options.keys() - set(known):
+        yield f"{name}={options[name]!r} is no argument of {function}, which takes {', '.join(known)}"
+
+
+def _sown(module: Any) -> Iterator[str]:
     if module is not None:
         yield "sow_weights=True is refused, since attention weights exist in blocks alone; use sow_weights=False"

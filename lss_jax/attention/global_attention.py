@@ -2,7 +2,8 @@
 
 Here the arrays are a user's: whole, on any mesh with an axis for the sequence, and under the user's own `jit`.
 
-What each query sees: masks combine, a token sees what all of them show, and a query that sees nothing has zeros.
+What each query sees: masks combine, a token sees what all of them show, and a query that sees nothing has zeros (and
+no gradient), where `jax.nn.dot_product_attention` has the mean of all values, of what is masked out too.
 `intervals` are integers that broadcast to `[L]`, or to `[..., L]` for a mask per row: padding is
 `(0, lengths_B[:, None])`, and `lss_jax.attention.mask.packed` makes the intervals of packed documents.
 
@@ -15,28 +16,37 @@ or None. Where the mesh has no "data" or "model", or they do not divide `B`, or 
 sharded, and the devices along these axes all do the same work.
 """
 
+import dataclasses
 import itertools
 import math
 import re
-from collections.abc import Callable
-from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AxisType, Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
+from jax.sharding import Mesh
 
-from lss_jax.attention.arguments import Names, Seen, array_problems, mesh_problems, option_problems, refuse
-from lss_jax.attention.head_groups import in_head_groups
-from lss_jax.attention.mask import Intervals
+from lss_jax.attention.arguments import (
+    Names,
+    array_problems,
+    dropout_problems,
+    implementation_problems,
+    mesh_problems,
+    option_problems,
+    placement_problems,
+    precision_named,
+    refuse,
+    said_clearly,
+)
+from lss_jax.attention.on_mesh import Dropped, How, Sharded, attention_on_mesh
+from lss_jax.attention.pair_arrays import as_pairs, pair_problems
 from lss_jax.attention.placement import setting_of
-from lss_jax.attention.setting import Setting
-from lss_jax.attention.strategies import make_attend
+from lss_jax.attention.seen import Seen, is_traced
+from lss_jax.attention.setting import Scores
 from lss_jax.attention.strategy import Shards
 from lss_jax.config.schema import AttentionConfig, ConfigError, typed
 from lss_jax.parallel.layout import Layout
-from lss_jax.parallel.mesh import DATA, MODEL, SEQ, axes_of, without_unsharded
+from lss_jax.parallel.mesh import DATA, MODEL, SEQ, axes_of
 
 SECTION = re.compile(r"\b(attention|model|mesh)\.")  # of a config's key: an argument is called the same without it
 
@@ -45,13 +55,23 @@ def dot_product_attention(
     query: jax.Array,
     key: jax.Array,
     value: jax.Array,
+    bias: jax.Array | None = None,
+    mask: jax.Array | None = None,
     *,
-    mesh: Mesh,
+    scale: float | None = None,
     is_causal: bool = False,
+    query_seq_lengths: jax.Array | None = None,
+    key_value_seq_lengths: jax.Array | None = None,
     local_window_size: int | tuple[int, int] | None = None,
+    implementation: str | None = None,
+    return_residual: bool = False,
+    mesh: Mesh,
     prefix: int = 0,
     intervals: tuple[Any, Any] | None = None,
-    scale: float | None = None,
+    dropout_rate: float = 0.0,
+    dropout_rng: Any = None,
+    broadcast_dropout: bool = False,
+    precision: Any = None,
     strategy: str = "lss",
     layout: str = "contiguous",
     kernel: str = "auto",
@@ -60,11 +80,12 @@ def dot_product_attention(
     head_groups: int = 1,
     regather: bool = False,
     axes: tuple[Names, str, Names] = (DATA, SEQ, MODEL),
-) -> jax.Array:
+) -> Any:
     """`jax.nn.dot_product_attention` with the sequence sharded over a mesh axis: exact, and no device has all scores.
 
-    From global arrays in natural order to `[..., L, H, K]` in the dtype of the queries, under `jit`, `jax.grad`,
-    `jax.checkpoint` and `jax.vmap`. A length that the mesh does not divide is padded. The module says more of each.
+    From global arrays in natural order to `[..., L, H, K]`, under `jit`, `jax.grad`, `jax.checkpoint` and `jax.vmap`.
+    A length that the mesh does not divide is padded. Arguments up to `return_residual` are JAX's, the others ours. The
+    module says more of each.
 
     >>> mesh = jax.make_mesh((2, 4), ("data", "seq"))
     >>> q_BLHK, k_BLGK, v_BLGK = (jax.random.normal(jax.random.key(H), (2, 40, H, 8)) for H in (4, 2, 2))
@@ -74,15 +95,26 @@ def dot_product_attention(
     True
 
     Args:
-      query: `[..., L, H, K]`, float32 or bfloat16; all leading axes are the batch, `B` rows.
-      key: `[..., L, G, K]`; each of its `G` heads serves `H/G` neighbouring heads of the queries.
+      query: `[..., L, H, K]`, float32, bfloat16 or float16; all leading axes are the batch, `B` rows.
+      key: `[..., S, G, K]`; each of its `G` heads serves `H/G` neighbouring heads of the queries. The result is in the
+        dtype to which all three are promoted.
       value: as `key`.
-      mesh: any mesh with an axis for the sequence.
+      bias: added to the scaled scores; broadcasts to `[..., H, L, S]`.
+      mask: booleans of that shape: which keys a query sees. Key axes are whole on each device, query axes sharded.
+      scale: of the scores, in float32; None is `K**-0.5`.
       is_causal: a token sees itself and what came before.
-      local_window_size: numbers of tokens seen to the left and to the right; one number is both, as in JAX.
+      query_seq_lengths: integers `[B]`: the queries from there on see nothing.
+      key_value_seq_lengths: integers `[B]`: the keys from there on are not seen.
+      local_window_size: numbers of tokens seen to the left and to the right; one number is both.
+      implementation: None or "xla", which mean the same.
+      return_residual: the log-sum-exp of the scores of each query, `[..., L, H]`, is returned too; it has no gradient.
+      mesh: any mesh with an axis for the sequence.
       prefix: with `is_causal`, number of tokens at the start that see one another.
       intervals: `(start, end)`: a query sees keys at `start <= position < end`, integers `[L]` or `[..., L]`.
-      scale: of the scores; None is `K**-0.5`.
+      dropout_rate: of the attention weights that become zero, the same on every mesh.
+      dropout_rng: a key of `jax.random`, if any do.
+      broadcast_dropout: the same weights become zero in all rows of the batch and all heads.
+      precision: of matrix products, as in Flax; "dense" and "blockwise" kernels alone have a use for it.
       strategy: "lss", "ring" or "ulysses"; this and the next six as in `configs/base.py`.
       layout: "contiguous", or "zigzag", which balances a causal mask.
       kernel: "auto", "blockwise", "dense", "triton" or "mosaic".
@@ -95,26 +127,38 @@ def dot_product_attention(
     Raises:
       ConfigError: a `ValueError`: shapes, options or mesh do not go together; a line per problem.
     """
-    refuse((*array_problems(query, key, value), *mesh_problems(mesh, axes)))
+    query, key, value = _promoted(query, key, value)
+    mask, bias = (x if x is None or hasattr(x, "dtype") else jnp.asarray(x) for x in (mask, bias))
+    arrays = {"query": query, "key": key, "value": value, "mask": mask, "bias": bias}
+    seen = Seen(is_causal, local_window_size, prefix, query_seq_lengths, key_value_seq_lengths, intervals, None)
+    problems = (array_problems(query, key, value), mesh_problems(mesh, axes), placement_problems(mesh, arrays))
+    refuse(itertools.chain(*problems, seen.traced(), implementation_problems(implementation)))
+    shape, (*rows, _, heads, _), (*_, keys, kv_heads, _) = query.shape, query.shape, key.shape
+    of_pairs = pair_problems(mask, bias, kernel, shape, keys)
+    refuse(itertools.chain(of_pairs, dropout_problems(dropout_rate, dropout_rng)))
+
+    pairs, of_mask = as_pairs(mask, bias, shape, keys)
+    seen = seen._replace(of_mask=of_mask)
+    if pairs and kernel == "auto":
+        kernel = "blockwise"
     options = dict(strategy=strategy, layout=layout, kernel=kernel, block_queries=block_queries, block_keys=block_keys)
     options |= dict(head_groups=head_groups, regather=regather, prefix=prefix, window=0, source_layout=layout)
     options |= dict(global_tokens=0, features=0)
-    seen, heads = Seen(is_causal, local_window_size, prefix, intervals), (query.shape[-2], key.shape[-2])
-    how = _how(options, seen, heads, _sharded(mesh, axes, math.prod(query.shape[:-3]), math.gcd(*heads)))
-    return _attention((_scaled(query, scale), key, value), seen.mask(query.shape[:-2]), how)
+    sharded = _sharded(mesh, axes, math.prod(rows), math.gcd(heads, kv_heads))
+    how = _how(options, seen, (heads, kv_heads), sharded)
 
-
-class Sharded(NamedTuple):
-    """The mesh axes that shard each dimension."""
-
-    mesh: Mesh
-    batch: tuple[str, ...]
-    seq: str
-    heads: tuple[str, ...]
-
-    def spec(self, *dimensions: tuple[str, ...] | str) -> P:
-        """The spec of an array for `shard_map`, without the axes that have one device."""
-        return without_unsharded(P(*dimensions), self.mesh)
+    if is_traced(scale):
+        query, scale = _scaled(query, scale), None
+    scores = Scores(None if scale is None else float(scale), return_residual, precision_named(precision))
+    setting = dataclasses.replace(how.setting, scores=scores, reach=seen.reach)
+    if shape[-3] != keys:
+        key_layout = Layout("contiguous", setting.layout.devices)
+        setting = dataclasses.replace(setting, key_layout=key_layout, reach=None)
+    how = how._replace(setting=setting, shared_dropout=broadcast_dropout)
+    drops = is_traced(dropout_rate) or dropout_rate > 0
+    dropped = Dropped(dropout_rate, jax.random.bits(dropout_rng, (), jnp.uint32)) if drops else None
+    with said_clearly(), jax.disable_jit(False):  # eagerly, every operation of every block is a program of its own
+        return attention_on_mesh((query, key, value), seen.mask(shape[:-2], keys), pairs, dropped, how)
 
 
 def _sharded(mesh: Mesh, axes: tuple[Names, str, Names], batch: int, heads: int) -> Sharded:
@@ -125,15 +169,6 @@ def _sharded(mesh: Mesh, axes: tuple[Names, str, Names], batch: int, heads: int)
         return () if size % math.prod(mesh.shape[name] for name in there) else there
 
     return Sharded(mesh, dividing(axes[0], batch), axes[1], dividing(axes[2], heads))
-
-
-class How(NamedTuple):
-    """What is known when attention is compiled."""
-
-    sharded: Sharded
-    strategy: str
-    setting: Setting
-    head_groups: int
 
 
 def _how(options: dict[str, Any], seen: Seen, heads: tuple[int, int], sharded: Sharded) -> How:
@@ -149,65 +184,17 @@ def _how(options: dict[str, Any], seen: Seen, heads: tuple[int, int], sharded: S
         refuse(option_problems(attention, seen, shards))
         layout = Layout(attention.layout, shards.seq)
         setting = setting_of(attention, layout, seq if shards.seq > 1 else None, mesh)
-        return How(sharded, attention.strategy, setting, attention.head_groups)
+        return How(sharded, attention.strategy, setting, attention.head_groups, shared_dropout=False)
     except ConfigError as error:
         raise ConfigError(SECTION.sub("", str(error))) from None
 
 
-def _scaled(query: jax.Array, scale: float | None) -> jax.Array:
-    """Queries for kernels that divide scores by the root of `K`."""
-    return query if scale is None else query * jnp.asarray(scale * query.shape[-1] ** 0.5, query.dtype)
+def _promoted(*arrays: Any) -> list[jax.Array]:
+    """Arrays of one dtype, by JAX's rules."""
+    arrays = tuple(map(jnp.asarray, arrays))
+    return [x.astype(jnp.result_type(*arrays)) for x in arrays]
 
 
-Arrays = tuple[jax.Array, jax.Array, jax.Array]  # query, key, value
-
-
-@partial(jax.jit, static_argnames="how")
-def _attention(arrays: Arrays, mask: Intervals, how: How) -> jax.Array:
-    """On the mesh, whether its axes are automatic or explicit (where types say how arrays are sharded)."""
-    on_mesh = partial(_on_mesh, how=how)
-    mesh, spec = jax.typeof(arrays[0]).sharding.mesh, jax.typeof(arrays[0]).sharding.spec
-    mesh = jax.sharding.get_abstract_mesh() if mesh.empty else mesh
-    if AxisType.Explicit in mesh.axis_types:
-        on_mesh = jax.sharding.auto_axes(on_mesh, axes=mesh.axis_names, out_sharding=NamedSharding(mesh, spec))
-    return on_mesh(arrays, mask)
-
-
-def _on_mesh(arrays: Arrays, mask: Intervals, how: How) -> jax.Array:
-    """From global arrays in natural order to what the strategies know, segments in layout order, and back."""
-    sharded, shape = how.sharded, arrays[0].shape
-    layout, length = how.setting.layout, shape[-3]
-    missing, position_L = layout.padded(length) - length, layout.positions(layout.padded(length))
-    x_spec = sharded.spec(sharded.batch, sharded.seq, sharded.heads)
-    mask_spec = sharded.spec(sharded.seq) if mask.start.ndim == 1 else sharded.spec(sharded.batch, sharded.seq)
-
-    @partial(
-        jax.shard_map,
-        mesh=Mesh(sharded.mesh.devices, sharded.mesh.axis_names),  # all axes automatic
-        in_specs=((x_spec,) * 3, mask_spec),
-        out_specs=x_spec,
-    )
-    def on_segments(segments: Arrays, mask: Intervals) -> jax.Array:
-        attend = in_head_groups(make_attend(how.strategy, mask, how.setting), how.head_groups)
-        if layout.name == "contiguous":
-            return attend(*segments)
-        o_BlHK = attend(*_moved(segments, partial(layout.from_natural, axes=(sharded.seq,))))
-        return _moved((o_BlHK,), partial(layout.to_natural, axes=(sharded.seq,)))[0]
-
-    def padded(x: jax.Array) -> jax.Array:
-        return jnp.pad(x.reshape(-1, *x.shape[-3:]), ((0, 0), (0, missing), (0, 0), (0, 0)))
-
-    def in_layout_order(bound: jax.Array) -> jax.Array:  # intervals of the padding end at 0: it is masked out
-        bound = bound.reshape(-1, length) if bound.ndim > 1 else bound
-        return jnp.pad(bound, [(0, 0)] * (bound.ndim - 1) + [(0, missing)])[..., position_L]
-
-    query, key, value = map(padded, arrays)
-    o_BLHK = on_segments((query, key, value), Intervals(*map(in_layout_order, mask)))
-    return o_BLHK[:, :length].reshape(shape)
-
-
-def _moved(arrays_BlHK: tuple[jax.Array, ...], move: Callable[[jax.Array], jax.Array]) -> tuple[jax.Array, ...]:
-    """The arrays with their tokens in another order, moved together in one array."""
-    moved_lBHK = move(jnp.moveaxis(jnp.concatenate(arrays_BlHK, axis=2), 1, 0))
-    ends = list(itertools.accumulate(x.shape[2] for x in arrays_BlHK))
-    return tuple(jnp.split(jnp.moveaxis(moved_lBHK, 0, 1), ends[:-1], axis=2))
+def _scaled(query: jax.Array, scale: Any) -> jax.Array:
+    """Queries with a scale that is traced, and may be differentiated, for kernels that divide by the root of `K`."""
+    return (query.astype(jnp.float32) * (scale * query.shape[-1] ** 0.5)).astype(query.dtype)

@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from lss_jax.attention.pairs import Pairs
 from lss_jax.parallel.dropout import Dropout
 from lss_jax.parallel.residuals import ATTENDED, COMMUNICATED
 
@@ -27,20 +28,25 @@ def over_head_groups(one_group: Callable[..., tuple[Any, Any]], init: Any, group
 
 
 def in_head_groups(attend: Callable[..., jax.Array], count: int) -> Callable[..., jax.Array]:
-    """Attention on its own, `(q_BlHK, k_BlGK, v_BlGK, dropout) -> o_BlHK`, for `count` groups of heads in turn."""
+    """Attention on its own, `(q_BlHK, k_BlGK, v_BlGK, dropout, pairs) -> o_BlHK`, for groups of heads in turn."""
     if count == 1:
         return attend
 
     def attend_in_groups(
-        q_BlHK: jax.Array, k_BlGK: jax.Array, v_BlGK: jax.Array, dropout: Dropout | None = None
+        q_BlHK: jax.Array,
+        k_BlGK: jax.Array,
+        v_BlGK: jax.Array,
+        dropout: Dropout | None = None,
+        pairs: Pairs | None = None,
     ) -> jax.Array:
         heads = q_BlHK.shape[2] // count
 
         def one_group(_: None, group: Any, number: jax.Array) -> tuple[None, jax.Array]:
-            return None, attend(*group, dropout and dropout.of_group(number, heads))
+            of_group = (whole and whole.of_group(number, heads) for whole in (dropout, pairs))
+            return None, attend(*group, *of_group)
 
         groups = tuple(jnp.stack(jnp.split(x, count, axis=2)) for x in (q_BlHK, k_BlGK, v_BlGK))
-        _, o_nBlhK = over_head_groups(one_group, None, groups)
-        return jnp.moveaxis(o_nBlhK, 0, 2).reshape(q_BlHK.shape)
+        _, of_groups = over_head_groups(one_group, None, groups)
+        return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 2).reshape(*q_BlHK.shape[:3], *x.shape[4:]), of_groups)
 
     return attend_in_groups

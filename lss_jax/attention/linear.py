@@ -80,7 +80,7 @@ def _chunks(setting: Setting) -> int:
 
 
 def _in_blocks(local: Local, setting: Setting) -> Blocks:
-    q_BlHK, k_BlGK, v_BlGK, mask, _ = local
+    q_BlHK, k_BlGK, v_BlGK, mask, *_ = local
     B, l, H, K = q_BlHK.shape
     G, n = k_BlGK.shape[2], _chunks(setting)
     t, c = even(l // n, setting.block_keys)

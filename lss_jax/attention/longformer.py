@@ -19,9 +19,9 @@ from jax.ad_checkpoint import checkpoint_name
 from lss_jax.attention.collectives import all_gather, stacked
 from lss_jax.attention.gaps import kernel_gap, mask_gaps
 from lss_jax.attention.kernels import blocks
-from lss_jax.attention.kernels.interface import FORWARD, PRODUCTS, Queries
+from lss_jax.attention.kernels.interface import FORWARD, PRODUCTS, Attended, Queries
 from lss_jax.attention.mask import Intervals, MaskKind, neighbours
-from lss_jax.attention.runs import Attended, attend_to_run, keys_from, together
+from lss_jax.attention.runs import attend_to_run, keys_from, together
 from lss_jax.attention.setting import Approximation, Reach, Setting, reach_of
 from lss_jax.attention.strategy import Local, Operations, Shards, Shown, Strategy
 from lss_jax.attention.traffic import Sizes, Traffic
@@ -31,13 +31,13 @@ from lss_jax.parallel.residuals import ATTENDED, COMMUNICATED
 
 def longformer_attention(local: Local, setting: Setting) -> jax.Array:
     """This segment's attention `o_BlHK`, inside `shard_map` over `setting.axis`."""
-    q_BlHK, k_BlGK, v_BlGK, mask, _ = local
+    q_BlHK, k_BlGK, v_BlGK, mask, *_ = local
     l, told = q_BlHK.shape[1], _told(setting)
     first = (jax.lax.axis_index(setting.axis) if setting.axis else 0) * l
     kv_2BGlK = stacked(k_BlGK, v_BlGK)
     left, right = halo(l, setting)
     near_2BGsK = _with_halo(kv_2BGlK, left, right, setting)
-    queries = Queries(q_BlHK, near(mask, first, l, told), _dropout(local, None))
+    queries = Queries(q_BlHK, near(mask, first, l, told), _dropout(local, None), None)
     parts = [attend_to_run(queries, near_2BGsK, first - left, setting)]
     if not told.global_tokens:
         return parts[0].o_BlHK.astype(q_BlHK.dtype)
@@ -136,7 +136,9 @@ def _with_answers(
     """`o_BlHK` with the rows of global tokens, who see what is on all devices, put together on the first device."""
     (_, l, _, _), g = o_BlHK.shape, _told(setting).global_tokens
     first = (jax.lax.axis_index(setting.axis) if setting.axis else jnp.int32(0)) * l
-    queries = Queries(q_BgHK, answered(local.mask, _told(setting)), _dropout(local, jnp.arange(g, dtype=jnp.int32)))
+    queries = Queries(
+        q_BgHK, answered(local.mask, _told(setting)), _dropout(local, jnp.arange(g, dtype=jnp.int32)), None
+    )
     own = attend_to_run(queries, kv_2BGlK, first, setting)
     answers_NBgHW = all_gather(jnp.concatenate((own.o_BlHK, own.lse_BlH[..., None]), axis=-1), setting.axis)
     o_BgHK = together(Attended(answers_NBgHW[..., :-1], answers_NBgHW[..., -1])).o_BlHK

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from lss_jax.attention import nearby
 from lss_jax.attention.collectives import all_gather, psum_scatter, stacked
 from lss_jax.attention.kernels import KERNELS
-from lss_jax.attention.kernels.interface import Queries, Residuals
+from lss_jax.attention.kernels.interface import Attended, Queries, Residuals
 from lss_jax.attention.nearby import runs_of
 from lss_jax.attention.saved import Passes, differentiable
 from lss_jax.attention.setting import Setting
@@ -27,22 +27,23 @@ def forward(queries: Queries, kv_2BGlK: jax.Array, setting: Setting) -> Residual
     return Residuals(queries, kv_N2BGlK, output)
 
 
-def backward(saved: Residuals, do_BlHK: jax.Array, setting: Setting) -> tuple[jax.Array, jax.Array]:
+def backward(saved: Residuals, do_BlHK: jax.Array, setting: Setting) -> tuple[Queries, jax.Array]:
     """The gradients of this segment's queries, and of its keys and values."""
-    dq_BlHK, dkv_N2BGKl = KERNELS[setting.kernel].backward(saved, do_BlHK, setting)  # partial sums, for all segments
+    dqueries, dkv_N2BGKl = KERNELS[setting.kernel].backward(saved, do_BlHK, setting)  # partial sums, for all segments
     dkv_2BGKl = psum_scatter(dkv_N2BGKl, setting.axis)  # each device keeps the finished gradient of its own segment
-    return dq_BlHK, dkv_2BGKl
+    return dqueries, dkv_2BGKl
 
 
 GATHERED = Passes(forward, backward, lambda kv_2BGlK, setting: all_gather(kv_2BGlK, setting.axis))
 NEARBY = Passes(nearby.forward, nearby.backward, nearby.fetch)
 
 
-def lss_attention(local: Local, setting: Setting) -> jax.Array:
+def lss_attention(local: Local, setting: Setting) -> jax.Array | Attended:
     """This segment's attention `o_BlHK`, inside `shard_map` over `setting.axis`."""
     dropout = local.dropout and local.dropout.of_heads(jnp.arange(local.q_BlHK.shape[2]))
-    queries = Queries(local.q_BlHK, local.mask, dropout)
-    passes = NEARBY if runs_of(local.k_BlGK.shape[1], setting) else GATHERED
+    queries = Queries(local.q_BlHK, local.mask, dropout, local.pairs)
+    narrow = local.pairs is None and runs_of(local.k_BlGK.shape[1], setting)
+    passes = NEARBY if narrow else GATHERED
     return differentiable(queries, stacked(local.k_BlGK, local.v_BlGK), passes, setting)
 
 

@@ -21,11 +21,19 @@ class Intervals(NamedTuple):
 
     def __and__(self, other: "Intervals") -> "Intervals":
         """The keys that both show."""
-        return Intervals(jnp.maximum(self.start, other.start), jnp.minimum(self.end, other.end))
+        dimensions = max(bound.ndim for bound in (*self, *other))
+        ours, theirs = ([lifted(bound, dimensions) for bound in mask] for mask in (self, other))
+        return Intervals(jnp.maximum(ours[0], theirs[0]), jnp.minimum(ours[1], theirs[1]))
 
     def sees(self, key_L: jax.Array) -> jax.Array:
         """Booleans `[..., l, L]`: for the dense reference, and for one block at a time."""
-        return (self.start[..., None] <= key_L) & (key_L < self.end[..., None])
+        start, end = (bound[..., None] for bound in self)
+        return (start <= lifted(key_L, start.ndim)) & (lifted(key_L, end.ndim) < end)
+
+
+def lifted(x: Any, dimensions: int) -> Any:
+    """An array with leading axes of size 1, as many as it takes to have this many axes: NumPy's rule, said out loud."""
+    return x[(None,) * (dimensions - x.ndim)]
 
 
 class MaskKind(NamedTuple):

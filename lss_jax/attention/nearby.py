@@ -98,18 +98,20 @@ def forward(queries: Queries, kv_2BGlK: jax.Array, setting: Setting) -> Residual
     """This segment's `l` queries attend to the keys of their runs; saved is `kv_12DGrK`."""
     runs, kv_12DGrK = _runs(kv_2BGlK.shape[3], setting), fetch(kv_2BGlK, setting)
     output = KERNELS[setting.kernel].forward(by_chunk(queries, runs), kv_12DGrK, setting.unsharded)
-    return Residuals(queries, kv_12DGrK, output._replace(o_BlHK=output.o_BlHK.reshape(queries.q_BlHK.shape)))
+    B, l, H, K = queries.q_BlHK.shape
+    lse_BlH = None if output.lse_BlH is None else output.lse_BlH.reshape(B, l, H)
+    return Residuals(queries, kv_12DGrK, output._replace(o_BlHK=output.o_BlHK.reshape(B, l, H, K), lse_BlH=lse_BlH))
 
 
-def backward(saved: Residuals, do_BlHK: jax.Array, setting: Setting) -> tuple[jax.Array, jax.Array]:
+def backward(saved: Residuals, do_BlHK: jax.Array, setting: Setting) -> tuple[Queries, jax.Array]:
     """The gradients of this segment's queries, and of its keys and values."""
     queries, kv_12DGrK, output = saved
     runs = _runs(do_BlHK.shape[1], setting)
     chunks = by_chunk(queries, runs)
     o_DqHK, do_DqHK = (x_BlHK.reshape(chunks.q_BlHK.shape) for x_BlHK in (output.o_BlHK, do_BlHK))
     of_chunks = Residuals(chunks, kv_12DGrK, output._replace(o_BlHK=o_DqHK))
-    dq_DqHK, dkv_12DGKr = KERNELS[setting.kernel].backward(of_chunks, do_DqHK, setting.unsharded)
-    return dq_DqHK.reshape(do_BlHK.shape), returned(dkv_12DGKr, runs)
+    dchunks, dkv_12DGKr = KERNELS[setting.kernel].backward(of_chunks, do_DqHK, setting.unsharded)
+    return queries.gradient(dchunks.q_BlHK.reshape(do_BlHK.shape)), returned(dkv_12DGKr, runs)
 
 
 def fetch(kv_2BGlK: jax.Array, setting: Setting) -> jax.Array:
@@ -159,22 +161,22 @@ def returned(dkv_12DGKr: jax.Array, runs: Runs) -> jax.Array:
 
 def by_chunk(queries: Queries, runs: Runs) -> Queries:
     """This device's queries as a kernel is given them: rows are chunks, and keys count from the first of a run."""
-    q_BlHK, mask, dropout = queries
+    q_BlHK, mask, dropout, _ = queries
     device = jax.lax.axis_index(runs.axis)
     B, (count, chunk) = q_BlHK.shape[0], (runs.layout.chunks_per_device, runs.chunk)
     q_DqHK = q_BlHK.reshape(B * count, chunk, *q_BlHK.shape[2:])
     if dropout is not None:
         stream_DqH = dropout.stream_BlH.reshape(B * count, chunk, -1)
         dropout = dropout._replace(stream_BlH=stream_DqH, first_B=jnp.tile(runs.first(device), B))
-    return Queries(q_DqHK, in_runs(mask, runs, device, B), dropout)
+    return Queries(q_DqHK, in_runs(mask, runs, device, B), dropout, None)
 
 
 def in_runs(mask: Intervals, runs: Runs, device: jax.Array | int, B: int) -> Intervals:
     """A device's mask, `[l]` or `[B, l]`, as `[D, q]`: with positions counted from the first of each run."""
-    first_c1 = runs.first(device)[:, None]
+    first_1c1 = runs.first(device)[None, :, None]
 
     def relative(position: jax.Array) -> jax.Array:
-        position_bcq = position.reshape(-1, runs.layout.chunks_per_device, runs.chunk) - first_c1
+        position_bcq = position.reshape(-1, runs.layout.chunks_per_device, runs.chunk) - first_1c1
         return jnp.broadcast_to(position_bcq, (B, *position_bcq.shape[1:])).reshape(-1, runs.chunk)
 
     return Intervals(relative(mask.start), relative(mask.end))

@@ -9,36 +9,34 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
 
 from lss_jax.attention.collectives import stacked
 from lss_jax.attention.kernels.blocks import KeyBlocks, chunks_of_all, chunks_of_device, key_blocks
 from lss_jax.attention.kernels.blockwise import (
-    Gradients,
     accumulate,
     cotangents,
     differentiate,
-    finish,
     in_blocks,
     no_gradients,
     nothing_yet,
+    output_of,
 )
-from lss_jax.attention.kernels.interface import Output, Queries
-from lss_jax.attention.setting import Setting
+from lss_jax.attention.kernels.interface import Attended, Queries, cotangent_of_output
+from lss_jax.attention.setting import Setting, at_precision
 from lss_jax.attention.strategy import Local, Shards, Strategy, own_segment, refuses_nothing
 from lss_jax.attention.traffic import Sizes, Traffic
 from lss_jax.config.schema import AttentionConfig
-from lss_jax.parallel.residuals import ATTENDED
 from lss_jax.parallel.varying import varying_like
 
 
-def ring_attention(local: Local, setting: Setting) -> jax.Array:
+def ring_attention(local: Local, setting: Setting) -> jax.Array | Attended:
     """This segment's attention `o_BlHK`, inside `shard_map` over `setting.axis`.
 
     Blocks of keys that the mask rules out cost no work; the pair travels all the same, since another device may see it.
     """
     dropout = local.dropout and local.dropout.of_heads(jnp.arange(local.q_BlHK.shape[2]))
-    return _ring(Queries(local.q_BlHK, local.mask, dropout), stacked(local.k_BlGK, local.v_BlGK), setting)
+    queries = Queries(local.q_BlHK, local.mask, dropout, local.pairs)
+    return _ring(queries, stacked(local.k_BlGK, local.v_BlGK), setting)
 
 
 def traffic(sizes: Sizes, setting: Setting) -> dict[str, list[Traffic]]:
@@ -49,10 +47,11 @@ def traffic(sizes: Sizes, setting: Setting) -> dict[str, list[Traffic]]:
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _ring(queries: Queries, kv_2BGlK: jax.Array, setting: Setting) -> jax.Array:
+def _ring(queries: Queries, kv_2BGlK: jax.Array, setting: Setting) -> jax.Array | Attended:
     return _forward(queries, kv_2BGlK, setting)[0]
 
 
+@at_precision
 def _forward(queries, kv_2BGlK, setting):
     keys = _keys_in_turn(0, kv_2BGlK, setting)
     blocking, blocks = in_blocks(queries, kv_2BGlK.shape[2], keys, setting)
@@ -68,21 +67,22 @@ def _forward(queries, kv_2BGlK, setting):
     last = setting.layout.devices - 1
     start = varying_like((kv_2BGlK, nothing_yet(blocks)), (blocks, kv_2BGlK))
     kv_last_2BGlK, softmax = jax.lax.fori_loop(0, last, one_turn, start)
-    o_igmK, lse_igm = finish(attend(last, kv_last_2BGlK, softmax))
-    output = checkpoint_name(Output(blocking.join(o_igmK).astype(queries.q_BlHK.dtype), lse_igm), ATTENDED)
-    return output.o_BlHK, (queries, kv_2BGlK, output)
+    output = output_of(blocking, attend(last, kv_last_2BGlK, softmax), queries.q_BlHK.dtype, setting)
+    return output.given, (queries, kv_2BGlK, output)
 
 
-def _backward(setting, saved, do_BlHK):
+@at_precision
+def _backward(setting, saved, cotangent):
     queries, kv_2BGlK, output = saved
+    do_BlHK = cotangent_of_output(cotangent)
     keys = _keys_in_turn(0, kv_2BGlK, setting)
     blocking, blocks = in_blocks(queries, kv_2BGlK.shape[2], keys, setting)
     given = cotangents(blocking, output, do_BlHK)
 
     def attend(turn, kv_2BGlK, gradients):
         keys = _keys_in_turn(turn, kv_2BGlK, setting)
-        dq_igmK, dkv_12BGKl = differentiate(blocks, kv_2BGlK[None], keys, cotangents=given, gradients=gradients)
-        return Gradients(dq_igmK, _send_on(dkv_12BGKl, setting))  # to where its keys are by then
+        gradients = differentiate(blocks, kv_2BGlK[None], keys, cotangents=given, gradients=gradients)
+        return gradients._replace(dkv_n2BGKs=_send_on(gradients.dkv_n2BGKs, setting))  # to where its keys are by then
 
     def one_turn(turn, carry):
         kv_2BGlK, gradients = carry
@@ -92,12 +92,9 @@ def _backward(setting, saved, do_BlHK):
     last = setting.layout.devices - 1
     start = varying_like((kv_2BGlK, no_gradients(blocks, kv_2BGlK[None])), (blocks, kv_2BGlK, given))
     kv_last_2BGlK, gradients = jax.lax.fori_loop(0, last, one_turn, start)
-    dq_igmK, dkv_12BGKl = attend(
-        last, kv_last_2BGlK, gradients
-    )  # after N sends every gradient is back on its own device
-    dkv_2BGlK = dkv_12BGKl[0].swapaxes(3, 4)
-    dq_BlHK = blocking.join(dq_igmK).astype(do_BlHK.dtype)
-    return queries._replace(q_BlHK=dq_BlHK, mask=None, dropout=None), dkv_2BGlK.astype(kv_2BGlK.dtype)
+    gradients = attend(last, kv_last_2BGlK, gradients)  # after N sends those of keys and values are back at home
+    dkv_2BGlK = gradients.dkv_n2BGKs[0].swapaxes(3, 4)
+    return gradients.of_queries(queries, blocking), dkv_2BGlK.astype(kv_2BGlK.dtype)
 
 
 _ring.defvjp(_forward, _backward)

@@ -1,7 +1,6 @@
 """Attention over one run of neighbouring keys at a time, with its log-sum-exp, by which several are put together."""
 
 from functools import partial
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,22 +15,16 @@ from lss_jax.attention.kernels.blockwise import (
     in_blocks,
     no_gradients,
     nothing_yet,
+    unblocked,
 )
-from lss_jax.attention.kernels.interface import Queries
+from lss_jax.attention.kernels.interface import Attended, Queries
 from lss_jax.attention.setting import Setting
 from lss_jax.parallel.residuals import ATTENDED
 
 
-class Attended(NamedTuple):
-    """The attention of queries to some keys, float32; where a query sees none, zero and minus infinity."""
-
-    o_BlHK: jax.Array
-    lse_BlH: jax.Array
-
-
 @partial(jax.custom_vjp, nondiff_argnums=(3,))
 def attend_to_run(queries: Queries, kv_2BGsK: jax.Array, first: jax.Array, setting: Setting) -> Attended:
-    """The attention of queries to the `s` keys at natural positions from `first` on, of which some may not exist."""
+    """The attention of queries to the `s` keys at natural positions from `first` on, if they exist; float32."""
     return _forward(queries, kv_2BGsK, first, setting)[0]
 
 
@@ -42,8 +35,7 @@ def _forward(queries, kv_2BGsK, first, setting):
     softmax = accumulate(blocks, kv_2BGsK[None], keys, nothing_yet(blocks))
     o_igmK, lse_igm = finish(softmax)
     o_BlHK, lse_igm = checkpoint_name((blocking.join(o_igmK), lse_igm), ATTENDED)
-    known_igm = jnp.where(softmax.sum_igm > 0, lse_igm, -jnp.inf)
-    attended = Attended(o_BlHK, blocking.join(known_igm[..., None])[..., 0])
+    attended = Attended(o_BlHK, unblocked(blocking, softmax, lse_igm))
     return attended, (queries, kv_2BGsK, first, o_BlHK, lse_igm)
 
 
@@ -56,9 +48,9 @@ def _backward(setting, saved, given):
     do_igmK = blocking.split(do_BlHK.astype(queries.q_BlHK.dtype))
     cotangents = Cotangents(do_igmK, lse_igm, blocking.split_per_head(odo_BlH))
     start = no_gradients(blocks, kv_2BGsK[None])
-    dq_igmK, dkv_12BGKs = differentiate(blocks, kv_2BGsK[None], keys, cotangents=cotangents, gradients=start)
-    dq_BlHK = blocking.join(dq_igmK).astype(queries.q_BlHK.dtype)
-    return Queries._make((dq_BlHK, None, None)), dkv_12BGKs[0].swapaxes(3, 4).astype(kv_2BGsK.dtype), None
+    gradients = differentiate(blocks, kv_2BGsK[None], keys, cotangents=cotangents, gradients=start)
+    dkv_2BGsK = gradients.dkv_n2BGKs[0].swapaxes(3, 4).astype(kv_2BGsK.dtype)
+    return gradients.of_queries(queries, blocking), dkv_2BGsK, None
 
 
 attend_to_run.defvjp(_forward, _backward)

@@ -12,6 +12,7 @@ from lss_jax.attention.linear import LINEAR
 from lss_jax.attention.longformer import LONGFORMER
 from lss_jax.attention.lss_strategy import LSS
 from lss_jax.attention.mask import Intervals, MaskKind
+from lss_jax.attention.pairs import Pairs
 from lss_jax.attention.performer import PERFORMER
 from lss_jax.attention.ring import RING
 from lss_jax.attention.setting import Setting
@@ -31,11 +32,11 @@ STRATEGIES: dict[str, Strategy] = {
 }
 EXACT = {name: strategy for name, strategy in STRATEGIES.items() if strategy.exact}
 
-Attend = Callable[..., jax.Array]  # (q_BlHK, k_BlGK, v_BlGK, dropout) -> o_BlHK
+Attend = Callable[..., jax.Array]  # (q_BlHK, k_BlGK, v_BlGK, dropout, pairs) -> o_BlHK
 
 
 def make_attend(strategy: str, mask: Intervals, setting: Setting, scope: str = ATTENTION) -> Attend:
-    """The attention of every layer of a step: local `q_BlHK, k_BlGK, v_BlGK` and dropout (or None) to `o_BlHK`.
+    """The attention of every layer of a step: local `q_BlHK, k_BlGK, v_BlGK` dropout and pairs (or None) to `o_BlHK`.
 
     To be called inside `shard_map`; `mask` gives each local query its interval of natural key positions. Keys and
     values may be of another sequence, with a length and a layout of its own (`Setting.key_layout`).
@@ -46,8 +47,14 @@ def make_attend(strategy: str, mask: Intervals, setting: Setting, scope: str = A
             mask = chosen.whole_mask(mask, setting)
 
     @jax.named_scope(scope)
-    def attend(q_BlHK: jax.Array, k_BlGK: jax.Array, v_BlGK: jax.Array, dropout: Dropout | None = None) -> jax.Array:
-        return chosen.attention(Local(q_BlHK, k_BlGK, v_BlGK, mask, dropout), setting)
+    def attend(
+        q_BlHK: jax.Array,
+        k_BlGK: jax.Array,
+        v_BlGK: jax.Array,
+        dropout: Dropout | None = None,
+        pairs: Pairs | None = None,
+    ) -> jax.Array:
+        return chosen.attention(Local(q_BlHK, k_BlGK, v_BlGK, mask, dropout, pairs), setting)
 
     return attend
 

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from lss_jax.attention.kernels.blocks import KeyBlocks
 from lss_jax.attention.mask import Intervals, MaskKind
+from lss_jax.attention.pairs import Pairs
 from lss_jax.attention.setting import Setting
 from lss_jax.attention.traffic import Sizes, Traffic
 from lss_jax.config.schema import AttentionConfig, Config
@@ -27,6 +28,7 @@ class Local(NamedTuple):
     v_BlGK: jax.Array
     mask: Intervals  # the keys that each query sees; of all queries, where `Strategy.whole_mask` gathers them
     dropout: Dropout | None  # of attention weights
+    pairs: Pairs | None  # a mask array and a bias of local queries and all keys, of others' models
 
 
 class Shards(NamedTuple):
@@ -80,7 +82,7 @@ class Strategy(NamedTuple):
 
     exact: bool
     defined_by: tuple[str, ...]  # config keys that decide what it computes, if it is not exact
-    attention: Callable[[Local, Setting], jax.Array]  # this segment's output `o_BlHK`
+    attention: Callable[[Local, Setting], Any]  # this segment's output `o_BlHK`, or `Attended` if scores are asked for
     traffic: Callable[[Sizes, Setting], dict[str, list[Traffic]]]  # the collectives of one layer, by direction
     whole_mask: Callable[[Intervals, Setting], Intervals] | None  # gathers all queries' intervals, once per step
     kernels: tuple[str, ...]  # those that it can use

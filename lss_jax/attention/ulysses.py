@@ -17,9 +17,10 @@ from jax.ad_checkpoint import checkpoint_name
 from lss_jax.attention.collectives import after, stacked
 from lss_jax.attention.kernels import KERNELS
 from lss_jax.attention.kernels.blockwise import blocks_of_keys
-from lss_jax.attention.kernels.interface import Queries, Residuals
+from lss_jax.attention.kernels.interface import Attended, Output, Queries, Residuals, cotangent_of_output
 from lss_jax.attention.mask import Intervals
-from lss_jax.attention.setting import Setting
+from lss_jax.attention.pairs import of_whole_sequence
+from lss_jax.attention.setting import Setting, at_precision
 from lss_jax.attention.strategy import (
     InKernel,
     Local,
@@ -36,7 +37,7 @@ from lss_jax.parallel.layout import Layout
 from lss_jax.parallel.residuals import ATTENDED, COMMUNICATED
 
 
-def ulysses_attention(local: Local, setting: Setting) -> jax.Array:
+def ulysses_attention(local: Local, setting: Setting) -> jax.Array | Attended:
     """This segment's attention `o_BlHK`, inside `shard_map` over `setting.axis`.
 
     `local.mask` is that of the whole sequence in natural order, from `whole_mask`. `N` must divide `H`. Where it does
@@ -49,7 +50,8 @@ def ulysses_attention(local: Local, setting: Setting) -> jax.Array:
         here = jax.lax.axis_index(setting.axis) if setting.axis else 0
         of_whole = local.dropout._replace(position_l=jnp.arange(l * N))
         pair_dropout = of_whole.of_heads(here * (H // N) + jnp.arange(H // N))
-    return _exchanged(Queries(local.q_BlHK, local.mask, pair_dropout), k_BlgK, v_BlgK, setting)
+    pairs = local.pairs and of_whole_sequence(local.pairs, setting, l)
+    return _exchanged(Queries(local.q_BlHK, local.mask, pair_dropout, pairs), k_BlgK, v_BlgK, setting)
 
 
 def traffic(sizes: Sizes, setting: Setting) -> dict[str, list[Traffic]]:
@@ -70,31 +72,35 @@ def whole_mask(mask: Intervals, setting: Setting) -> Intervals:
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _exchanged(queries: Queries, k_BlgK: jax.Array, v_BlgK: jax.Array, setting: Setting) -> jax.Array:
-    """`queries` are this segment's, all heads; their mask and dropout are the whole sequence's, this device's heads."""
+def _exchanged(queries: Queries, k_BlgK: jax.Array, v_BlgK: jax.Array, setting: Setting) -> jax.Array | Attended:
+    """`queries` are this segment's, all heads; what goes with them is the whole sequence's, this device's heads."""
     return _forward(queries, k_BlgK, v_BlgK, setting)[0]
 
 
+@at_precision
 def _forward(queries, k_BlgK, v_BlgK, setting):
     exchanged, kv_12BhLK = _exchange(queries, k_BlgK, v_BlgK, setting)
     output = KERNELS[setting.kernel].forward(exchanged, kv_12BhLK, setting.unsharded)
     o_BlHK = checkpoint_name(_to_sequence((output.o_BlHK,), setting)[0], ATTENDED)
+    lse_BlH = None if output.lse_BlH is None else _to_sequence((output.lse_BlH[..., None],), setting)[0][..., 0]
     own = (queries, k_BlgK, v_BlgK) if setting.regather else None
-    return o_BlHK, (own, None if own else (exchanged, kv_12BhLK), output)
+    return Output(o_BlHK, output.lse, lse_BlH).given, (own, None if own else (exchanged, kv_12BhLK), output)
 
 
-def _backward(setting, saved, do_BlHK):
+@at_precision
+def _backward(setting, saved, cotangent):
     own, exchanged, output = saved
+    do_BlHK = cotangent_of_output(cotangent)
     if own:  # not before they are needed
         queries, k_BlgK, v_BlgK = own
         queries = queries._replace(q_BlHK=after(do_BlHK, queries.q_BlHK))
         exchanged = _exchange(queries, k_BlgK, v_BlgK, setting)
     do_BLhK = _to_heads((do_BlHK,), setting)[0]
     residuals = Residuals(exchanged[0], exchanged[1], output)
-    dq_BLhK, dkv_12BhKL = KERNELS[setting.kernel].backward(residuals, do_BLhK, setting.unsharded)
+    dqueries, dkv_12BhKL = KERNELS[setting.kernel].backward(residuals, do_BLhK, setting.unsharded)
     dk_BLhK, dv_BLhK = dkv_12BhKL[0].astype(do_BlHK.dtype).transpose(0, 1, 4, 2, 3)
-    dq_BlHK, dk_BlgK, dv_BlgK = _to_sequence((dq_BLhK, dk_BLhK, dv_BLhK), setting)
-    return Queries._make((dq_BlHK, None, None)), dk_BlgK, dv_BlgK
+    dq_BlHK, dk_BlgK, dv_BlgK = _to_sequence((dqueries.q_BlHK, dk_BLhK, dv_BLhK), setting)
+    return dqueries._replace(q_BlHK=dq_BlHK), dk_BlgK, dv_BlgK
 
 
 _exchanged.defvjp(_forward, _backward)

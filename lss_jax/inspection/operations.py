@@ -98,7 +98,7 @@ def _scores(mask: Intervals, sizes: Sizes, setting: Setting, strategy: Strategy)
         dtype = jnp.bfloat16 if itemsize == 2 else jnp.float32
         q_BlHK: Any = jax.ShapeDtypeStruct((B, l, H, K), dtype)
         kv_N2BGlK = jax.ShapeDtypeStruct((setting.key_layout.devices, 2, B, G, s, K), dtype)
-        queries = Queries(q_BlHK, mask, None)  # of which the shape and the dtype are enough
+        queries = Queries(q_BlHK, mask, None, None)  # of which the shape and the dtype are enough
         tiling = tiling_of(queries, kv_N2BGlK, setting, TARGETS[setting.kernel])
         tables, _, _ = facts(tiling, queries)
         return int((tables.stop_B - tables.first_B).sum()) * H * tiling.queries.size * tiling.key_size

@@ -38,13 +38,32 @@ class Dropout(NamedTuple):
         """Dropout of the attention weights of these heads, counted from this device's first."""
         head_H = self.first_head + head_H
         return PairDropout(
-            self.rate, hashed(self.key, self.row_B[:, None, None], self.position_l[:, None], head_H[None, None])
+            self.rate, hashed(self.key, self.row_B[:, None, None], self.position_l[None, :, None], head_H[None, None])
         )
 
     def __call__(self, x_BlE: jax.Array) -> jax.Array:
         """`x_BlE` with some elements zero and the others larger by `1 / (1 - rate)`."""
-        stream_Bl = hashed(self.key, self.row_B[:, None], self.position_l)
+        stream_Bl = hashed(self.key, self.row_B[:, None], self.position_l[None])
         return dropped(x_BlE, stream_Bl[..., None], jnp.arange(x_BlE.shape[2]), self.rate)
+
+
+class SharedDropout(NamedTuple):
+    """Dropout of attention weights that is the same for all rows of the batch and all heads, as Flax has it."""
+
+    rate: Any
+    key: jax.Array
+    row_B: jax.Array  # of which the number is enough
+    position_l: jax.Array
+
+    def of_group(self, _number: Any, _heads: int) -> "SharedDropout":
+        """That of any group of heads."""
+        return self
+
+    def of_heads(self, head_H: jax.Array) -> "PairDropout":
+        """That of any heads."""
+        stream_l = hashed(self.key, self.position_l)
+        shape = (len(self.row_B), len(self.position_l), len(head_H))
+        return PairDropout(self.rate, jnp.broadcast_to(stream_l[None, :, None], shape))
 
 
 class PairDropout(NamedTuple):
@@ -57,6 +76,7 @@ class PairDropout(NamedTuple):
 
 def dropped(x: jax.Array, stream: jax.Array, coordinate: jax.Array, rate: Any) -> jax.Array:
     """Drops elements of `x` by a hash of what they are so far (`stream`) and of one more coordinate; all broadcast."""
-    bits = mixed(stream ^ mixed(coordinate))
+    coordinate = mixed(coordinate)
+    bits = mixed(stream ^ coordinate[(None,) * (stream.ndim - coordinate.ndim)])
     keeps = bits >= (jnp.float32(rate) * 2.0**32).astype(jnp.uint32)
     return jnp.where(keeps, x.astype(jnp.float32) / (1.0 - jnp.float32(rate)), 0.0).astype(x.dtype)

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from lss_jax.attention.mask import Intervals
+from lss_jax.attention.mask import Intervals, lifted
 from lss_jax.attention.setting import Setting
 from lss_jax.parallel.layout import Layout
 
@@ -66,7 +66,7 @@ def key_blocks(chunks: KeyChunks, target: int) -> KeyBlocks:
     read_t = jnp.minimum(in_run_t, chunks.length - size)
 
     def of_all_runs(first_c: Any, in_run_t: jax.Array) -> jax.Array:
-        return (jnp.asarray(first_c, jnp.int32)[:, None] + in_run_t).ravel()
+        return (jnp.asarray(first_c, jnp.int32)[:, None] + in_run_t[None]).ravel()
 
     return KeyBlocks(
         begin_t=of_all_runs(chunks.start_c, in_run_t),
@@ -94,8 +94,9 @@ def touched(keys: KeyBlocks, start_q: jax.Array, end_q: jax.Array) -> tuple[jax.
     sees = start_q < end_q
     start = jnp.min(start_q, -1, where=sees, initial=jnp.iinfo(jnp.int32).max)
     end = jnp.max(end_q, -1, where=sees, initial=0)
-    first = jnp.sum(keys.end_t <= start[..., None], -1)
-    stop = jnp.sum(keys.begin_t < end[..., None], -1)
+    begin_t, end_t = (lifted(bound_t, start_q.ndim) for bound_t in (keys.begin_t, keys.end_t))
+    first = jnp.sum(end_t <= start[..., None], -1)
+    stop = jnp.sum(begin_t < end[..., None], -1)
     return first, jnp.maximum(first, stop)
 
 
@@ -127,7 +128,7 @@ class QueryBlocking(NamedTuple):
         """`x_igmK`; the padding is zero."""
         H, K = x_BlHK.shape[2:]
         g, R = self.block_heads, H // self.kv_heads
-        x = self._padded(x_BlHK, 1).reshape(self.batch, -1, self.size, self.kv_heads // g, g, R, K)
+        x = self.padded(x_BlHK, 1).reshape(self.batch, -1, self.size, self.kv_heads // g, g, R, K)
         return x.transpose(0, 3, 1, 4, 5, 2, 6).reshape(-1, g, R * self.size, K)
 
     def join(self, x_igmK: jax.Array) -> jax.Array:
@@ -143,7 +144,7 @@ class QueryBlocking(NamedTuple):
 
     def split_per_query(self, x: jax.Array) -> jax.Array:
         """The same for a number per query, `[l]` or `[B, l]`: `x_iq`."""
-        x_1iq = self._padded(x, x.ndim - 1).reshape(-1, 1, self.runs * self._blocks, self.size)
+        x_1iq = self.padded(x, x.ndim - 1).reshape(-1, 1, self.runs * self._blocks, self.size)
         return jnp.broadcast_to(x_1iq, (self.batch, self.kv_heads // self.block_heads, *x_1iq.shape[2:])).reshape(
             -1, self.size
         )
@@ -154,17 +155,29 @@ class QueryBlocking(NamedTuple):
         index_i = jnp.arange(self.batch * head_groups * self.runs * self._blocks) // (self.runs * self._blocks)
         return index_i // head_groups, index_i % head_groups * self.block_heads
 
+    def first_queries(self) -> jax.Array:
+        """The first query of each block, counted in the padded order: `query_i`."""
+        of_head = self.runs * self._blocks
+        return jnp.arange(self.batch * (self.kv_heads // self.block_heads) * of_head) % of_head * self.size
+
     @property
     def _blocks(self) -> int:
         return -(-self.run_length // self.size)
 
-    def _padded(self, x: jax.Array, axis: int) -> jax.Array:
+    def padded(self, x: jax.Array, axis: int) -> jax.Array:
+        """An array with the queries at `axis`, each run padded to whole blocks."""
         missing = -self.run_length % self.size
         if not missing:
             return x
         before, after = x.shape[:axis], x.shape[axis + 1 :]
         widths = [(0, 0)] * (axis + 1) + [(0, missing)] + [(0, 0)] * len(after)
         return jnp.pad(x.reshape(*before, self.runs, -1, *after), widths).reshape(*before, -1, *after)
+
+    def cropped(self, x: jax.Array, axis: int) -> jax.Array:
+        """The inverse of `padded`."""
+        before, after = x.shape[:axis], x.shape[axis + 1 :]
+        runs = x.reshape(*before, self.runs, -1, *after)
+        return jax.lax.slice_in_dim(runs, 0, self.run_length, axis=axis + 1).reshape(*before, -1, *after)
 
 
 def query_blocking(

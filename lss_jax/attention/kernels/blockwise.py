@@ -9,7 +9,7 @@ key blocks in natural order says where each lies. What a block of queries sees a
 over key blocks runs from the first that is seen to the last. The letters are those of `blocks`.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +26,7 @@ from lss_jax.attention.kernels.blocks import (
 )
 from lss_jax.attention.kernels.interface import Output, Queries, Residuals
 from lss_jax.attention.mask import Intervals
+from lss_jax.attention.pairs import QUERY_AXIS, Pairs, add_block, applied, bias_gradient, block_of
 from lss_jax.attention.setting import Setting
 from lss_jax.parallel.dropout import dropped
 from lss_jax.parallel.residuals import ATTENDED
@@ -36,20 +37,21 @@ def forward(queries: Queries, kv_N2BGlK: jax.Array, setting: Setting) -> Output:
     """Attention over the keys and values of all segments."""
     kv_n2BGsK, keys = _ordered(kv_N2BGlK, setting)
     blocking, blocks = in_blocks(queries, kv_N2BGlK.shape[3], keys, setting)
-    o_igmK, lse_igm = finish(accumulate(blocks, kv_n2BGsK, keys, nothing_yet(blocks)))
-    return checkpoint_name(Output(blocking.join(o_igmK).astype(queries.q_BlHK.dtype), lse_igm), ATTENDED)
+    softmax = accumulate(blocks, kv_n2BGsK, keys, nothing_yet(blocks))
+    return output_of(blocking, softmax, queries.q_BlHK.dtype, setting)
 
 
-def backward(residuals: Residuals, do_BlHK: jax.Array, setting: Setting) -> tuple[jax.Array, jax.Array]:
-    """`dq_BlHK`, and these queries' part of `dkv_N2BGKl` in float32."""
+def backward(residuals: Residuals, do_BlHK: jax.Array, setting: Setting) -> tuple[Queries, jax.Array]:
+    """The gradients of the queries, and these queries' part of `dkv_N2BGKl` in float32."""
     queries, kv_N2BGlK, output = residuals
     kv_n2BGsK, keys = _ordered(kv_N2BGlK, setting)
     blocking, blocks = in_blocks(queries, kv_N2BGlK.shape[3], keys, setting)
     given, start = cotangents(blocking, output, do_BlHK), no_gradients(blocks, kv_n2BGsK)
-    dq_igmK, dkv_n2BGKs = differentiate(blocks, kv_n2BGsK, keys, cotangents=given, gradients=start)
+    gradients = differentiate(blocks, kv_n2BGsK, keys, cotangents=given, gradients=start)
+    dkv_n2BGKs = gradients.dkv_n2BGKs
     if ordered_first(kv_N2BGlK.shape[4], setting):
         dkv_n2BGKs = setting.key_layout.segments(dkv_n2BGKs[0], 4)
-    return blocking.join(dq_igmK).astype(do_BlHK.dtype), dkv_n2BGKs
+    return gradients.of_queries(queries, blocking), dkv_n2BGKs
 
 
 def _ordered(kv_N2BGlK: jax.Array, setting: Setting) -> tuple[jax.Array, KeyBlocks]:
@@ -84,11 +86,20 @@ class QueryBlocks(NamedTuple):
     stream_igm: jax.Array | None  # for dropout
     rate_i: jax.Array | None
     key_i: jax.Array | None  # for dropout: the natural position of the first key
+    query_i: jax.Array | None  # the first query, for arrays over pairs
 
 
-def in_blocks(queries: Queries, kv_heads: int, keys: KeyBlocks, setting: Setting) -> tuple[QueryBlocking, QueryBlocks]:
+class Blocks(NamedTuple):
+    """Queries in blocks, and what the scores of all blocks have in common."""
+
+    queries: QueryBlocks
+    scale: float
+    pairs: Pairs | None  # of all queries, each run of them padded to whole blocks
+
+
+def in_blocks(queries: Queries, kv_heads: int, keys: KeyBlocks, setting: Setting) -> tuple[QueryBlocking, Blocks]:
     """The local queries in blocks, and how these were made."""
-    (q_BlHK, mask, dropout), largest = queries, (setting.block_queries, setting.block_keys)
+    (q_BlHK, mask, dropout, pairs), largest = queries, (setting.block_queries, setting.block_keys)
     B, l, H, _ = q_BlHK.shape
     blocking = query_blocking((B, l, H, kv_heads), setting.layout, largest, key_block=keys.size)
     row_i, head_i = blocking.batch_rows_and_heads()
@@ -97,7 +108,7 @@ def in_blocks(queries: Queries, kv_heads: int, keys: KeyBlocks, setting: Setting
         stream_igm = blocking.split_per_head(dropout.stream_BlH)
         rate_i = jnp.full(len(row_i), dropout.rate, jnp.float32)
         key_i = None if dropout.first_B is None else dropout.first_B[row_i]
-    return blocking, QueryBlocks(
+    of_queries = QueryBlocks(
         q_igmK=blocking.split(q_BlHK),
         start_iq=blocking.split_per_query(mask.start),
         end_iq=blocking.split_per_query(mask.end),
@@ -106,7 +117,10 @@ def in_blocks(queries: Queries, kv_heads: int, keys: KeyBlocks, setting: Setting
         stream_igm=stream_igm,
         rate_i=rate_i,
         key_i=key_i,
+        query_i=pairs and blocking.first_queries(),
     )
+    padded = jax.tree.map(lambda x: x if x.shape[QUERY_AXIS] == 1 else blocking.padded(x, QUERY_AXIS), pairs)
+    return blocking, Blocks(of_queries, setting.scale_of(q_BlHK.shape[3]), padded)
 
 
 class Softmax(NamedTuple):
@@ -117,13 +131,13 @@ class Softmax(NamedTuple):
     sum_igm: jax.Array
 
 
-def nothing_yet(queries: QueryBlocks) -> Softmax:
+def nothing_yet(blocks: Blocks) -> Softmax:
     """The running softmax before any key."""
-    o_igmK = jnp.zeros_like(queries.q_igmK, jnp.float32)
+    o_igmK = jnp.zeros_like(blocks.queries.q_igmK, jnp.float32)
     return Softmax(o_igmK, jnp.full_like(o_igmK[..., 0], -jnp.inf), o_igmK[..., 0])
 
 
-def accumulate(queries: QueryBlocks, kv_n2BGsK: jax.Array, keys: KeyBlocks, softmax: Softmax) -> Softmax:
+def accumulate(blocks: Blocks, kv_n2BGsK: jax.Array, keys: KeyBlocks, softmax: Softmax) -> Softmax:
     """Takes these keys into the running softmax of every query that sees them."""
 
     def one_block_of_queries(_, inputs):
@@ -132,7 +146,7 @@ def accumulate(queries: QueryBlocks, kv_n2BGsK: jax.Array, keys: KeyBlocks, soft
         def one_block_of_keys(t, softmax):
             o_gmK, max_gm, sum_gm = softmax
             k_gkK, v_gkK = _read(kv_n2BGsK, keys, t, queries)
-            s_gmk = _scores(queries, k_gkK, keys, t)
+            s_gmk = _scores(blocks, queries, k_gkK, keys, t)
             new_max_gm = jnp.maximum(max_gm, s_gmk.max(-1))
             shift_gm = jnp.where(new_max_gm == -jnp.inf, 0.0, new_max_gm)  # a query that has seen nothing yet
             p_gmk = jnp.exp(s_gmk - shift_gm[..., None])
@@ -141,9 +155,9 @@ def accumulate(queries: QueryBlocks, kv_n2BGsK: jax.Array, keys: KeyBlocks, soft
             weighted_gmK = product("gmk,gkK->gmK", _dropped(p_gmk, queries, keys, t), v_gkK)
             return Softmax(o_gmK * shrink_gm[..., None] + weighted_gmK, new_max_gm, sum_gm)
 
-        return None, _over_touched(keys, queries, one_block_of_keys, init=softmax, reads=kv_n2BGsK)
+        return None, _over_touched(keys, queries, one_block_of_keys, init=softmax, reads=(kv_n2BGsK, blocks.pairs))
 
-    return jax.lax.scan(one_block_of_queries, None, (queries, softmax))[1]
+    return jax.lax.scan(one_block_of_queries, None, (blocks.queries, softmax))[1]
 
 
 def finish(softmax: Softmax) -> tuple[jax.Array, jax.Array]:
@@ -152,6 +166,18 @@ def finish(softmax: Softmax) -> tuple[jax.Array, jax.Array]:
     sum_igm = jnp.where(seen_igm, softmax.sum_igm, 1.0)
     lse_igm = jnp.where(seen_igm, softmax.max_igm, 0.0) + jnp.log(sum_igm)
     return softmax.o_igmK / sum_igm[..., None], lse_igm
+
+
+def output_of(blocking: QueryBlocking, softmax: Softmax, dtype: Any, setting: Setting) -> Output:
+    """The output once all keys have been met."""
+    o_igmK, lse_igm = finish(softmax)
+    lse_BlH = unblocked(blocking, softmax, lse_igm) if setting.scores.residual else None
+    return checkpoint_name(Output(blocking.join(o_igmK).astype(dtype), lse_igm, lse_BlH), ATTENDED)
+
+
+def unblocked(blocking: QueryBlocking, softmax: Softmax, lse_igm: jax.Array) -> jax.Array:
+    """The log-sum-exp as `lse_BlH`, minus infinity for a query that saw nothing."""
+    return blocking.join(jnp.where(softmax.sum_igm > 0, lse_igm, -jnp.inf)[..., None])[..., 0]
 
 
 class Cotangents(NamedTuple):
@@ -171,11 +197,20 @@ class Gradients(NamedTuple):
 
     dq_igmK: jax.Array
     dkv_n2BGKs: jax.Array
+    dbias_BHlL: jax.Array | None  # padded as the bias is
+
+    def of_queries(self, queries: Queries, blocking: QueryBlocking) -> Queries:
+        """Those of the queries and of their bias, in the dtypes of these."""
+        dq_BlHK, dbias_BHlL = blocking.join(self.dq_igmK), self.dbias_BHlL
+        if dbias_BHlL is not None and dbias_BHlL.shape[QUERY_AXIS] > 1:
+            dbias_BHlL = blocking.cropped(dbias_BHlL, QUERY_AXIS)
+        return queries.gradient(dq_BlHK, dbias_BHlL)
 
 
-def no_gradients(queries: QueryBlocks, kv_n2BGsK: jax.Array) -> Gradients:
+def no_gradients(blocks: Blocks, kv_n2BGsK: jax.Array) -> Gradients:
     """Zero gradients, to which blocks add theirs."""
-    return Gradients(jnp.zeros_like(queries.q_igmK, jnp.float32), jnp.zeros_like(kv_n2BGsK.swapaxes(4, 5), jnp.float32))
+    read = (blocks.queries.q_igmK, kv_n2BGsK.swapaxes(4, 5), blocks.pairs and blocks.pairs.bias_BHlL)
+    return Gradients(*jax.tree.map(lambda x: jnp.zeros_like(x, jnp.float32), read))
 
 
 def cotangents(blocking: QueryBlocking, output: Output, do_BlHK: jax.Array) -> Cotangents:
@@ -185,31 +220,34 @@ def cotangents(blocking: QueryBlocking, output: Output, do_BlHK: jax.Array) -> C
 
 
 def differentiate(
-    queries: QueryBlocks, kv_n2BGsK: jax.Array, keys: KeyBlocks, *, cotangents: Cotangents, gradients: Gradients
+    blocks: Blocks, kv_n2BGsK: jax.Array, keys: KeyBlocks, *, cotangents: Cotangents, gradients: Gradients
 ) -> Gradients:
     """The gradients so far, and what these queries and these keys contribute to one another's."""
 
-    def one_block_of_queries(dkv_n2BGKs, inputs):
+    def one_block_of_queries(sums, inputs):
         queries, given, dq_gmK = inputs
 
         def one_block_of_keys(t, gradients):
             k_gkK, v_gkK = _read(kv_n2BGsK, keys, t, queries)
-            p_gmk = jnp.exp(_scores(queries, k_gkK, keys, t) - given.lse_igm[..., None])
+            p_gmk = jnp.exp(_scores(blocks, queries, k_gkK, keys, t) - given.lse_igm[..., None])
             dv_gKk = product("gmK,gmk->gKk", given.do_igmK, _dropped(p_gmk, queries, keys, t))
             dp_gmk = _dropped(product("gmK,gkK->gmk", given.do_igmK, v_gkK), queries, keys, t)
-            ds_gmk = p_gmk * (dp_gmk - given.odo_igm[..., None]) * _scale(k_gkK)
+            ds_gmk = p_gmk * (dp_gmk - given.odo_igm[..., None])
+            dbias_BHlL = _add_to_bias(gradients.dbias_BHlL, ds_gmk, blocks, queries, keys, t)
+            ds_gmk = ds_gmk * blocks.scale
             dk_gKk = product("gmK,gmk->gKk", queries.q_igmK, ds_gmk)
             dq_gmK = gradients.dq_igmK + product("gmk,gkK->gmK", ds_gmk, k_gkK)
             d_2gKk = jnp.stack((dk_gKk, dv_gKk))
-            return Gradients(dq_gmK, _add(gradients.dkv_n2BGKs, d_2gKk, at=_start_of(keys, t, queries)))
+            dkv_n2BGKs = _add(gradients.dkv_n2BGKs, d_2gKk, at=_start_of(keys, t, queries))
+            return Gradients(dq_gmK, dkv_n2BGKs, dbias_BHlL)
 
-        so_far = Gradients(dq_gmK, dkv_n2BGKs)
-        dq_gmK, dkv_n2BGKs = _over_touched(keys, queries, one_block_of_keys, init=so_far, reads=(kv_n2BGsK, given))
-        return dkv_n2BGKs, dq_gmK
+        so_far, reads = Gradients(dq_gmK, *sums), (kv_n2BGsK, given, blocks.pairs)
+        dq_gmK, *sums = _over_touched(keys, queries, one_block_of_keys, init=so_far, reads=reads)
+        return sums, dq_gmK
 
-    dkv_n2BGKs = varying_like(gradients.dkv_n2BGKs, (queries, kv_n2BGsK, keys, cotangents, gradients))
-    dkv_n2BGKs, dq_igmK = jax.lax.scan(one_block_of_queries, dkv_n2BGKs, (queries, cotangents, gradients.dq_igmK))
-    return Gradients(dq_igmK, dkv_n2BGKs)
+    sums = varying_like(list(gradients[1:]), (blocks, kv_n2BGsK, keys, cotangents, gradients))
+    sums, dq_igmK = jax.lax.scan(one_block_of_queries, sums, (blocks.queries, cotangents, gradients.dq_igmK))
+    return Gradients(dq_igmK, *sums)
 
 
 def _over_touched(keys, queries, body, *, init, reads):
@@ -244,12 +282,33 @@ def _position_k(keys, t):
     return keys.first_t[t] + jnp.arange(keys.size, dtype=jnp.int32)
 
 
-def _scores(queries, k_gkK, keys, t):
+def _scores(blocks, queries, k_gkK, keys, t):
     """`s_gmk`, minus infinity where the query does not see the key."""
-    s_gmk = product("gmK,gkK->gmk", queries.q_igmK, k_gkK) * _scale(k_gkK)
+    s_gmk = product("gmK,gkK->gmk", queries.q_igmK, k_gkK) * blocks.scale
     position_k = _position_k(keys, t)
-    seen_qk = Intervals(queries.start_iq, queries.end_iq).sees(position_k) & (position_k >= keys.begin_t[t])
+    seen_qk = Intervals(queries.start_iq, queries.end_iq).sees(position_k) & (position_k >= keys.begin_t[t])[None]
+    if blocks.pairs is not None:
+        at, sizes = _pairs_of(keys, t, queries)
+        block = jax.tree.map(lambda x: block_of(x, at, sizes), blocks.pairs)
+        s_gmk = applied(block, s_gmk[None], len(seen_qk))[0]
     return jnp.where(jnp.tile(seen_qk, (s_gmk.shape[1] // seen_qk.shape[0], 1)), s_gmk, -jnp.inf)
+
+
+def _pairs_of(keys, t, queries):
+    """Where arrays over pairs have a block of queries and one of keys: first row, head, query and key, and sizes."""
+    (g, m, _), q = queries.q_igmK.shape, len(queries.start_iq)
+    heads_per_kv = m // q
+    at = (queries.row_i, queries.head_i * heads_per_kv, queries.query_i, keys.first_t[t])
+    return at, (1, g * heads_per_kv, q, keys.size)
+
+
+def _add_to_bias(dbias_BHlL, ds_gmk, blocks, queries, keys, t):
+    """Adds the gradients of a block's scores to those of the bias, if there is one."""
+    if dbias_BHlL is None:
+        return None
+    at, sizes = _pairs_of(keys, t, queries)
+    block = block_of(blocks.pairs.bias_BHlL, at, sizes)
+    return add_block(dbias_BHlL, bias_gradient(block, ds_gmk[None], len(queries.start_iq)), at)
 
 
 def _dropped(x_gmk, queries, keys, t):
@@ -259,10 +318,6 @@ def _dropped(x_gmk, queries, keys, t):
     if queries.key_i is not None:
         position_k = position_k + queries.key_i
     return dropped(x_gmk, queries.stream_igm[..., None], position_k, queries.rate_i)
-
-
-def _scale(k_gkK) -> float:
-    return k_gkK.shape[-1] ** -0.5
 
 
 def product(equation: str, a: jax.Array, b: jax.Array) -> jax.Array:

@@ -16,6 +16,7 @@ from jax.experimental import pallas as pl
 from lss_jax.attention.kernels.interface import Output, Queries, Residuals
 from lss_jax.attention.kernels.targets import Target
 from lss_jax.attention.kernels.tiles import END, START, STREAM, Tables, Tiling, facts, tiling_of
+from lss_jax.attention.mask import lifted
 from lss_jax.attention.setting import Setting
 from lss_jax.parallel.dropout import dropped
 from lss_jax.parallel.residuals import ATTENDED
@@ -39,12 +40,16 @@ def forward(queries: Queries, kv_N2BGlK: jax.Array, setting: Setting, target: Ta
         outputs=[(q_BHjmK, _own), (jax.ShapeDtypeStruct((*grid, 1, m), jnp.float32), _own)],
         walked=[(tiling.key_size, K, kv_n2BGsK.dtype)] * 2,
     )
-    return checkpoint_name(Output(tiling.join_queries(o_BHjmK, q_BlHK.shape[3]), lse_BHj1m), ATTENDED)
+    lse_BlH = None
+    if setting.scores.residual:
+        sees = queries.mask.start < queries.mask.end
+        lse_BlH = jnp.where(lifted(sees[..., None], 3), tiling.join_per_head(lse_BHj1m), -jnp.inf)
+    return checkpoint_name(Output(tiling.join_queries(o_BHjmK, q_BlHK.shape[3]), lse_BHj1m, lse_BlH), ATTENDED)
 
 
-def backward(residuals: Residuals, do_BlHK: jax.Array, setting: Setting, target: Target) -> tuple[jax.Array, jax.Array]:
-    """`dq_BlHK`, and these queries' part of `dkv_N2BGKl` in float32."""
-    queries, kv_N2BGlK, (o_BlHK, lse_BHj1m) = residuals
+def backward(residuals: Residuals, do_BlHK: jax.Array, setting: Setting, target: Target) -> tuple[Queries, jax.Array]:
+    """The gradients of the queries, and these queries' part of `dkv_N2BGKl` in float32."""
+    queries, kv_N2BGlK, (o_BlHK, lse_BHj1m, _) = residuals
     q_BlHK = queries.q_BlHK
     tiling = tiling_of(queries, kv_N2BGlK, setting, target)
     tables, tables_of_keys, ints_BHj3m = facts(tiling, queries)
@@ -76,7 +81,7 @@ def backward(residuals: Residuals, do_BlHK: jax.Array, setting: Setting, target:
         walked=[(*x.shape[3:], x.dtype) for x in of_queries],
     )
     K = q_BlHK.shape[3]
-    return tiling.join_queries(dq_BHjmK, K), tiling.join_key_gradients(dkv_n2BGKs, K)
+    return queries.gradient(tiling.join_queries(dq_BHjmK, K)), tiling.join_key_gradients(dkv_n2BGKs, K)
 
 
 class _Program(NamedTuple):

@@ -78,6 +78,10 @@ class Tiling(NamedTuple):
         B, _, H = x_BlH.shape
         return self.queries.split_per_head(x_BlH).reshape(B, H, -1, self.queries.size)
 
+    def join_per_head(self, x_BHj1m: jax.Array) -> jax.Array:
+        """The inverse, with one row per block: `x_BlH`."""
+        return self.queries.join(x_BHj1m.reshape(-1, 1, self.queries.size, 1))[..., 0]
+
     def split_keys(self, kv_N2BGlK: jax.Array) -> jax.Array:
         """`kv_n2BGsK`, all runs padded to whole blocks, `K` widened."""
         if self.unordered:
@@ -127,7 +131,7 @@ def tiling_of(queries: Queries, kv_N2BGlK: Any, setting: Setting, target: Target
         unordered=unordered,
         run=run,
         key_size=_block_size(run, most_keys, least),
-        scale=K**-0.5,
+        scale=setting.scale_of(K),
         drops=queries.dropout is not None,
         target=target,
         interpret=setting.interpret,
@@ -150,14 +154,16 @@ def _width(K: int) -> int:
 
 def facts(tiling: Tiling, queries: Queries) -> tuple[Tables, Tables, jax.Array]:
     """The tables of blocks of queries and of keys, and the queries' rows `START`, `END` and `STREAM`: `ints_BHj3m`."""
-    _, mask, dropout = queries
+    _, mask, dropout, pairs = queries
+    assert pairs is None  # which are refused before: `placement.kernel_on`
     blocks_t = jnp.arange(tiling.layout.devices * tiling.blocks_per_segment)
-    order_t, (begin_t, end_t) = tiling.block_of(blocks_t), tiling.positions_of(blocks_t)
+    order_t = tiling.block_of(blocks_t)
+    begin_11t, end_11t = (bound_t[None, None] for bound_t in tiling.positions_of(blocks_t))
     start_BHjm, end_BHjm = tiling.split_per_query(mask.start), tiling.split_per_query(mask.end)
     sees_Bjm = (start_BHjm < end_BHjm)[:, 0]
     start_Bj1 = jnp.min(start_BHjm[:, 0], -1, where=sees_Bjm, initial=jnp.iinfo(jnp.int32).max, keepdims=True)
     end_Bj1 = jnp.max(end_BHjm[:, 0], -1, where=sees_Bjm, initial=0, keepdims=True)
-    touches_Bjt = (start_Bj1 < end_t) & (begin_t < end_Bj1)
+    touches_Bjt = (start_Bj1 < end_11t) & (begin_11t < end_Bj1)
     first_Bj, stop_Bj = range_of(touches_Bjt[..., order_t])
     first_Bt, stop_Bt = range_of(touches_Bjt.swapaxes(1, 2))
     rate_1 = jnp.full(1, dropout.rate if dropout else 0.0, jnp.float32)
