@@ -49,6 +49,8 @@ from lss_jax.parallel.hashing import hashed
 from lss_jax.parallel.layout import CHUNKS_PER_DEVICE, Layout
 from lss_jax.training.setup import validate
 
+pytestmark = pytest.mark.usefixtures("strict_ranks")
+
 MESHES = [(1, 1), (1, 2), (1, 3), (1, 4), (1, 8), (2, 2), (2, 3), (2, 4)]  # data x seq
 LAST = ("zigzag", *MESHES[-1])
 KV_HEADS = [H, 8, 3, 1]  # of 24: one each, groups, fewer than devices, one for all
