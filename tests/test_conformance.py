@@ -41,13 +41,15 @@ from lss_jax.attention.collectives import stacked
 from lss_jax.attention.kernels import KERNELS, blockwise, tiles
 from lss_jax.attention.kernels.interface import Queries, Residuals
 from lss_jax.attention.mask import Intervals
-from lss_jax.attention.setting import USUAL, Setting
+from lss_jax.attention.setting import USUAL, Scores, Setting
 from lss_jax.attention.strategies import EXACT, STRATEGIES
 from lss_jax.config.schema import ConfigError
 from lss_jax.parallel.dropout import Dropout
 from lss_jax.parallel.hashing import hashed
 from lss_jax.parallel.layout import CHUNKS_PER_DEVICE, Layout
 from lss_jax.training.setup import validate
+
+pytestmark = pytest.mark.usefixtures("strict_ranks")
 
 MESHES = [(1, 1), (1, 2), (1, 3), (1, 4), (1, 8), (2, 2), (2, 3), (2, 4)]  # data x seq
 LAST = ("zigzag", *MESHES[-1])
@@ -431,3 +433,24 @@ def test_kernels_take_any_intervals(shape, data):
     mask = data.draw(intervals((B, l) if shape.by_row else (l,), length))
     right = oracle(*arrays, seen_by(mask, length))
     assert_close(kernel_alone(shape, *arrays, mask)._asdict(), right._asdict(), 1e-5)
+
+
+@pytest.mark.parametrize("by_row", [False, True], ids=["shared_masks", "masks_by_row"])
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_every_kernel_gives_the_log_sum_exp_at_any_scale(kernel, by_row):
+    """Minus infinity where a query sees nothing, which is zero to those who do not ask."""
+    layout, length = Layout("zigzag", 2), 40
+    scores = Scores(scale=0.7, residual=True, precision=None)
+    setting = Setting(None, layout, layout, kernel, 16, 16, False, interpret=True, approximation=None, scores=scores)
+    q_BLHK, k_BLGK, v_BLGK, _ = arrays_of(length, 8)
+    start, end = np.arange(length) // 3, np.arange(length) % 5 * 9
+    mask = Intervals(*(np.stack((x, x[::-1])) if by_row else x for x in (start, end)))
+    kv_N2BGlK = layout.segments(stacked(k_BLGK, v_BLGK), 3)
+    output = jax.jit(KERNELS[kernel].forward, static_argnums=2)(Queries(q_BLHK, mask, None, None), kv_N2BGlK, setting)
+    s_BHLL = np.einsum("bqhk,bshk->bhqs", q_BLHK, np.repeat(k_BLGK, H // 8, 2)) * 0.7
+    with np.errstate(divide="ignore"):
+        expected_BHL = np.log((np.exp(s_BHLL) * seen_by(mask, length)[:, None]).sum(-1))
+    found_BHL = np.asarray(output.lse_BlH).swapaxes(1, 2)
+    np.testing.assert_array_equal(np.isneginf(found_BHL), np.isneginf(expected_BHL))
+    assert np.isneginf(expected_BHL).any()
+    np.testing.assert_allclose(found_BHL, expected_BHL, rtol=1e-5, atol=1e-5)

@@ -28,6 +28,8 @@ from lss_jax.parallel.hashing import hashed
 from lss_jax.parallel.layout import CHUNKS_PER_DEVICE, Layout
 from lss_jax.parallel.mesh import DATA, SEQ, without_unsharded
 
+pytestmark = pytest.mark.usefixtures("strict_ranks")
+
 QUERIES, KEYS = 41, 93
 QUERIES_B, KEYS_B = np.array([[41], [29]]), np.array([[93], [50]])  # of each row
 RATE = 0.3

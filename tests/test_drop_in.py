@@ -230,6 +230,20 @@ def test_vmap_over_masks_and_biases():
     assert_close(over_both(partial(attention, mesh=mesh_of(2, 2))), over_both(jax.nn.dot_product_attention), BOUND)
 
 
+def test_a_mask_of_four_axes_for_arrays_of_three():
+    q, k, v = CASES["no batch"].arrays
+    expected = jax.nn.dot_product_attention(q, k, v, mask=shown(1, H, L, L))
+    assert_close(attention(q, k, v, mask=shown(1, H, L, L), mesh=mesh_of(1, 2)), expected, BOUND)
+
+
+def test_a_batch_of_two_axes_and_arrays_that_have_one_of_them():
+    q, k, v = (np.random.default_rng(n).standard_normal((3, 2, L, 4, K), np.float32) for n in range(3))
+    mask, bias = shown(2, 1, L, L), numbers(3, 1, 4, 1, L)
+    found = attention(q, k, v, bias, mask, mesh=mesh_of(2, 2), **BLOCKS)
+    expected = jax.vmap(lambda q, k, v, bias: jax.nn.dot_product_attention(q, k, v, bias, mask))(q, k, v, bias)
+    assert_close(found, expected, BOUND)
+
+
 @pytest.mark.parametrize("numbers_of", [np, jnp])
 def test_masks_that_are_intervals_are_found(numbers_of):
     random, shape = np.random.default_rng(0), (3, L, H, K)

@@ -38,7 +38,7 @@ from lss_jax.attention.arguments import (
     refuse,
     said_clearly,
 )
-from lss_jax.attention.on_mesh import Dropped, How, Sharded, attention_on_mesh
+from lss_jax.attention.on_mesh import Dropped, How, Sharded, attention_on_mesh, in_two_programs
 from lss_jax.attention.pair_arrays import as_pairs, pair_problems
 from lss_jax.attention.placement import setting_of
 from lss_jax.attention.seen import Seen, is_traced
@@ -157,8 +157,9 @@ def dot_product_attention(
     how = how._replace(setting=setting, shared_dropout=broadcast_dropout)
     drops = is_traced(dropout_rate) or dropout_rate > 0
     dropped = Dropped(dropout_rate, jax.random.bits(dropout_rng, (), jnp.uint32)) if drops else None
-    with said_clearly(), jax.disable_jit(False):  # eagerly, every operation of every block is a program of its own
-        return attention_on_mesh((query, key, value), seen.mask(shape[:-2], keys), pairs, dropped, how)
+    attend = in_two_programs if jax.config.jax_disable_jit else attention_on_mesh  # type: ignore[attr-defined]
+    with said_clearly():
+        return attend((query, key, value), seen.mask(shape[:-2], keys), pairs, dropped, how)
 
 
 def _sharded(mesh: Mesh, axes: tuple[Names, str, Names], batch: int, heads: int) -> Sharded:

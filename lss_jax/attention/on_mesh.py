@@ -68,6 +68,29 @@ def attention_on_mesh(arrays: Arrays, mask: Intervals, pairs: Pairs | None, drop
     return on_mesh(arrays, mask, pairs, dropped)
 
 
+@partial(jax.custom_vjp, nondiff_argnums=(4,))
+def in_two_programs(arrays: Arrays, mask: Intervals, pairs: Pairs | None, dropped: Dropped | None, how: How) -> Given:
+    """The same under `jax.disable_jit`: each pass stays one program.
+
+    Eagerly, every operation of every block would be a program of its own, compiled for each turn of each loop.
+    """
+    with jax.disable_jit(False):
+        return attention_on_mesh(arrays, mask, pairs, dropped, how)
+
+
+def _forward(arrays, mask, pairs, dropped, how):
+    with jax.disable_jit(False):
+        return jax.vjp(partial(attention_on_mesh, how=how), arrays, mask, pairs, dropped)
+
+
+def _backward(how, transpose, cotangent):
+    with jax.disable_jit(False):
+        return transpose(cotangent)
+
+
+in_two_programs.defvjp(_forward, _backward)
+
+
 def _on_mesh(arrays: Arrays, mask: Intervals, pairs: Pairs | None, dropped: Dropped | None, how: How) -> Given:
     """From global arrays in natural order to what the strategies know, segments in layout order, and back."""
     sharded, shape, setting = how.sharded, arrays[0].shape, how.setting
