@@ -169,9 +169,13 @@ def finite(found: dict[str, Any]) -> dict[str, Any]:
 
 
 MESHES = [(1, 8, 1), (2, 2, 2), (1, 5, 1)]
-PROGRAMS = [(strategy, layout, sizes) for strategy in EXACT for layout in CHUNKS_PER_DEVICE for sizes in MESHES]
-GRID = [(name, *program) for name in CASES for program in PROGRAMS]
-SAMPLE = [GRID[(len(PROGRAMS) + 5) * n % len(GRID)] for n in range(len(CASES))]  # one program for most cases
+PROGRAMS = [(strategy, layout) for strategy in EXACT for layout in CHUNKS_PER_DEVICE]
+GRID = [  # every case with every strategy and layout, each on a mesh in turn
+    (name, *program, MESHES[(n + turn) % len(MESHES)])
+    for n, name in enumerate(CASES)
+    for turn, program in enumerate(PROGRAMS)
+]
+SAMPLE = [GRID[len(PROGRAMS) * n + n % len(PROGRAMS)] for n in range(len(CASES))]  # one program for each case
 
 
 @pytest.mark.parametrize("case", sampled(GRID, SAMPLE), ids=lambda case: "-".join(map(str, case)))
