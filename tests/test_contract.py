@@ -4,39 +4,16 @@ What a strategy's layer takes is predicted by its own `traffic`, beside its coll
 """
 
 from collections import Counter
-from functools import cache
 
 import jax
 import pytest
+from contracts import LAYERS, check_contract, compiled_step, lowered_step
 from helpers import batch_on, model_on, sampled
 
 from lss_jax.inspection import contract, hlo, operations
 from lss_jax.models import parameter_count
 from lss_jax.parallel.mesh import named_axes
 from lss_jax.training.step import make_eval_step, trace_train_step
-
-LAYERS = 3
-
-
-def lowered_step(*sizes, **changes):
-    model, mesh = model_on(*sizes, **{"model__layers": LAYERS, **changes})
-    return model, mesh, trace_train_step(model, mesh).lower()
-
-
-@cache  # several tests ask about one program
-def compiled_step(*sizes, **changes):
-    model, mesh, lowered = lowered_step(*sizes, **changes)
-    return model, mesh, hlo.collectives(lowered.compile().as_text())
-
-
-def check_contract(*sizes, **changes):
-    model, mesh, found = compiled_step(*sizes, **changes)
-    compiled, predicted = contract.found(found, mesh), contract.predicted(model, mesh)
-    assert not contract.disagreements(compiled, predicted)
-    if model.config.model.dtype == "float32":
-        moved = {line: total.bytes for line, total in compiled.items() if line.kind != "scalars"}
-        assert moved == {line: total.bytes for line, total in predicted.items() if line.kind != "scalars"}
-
 
 SIZES = [(1, 1), (8, 1), (1, 8), (2, 4), (1, 2), (1, 1, 4), (2, 2, 2)]
 

@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from attention_cases import TOKENS, Case, arrays_of, attended, oracle, seen_by
+from contracts import check_contract, compiled_step
 from helpers import assert_close, check_against_oracle, model_on, sampled
 from jax.sharding import AbstractMesh
-from test_contract import check_contract, compiled_step
 
 from lss_jax import dot_product_attention, make_mesh
 from lss_jax.attention.mask import Intervals, bidirectional, documents, neighbours
