@@ -94,7 +94,7 @@ VARIANTS = {
     "over several chunks": {"attention__window": 20},
     "documents, microbatches": {"data__separator": "a", "optim__accumulate": 2},
     "fetched again": {"attention__regather": True, "model__remat": "block"},
-    "groups": {"attention__head_groups": 2, "model__kv_heads": 2},
+    "groups": {"attention__head_groups": 2, "model__kv_heads": 4},
     "offload": {"model__remat": "offload"},
     "dropout": {"model__dropout": 0.1},
 }
@@ -119,7 +119,9 @@ def test_collectives_of_a_training_step(case):
     sizes, name = case
     check_contract(*sizes, **{**WINDOW, **VARIANTS[name]})
     _, _, found = compiled_step(*sizes, **{**WINDOW, **VARIANTS[name]})
-    assert not any(one.place.startswith("attention") and one.kind != "collective-permute" for one in found)
+    narrow = name != "over several chunks" or sizes[1] == 8  # of the others' few segments it shows too much
+    kinds = {one.kind for one in found if one.place.startswith("attention")}
+    assert kinds == ({"collective-permute"} if narrow else {"all-gather", "reduce-scatter"})
 
 
 def sent(lines, devices):
