@@ -7,19 +7,18 @@ from typing import Any
 
 from experiments.alternatives.costs import LENGTHS
 from experiments.alternatives.models import MODELS
-from experiments.alternatives.tasks import Comparison
-from experiments.genomes.report import spread, table
+from experiments.alternatives.tasks import BUDGETS, TOKENS, Comparison, name_of
+from experiments.tables import spread, table
 from lss_jax.config.units import shown_size
 from lss_jax.reports.figures import Curve, Plot, png_of
 
-BUDGETS = ("tokens", "operations")
 Found = dict[str, Any]
 
 
 def seeds_of(found: Found, task: Comparison, model: str, budget: str) -> list[dict[str, Any]]:
     """The finished runs of all seeds; those at equal tokens also where the operations are equal too."""
-    for of in (budget, BUDGETS[0]):
-        start = f"{task.name}, {model}, equal {of}, seed "
+    for of in (budget, TOKENS):
+        start = f"{name_of(task, model, of)}, seed "
         runs = [run for key, run in found["runs"].items() if key.startswith(start)]
         if runs:
             return runs
@@ -71,7 +70,7 @@ def by_position(found: Found, task: Comparison) -> Plot:
     """The mean over seeds by how many tokens came before, at equal tokens."""
     curves = []
     for style, model in enumerate(task.models):
-        bins = [run["bins"] for run in seeds_of(found, task, model, BUDGETS[0])]
+        bins = [run["bins"] for run in seeds_of(found, task, model, TOKENS)]
         means = [(one[0][1], statistics.mean(values for _, _, values in one)) for one in zip(*bins, strict=True)]
         curves.append(Curve(model, [last for last, _ in means], [mean for _, mean in means], style, dots=True))
     return Plot("tokens before, at most", f"{task.unit}, {task.name}", curves, log_x=True)
@@ -82,6 +81,6 @@ def write_report(found: Found, tasks: Sequence[Comparison], out: Path, say: Call
     text = tables(found, tasks)
     (out / "results.md").write_text(text)
     for task in tasks:
-        if task.by_position and seeds_of(found, task, MODELS[0], BUDGETS[0]):
+        if task.by_position and seeds_of(found, task, MODELS[0], TOKENS):
             (out / f"by_position_{task.name}.png").write_bytes(png_of(by_position(found, task)))
     say(text)

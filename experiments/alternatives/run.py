@@ -23,14 +23,13 @@ from typing import Any, NamedTuple
 from experiments.alternatives.costs import costs_of_models
 from experiments.alternatives.models import EXACT, keys_of, operations_of, parameters
 from experiments.alternatives.report import write_report
-from experiments.alternatives.tasks import Comparison, comparisons
+from experiments.alternatives.tasks import OPERATIONS, TOKENS, Comparison, comparisons, name_of
 from experiments.commands import command, options
 from lss_jax import load_config
 from lss_jax.runtime import distributed
 from lss_jax.storage.metrics import read_records
 
 HERE = Path(__file__).parent
-TOKENS, OPERATIONS = "tokens", "operations"  # what is equal to those of exact attention
 SEEDS = 3
 WARMUP = 20
 QUICK = 4  # steps
@@ -44,27 +43,30 @@ class Run(NamedTuple):
     budget: str
     seed: int
     steps: int
+    operations: int  # of a step
 
     @property
     def key(self) -> str:
-        return f"{self.task.name}, {self.model}, equal {self.budget}, seed {self.seed}"
+        return f"{name_of(self.task, self.model, self.budget)}, seed {self.seed}"
 
 
-def runs(tasks: list[Comparison], seeds: int, quick: bool) -> Iterator[Run]:
-    """All runs, seed by seed; at equal operations those whose number of steps differs."""
-    for seed in range(seeds):
-        for task in tasks:
-            steps = QUICK if quick else load_config(task.file, task.keys).optim.steps
-            exact = _operations(task, EXACT)
-            for model in task.models:
-                yield Run(task, model, TOKENS, seed, steps)
-                affordable = round(steps * exact / _operations(task, model))
-                if affordable != steps:
-                    yield Run(task, model, OPERATIONS, seed, affordable)
+def runs(tasks: list[Comparison], seeds: int, quick: bool) -> list[Run]:
+    """All runs, seed by seed."""
+    of_first_seed = [run for task in tasks for run in _runs_of(task, quick)]  # counting operations takes its time
+    return [run._replace(seed=seed) for seed in range(seeds) for run in of_first_seed]
 
 
-def _operations(task: Comparison, model: str) -> int:
-    return operations_of(load_config(task.file, keys_of(model, task.file, task.keys)))
+def _runs_of(task: Comparison, quick: bool) -> Iterator[Run]:
+    """The runs of the first seed; at equal operations those whose number of steps differs."""
+    steps = QUICK if quick else load_config(task.file, task.keys).optim.steps
+    operations = {
+        model: operations_of(load_config(task.file, keys_of(model, task.file, task.keys))) for model in task.models
+    }
+    for model, of_step in operations.items():
+        yield Run(task, model, TOKENS, 0, steps, of_step)
+        affordable = round(steps * operations[EXACT] / of_step)
+        if affordable != steps:
+            yield Run(task, model, OPERATIONS, 0, affordable, of_step)
 
 
 def carry_out(run: Run, work: Path) -> dict[str, Any]:
@@ -79,7 +81,7 @@ def carry_out(run: Run, work: Path) -> dict[str, Any]:
         "value": valid[task.metric],
         "steps": run.steps,
         "parameters": parameters(config),
-        "operations": run.steps * operations_of(config),
+        "operations": run.steps * run.operations,
         "step_seconds": statistics.median(r["step_seconds"] for r in records if r["split"] == "train"),
     }
     if task.by_position:
@@ -102,7 +104,7 @@ def main() -> None:
     tasks = comparisons(arguments.enwik8, arguments.genomes, arguments.work / "data")
     results, lock = out / "results.json", threading.Lock()
     found: dict[str, Any] = json.loads(results.read_text()) if results.exists() else {"costs": {}, "runs": {}}
-    every = list(runs(tasks, 1 if arguments.quick else SEEDS, arguments.quick))
+    every = runs(tasks, 1 if arguments.quick else SEEDS, arguments.quick)
     missing = [run for run in every if run.key not in found["runs"]]
 
     def one(run: Run) -> None:

@@ -9,6 +9,7 @@ from experiments.alternatives.models import HIERARCHY, MODELS
 from experiments.genomes.genomes import TRAIN, file_of
 from lss_jax import load_config
 
+BUDGETS = TOKENS, OPERATIONS = "tokens", "operations"  # what is equal to those of exact attention
 SEEDS = {"train": 0, "valid": 1, "test": 2}  # of generated files
 COUNTS = {"train": 20_000, "valid": 512, "test": 512}
 DISTANCES = {128: 150, 512: 300}  # to the steps that exact attention takes to recall all, about
@@ -40,6 +41,11 @@ class Comparison(NamedTuple):
         """The models that serve this task: a hierarchy predicts next tokens alone."""
         task = load_config(self.file, self.keys).task
         return tuple(name for name in MODELS if name != HIERARCHY or task == "language_model")
+
+
+def name_of(task: Comparison, model: str, budget: str) -> str:
+    """What the runs of all seeds are called."""
+    return f"{task.name}, {model}, equal {budget}"
 
 
 def comparisons(enwik8: Path, genomes: Path, folder: Path) -> list[Comparison]:

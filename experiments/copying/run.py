@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments.commands import command, options
+from experiments.tables import table
 from lss_jax.storage.metrics import read_records
 
 HERE = Path(__file__).parent
@@ -87,16 +88,16 @@ def carry_out(workdir: Path, keys: dict[str, Any], before: Path | None) -> dict[
     return {"steps": keys["optim.steps"], "seconds": seconds, "exact": test["exact"], "loss": test["loss"]}
 
 
-def rows_of(found: dict[str, Any]) -> list[str]:
+def table_of(found: dict[str, Any]) -> list[str]:
     """The table: a row per stage."""
-    lines = ["| task | stage | steps | length | exact, test split | seconds |", "| --- " * 6 + "|"]
+    rows = []
     for task, stages in STAGES.items():
         for name, keys in stages:
             if f"{task}, {name}" in found:
                 result, length = found[f"{task}, {name}"], keys.get("data.seq_len", 64)
-                measured = f"{result['exact']:.4f} | {result['seconds']:.0f}"
-                lines.append(f"| {task} | {name} | {result['steps']} | {length:,} | {measured} |")
-    return lines
+                measured = (f"{result['exact']:.4f}", f"{result['seconds']:.0f}")
+                rows.append([task, name, str(result["steps"]), f"{length:,}", *measured])
+    return table(["task", "stage", "steps", "length", "exact, test split", "seconds"], rows)
 
 
 def main() -> None:
@@ -117,8 +118,8 @@ def main() -> None:
                 found[key] = carry_out(workdir, {**keys, **quick}, before)
                 results.write_text(json.dumps(found, indent=2) + "\n")
             before = workdir
-    (out / "results.md").write_text("\n".join([*rows_of(found), ""]))
-    print("\n".join(rows_of(found)))
+    (out / "results.md").write_text("\n".join([*table_of(found), ""]))
+    print("\n".join(table_of(found)))
 
 
 if __name__ == "__main__":

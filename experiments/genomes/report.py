@@ -2,11 +2,12 @@
 
 import re
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from experiments.genomes.genomes import HELD_OUT
+from experiments.tables import spread, table
 from lss_jax.reports.figures import Curve, Plot, png_of
 
 Found = dict[str, Any]  # results by the names of runs
@@ -18,16 +19,6 @@ def contexts_in(found: Found) -> list[int]:
 
 def seeds_of(found: Found, kind: str) -> list[Any]:
     return [result for name, result in found.items() if name.startswith(f"{kind}, seed")]
-
-
-def spread(values: Sequence[float], digits: int) -> str:
-    """The mean, and half of the range where there are several."""
-    shown = f"{statistics.mean(values):.{digits}f}"
-    return f"{shown} ± {(max(values) - min(values)) / 2:.{digits}f}" if values[1:] else shown
-
-
-def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    return [f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *rows)]
 
 
 def base_rows(found: Found, baselines: Found) -> list[list[str]]:
