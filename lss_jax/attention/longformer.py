@@ -21,6 +21,7 @@ from lss_jax.attention.gaps import kernel_gap, mask_gaps
 from lss_jax.attention.kernels import blocks
 from lss_jax.attention.kernels.interface import FORWARD, PRODUCTS, Attended, Queries
 from lss_jax.attention.mask import Intervals, MaskKind, neighbours
+from lss_jax.attention.nearby import fetched, runs_within, sends
 from lss_jax.attention.runs import attend_to_run, keys_from, together
 from lss_jax.attention.setting import Approximation, Reach, Setting, reach_of
 from lss_jax.attention.strategy import Local, Operations, Shards, Shown, Strategy
@@ -35,10 +36,10 @@ def longformer_attention(local: Local, setting: Setting) -> jax.Array:
     l, told = q_BlHK.shape[1], _told(setting)
     first = (jax.lax.axis_index(setting.axis) if setting.axis else 0) * l
     kv_2BGlK = stacked(k_BlGK, v_BlGK)
-    left, right = halo(l, setting)
-    near_2BGsK = _with_halo(kv_2BGlK, left, right, setting)
+    runs = runs_within(_reach(told), l, setting)
+    near_2BGsK = fetched(kv_2BGlK, runs)[0]
     queries = Queries(q_BlHK, near(mask, first, l, told), _dropout(local, None), None)
-    parts = [attend_to_run(queries, near_2BGsK, first - left, setting)]
+    parts = [attend_to_run(queries, near_2BGsK, first - runs.before, setting)]
     if not told.global_tokens:
         return parts[0].o_BlHK.astype(q_BlHK.dtype)
     q_BgHK, kv_2BGgK = _global_tokens(q_BlHK, kv_2BGlK, setting)
@@ -74,37 +75,8 @@ def answered(mask: Intervals, told: Approximation) -> Intervals:
     return Intervals(jnp.zeros_like(end_g), end_g)
 
 
-def halo(l: int, setting: Setting) -> tuple[int, int]:
-    """How many tokens before and behind a segment its queries may see; no more than there are."""
-    left, right = (min(reach, (setting.layout.devices - 1) * l) for reach in _reach(_told(setting)))
-    return left, right
-
-
 def _reach(told: Approximation) -> Reach:
     return reach_of(told.window, causal=told.causal)
-
-
-def _hops(reach: int, l: int) -> Iterator[tuple[int, int]]:
-    """The devices of a halo by how far away they are, the next one first, and how many tokens each sends."""
-    for hop in range(1, -(-reach // l) + 1):
-        yield hop, min(reach - (hop - 1) * l, l)
-
-
-def _with_halo(kv_2BGlK: jax.Array, left: int, right: int, setting: Setting) -> jax.Array:
-    """This segment's keys and values between those of its neighbours; zeros beyond the ends of the sequence."""
-    l, N = kv_2BGlK.shape[3], setting.layout.devices
-    before, behind = [], []
-    for hop, tokens in _hops(left, l):  # the last tokens of the devices before
-        before.append(
-            _sent(kv_2BGlK[:, :, :, l - tokens :], [(device, device + hop) for device in range(N - hop)], setting)
-        )
-    for hop, tokens in _hops(right, l):
-        behind.append(_sent(kv_2BGlK[:, :, :, :tokens], [(device + hop, device) for device in range(N - hop)], setting))
-    return jnp.concatenate((*before[::-1], kv_2BGlK, *behind), axis=3)
-
-
-def _sent(x: jax.Array, moves: list[tuple[int, int]], setting: Setting) -> jax.Array:
-    return checkpoint_name(jax.lax.ppermute(x, setting.axis, moves), COMMUNICATED)
 
 
 def _global_tokens(q_BlHK: jax.Array, kv_2BGlK: jax.Array, setting: Setting) -> tuple[jax.Array, jax.Array]:
@@ -116,8 +88,8 @@ def _global_tokens(q_BlHK: jax.Array, kv_2BGlK: jax.Array, setting: Setting) -> 
     q_BgHK, kv_2BGgK = q_BlHK[:, : told.global_tokens], kv_2BGlK[:, :, :, : told.global_tokens]
     if told.causal:
         return q_BgHK, _from_first_device(kv_2BGgK, setting)
-    fetched = _from_first_device(jnp.concatenate((*kv_2BGgK, q_BgHK.swapaxes(1, 2)), axis=1), setting)  # in one sum
-    k_BGgK, v_BGgK, q_BHgK = jnp.split(fetched, (G, 2 * G), axis=1)
+    everywhere = _from_first_device(jnp.concatenate((*kv_2BGgK, q_BgHK.swapaxes(1, 2)), axis=1), setting)  # in one sum
+    k_BGgK, v_BGgK, q_BHgK = jnp.split(everywhere, (G, 2 * G), axis=1)
     return q_BHgK.swapaxes(1, 2), jnp.stack((k_BGgK, v_BGgK))
 
 
@@ -161,36 +133,33 @@ def _stacked(parts: list[Attended]) -> Attended:
 def _traffic(sizes: Sizes, setting: Setting) -> dict[str, list[Traffic]]:
     """What one layer moves: bytes in proportion to the window and to the global tokens."""
     told, token = _told(setting), 2 * sizes.B * sizes.G * sizes.K
-    halos = [
-        Traffic("collective-permute", 1, token * tokens, sizes.itemsize)
-        for reach in halo(sizes.l, setting)
-        for _, tokens in _hops(reach, sizes.l)
-    ]
+    halos = list(sends(runs_within(_reach(told), sizes.l, setting), token, sizes.itemsize))
     g = told.global_tokens
     if not g:
         return {"forward": halos, "backward": halos}
     heads = 2 * sizes.G if told.causal else 2 * sizes.G + sizes.H
-    fetched = Traffic("all-reduce", 1, sizes.B * g * heads * sizes.K, 4)
+    summed = Traffic("all-reduce", 1, sizes.B * g * heads * sizes.K, 4)
     if told.causal:
-        return {"forward": [*halos, fetched], "backward": [*halos, fetched]}
+        return {"forward": [*halos, summed], "backward": [*halos, summed]}
     answer = sizes.B * g * sizes.H * (sizes.K + 1)
     gathered = Traffic("all-gather", 1, setting.layout.devices * answer, 4)
     return {
-        "forward": [*halos, fetched, gathered],
-        "backward": [*halos, fetched, Traffic("reduce-scatter", 1, answer, 4)],
+        "forward": [*halos, summed, gathered],
+        "backward": [*halos, summed, Traffic("reduce-scatter", 1, answer, 4)],
     }
 
 
 def _operations(shown: Shown, sizes: Sizes, setting: Setting) -> Operations:
     """By the blocks that the kernel visits, as of the exact strategies."""
-    told, l, (left, right) = _told(setting), sizes.l, halo(sizes.l, setting)
+    told, l = _told(setting), sizes.l
+    runs = runs_within(_reach(told), l, setting)
 
     def scores(mask: Intervals, queries: int, first: int, keys: int) -> int:
         return blocks.scores(keys_from(first, keys, setting), (sizes.B, queries, sizes.H, sizes.G), setting, mask)
 
     def of_device(first: int) -> int:
         mask = shown(first + jnp.arange(l, dtype=jnp.int32))
-        total = scores(near(mask, first, l, told), l, first - left, left + l + right)
+        total = scores(near(mask, first, l, told), l, first - runs.before, runs.length)
         if told.global_tokens:
             total += scores(far(mask, told), l, 0, told.global_tokens)
         if told.global_tokens and not told.causal:

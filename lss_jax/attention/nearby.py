@@ -20,9 +20,9 @@ from jax.ad_checkpoint import checkpoint_name
 from lss_jax.attention.kernels import KERNELS
 from lss_jax.attention.kernels.interface import Queries, Residuals
 from lss_jax.attention.mask import Intervals
-from lss_jax.attention.setting import Setting
+from lss_jax.attention.setting import Reach, Setting
 from lss_jax.attention.traffic import Traffic
-from lss_jax.parallel.layout import Layout
+from lss_jax.parallel.layout import Layout, leave
 from lss_jax.parallel.residuals import COMMUNICATED
 
 
@@ -36,7 +36,7 @@ class Piece(NamedTuple):
 class Runs(NamedTuple):
     """The runs of all chunks, which are alike but for what lies beyond the ends of the sequence: zeros."""
 
-    axis: str
+    axis: str | None  # None: one device has all
     layout: Layout
     chunk: int  # tokens
     pieces: tuple[Piece, ...]  # in natural order
@@ -73,20 +73,24 @@ def runs_of(l: int, setting: Setting) -> Runs | None:
 
     That is where runs would move more than half of its bytes: it is one collective, and they take many.
     """
-    layout = setting.key_layout
     if setting.axis is None or setting.reach is None:
         return None
-    chunk = l // layout.chunks_per_device
-    farthest = layout.chunks_NC.size - 1
-    before, behind = (_pieces(min(reach, farthest * chunk), chunk) for reach in setting.reach)
+    runs, layout = runs_within(setting.reach, l, setting), setting.key_layout
+    moved = layout.chunks_per_device * (runs.length - runs.chunk)
+    return runs if 2 * moved <= (layout.devices - 1) * l else None
+
+
+def runs_within(reach: Reach, l: int, setting: Setting) -> Runs:
+    """The runs of segments of `l` tokens whose queries see so far."""
+    layout = setting.key_layout
+    chunk, farthest = l // layout.chunks_per_device, layout.chunks_NC.size - 1
+    before, behind = (_pieces(min(tokens, farthest * chunk), chunk) for tokens in reach)
     pieces = (
         *(Piece(-distance, tokens) for distance, tokens in before[::-1]),
         Piece(0, chunk),
         *(Piece(*piece) for piece in behind),
     )
-    runs = Runs(setting.axis, layout, chunk, pieces)
-    moved = layout.chunks_per_device * (runs.length - chunk)
-    return runs if 2 * moved <= (layout.devices - 1) * l else None
+    return Runs(setting.axis, layout, chunk, pieces)
 
 
 def _pieces(reach: int, chunk: int) -> list[tuple[int, int]]:
@@ -115,8 +119,8 @@ def backward(saved: Residuals, do_BlHK: jax.Array, setting: Setting) -> tuple[Qu
 
 
 def fetch(kv_2BGlK: jax.Array, setting: Setting) -> jax.Array:
-    """The keys and values of this device's runs, `kv_12DGrK`."""
-    return fetched(kv_2BGlK, _runs(kv_2BGlK.shape[3], setting))
+    """What `fetched` gives, to be saved as it is."""
+    return checkpoint_name(fetched(kv_2BGlK, _runs(kv_2BGlK.shape[3], setting)), COMMUNICATED)
 
 
 def _runs(l: int, setting: Setting) -> Runs:
@@ -133,11 +137,11 @@ def fetched(kv_2BGlK: jax.Array, runs: Runs) -> jax.Array:
         if piece.distance == 0:
             return chunks[nth]
         sources = runs.sources(nth, piece).items()
-        parts = (_sent(_edge(chunks[of], piece), moves, runs.axis) for of, moves in sources)
-        return sum(parts, jnp.zeros_like(kv_2BGlK[:, :, :, : piece.tokens]))
+        parts = [_sent(_edge(chunks[of], piece), moves, runs.axis) for of, moves in sources]
+        return sum(parts[1:], parts[0]) if parts else jnp.zeros_like(kv_2BGlK[:, :, :, : piece.tokens])
 
     of_chunks = [jnp.concatenate([arrived(nth, piece) for piece in runs.pieces], 3) for nth in range(len(chunks))]
-    kv_2BcGrK = checkpoint_name(jnp.stack(of_chunks, axis=2), COMMUNICATED)
+    kv_2BcGrK = jnp.stack(of_chunks, axis=2)
     return kv_2BcGrK.reshape(1, 2, -1, *kv_2BcGrK.shape[3:])
 
 
@@ -187,7 +191,7 @@ def sends(runs: Runs, token: int, itemsize: int) -> Iterator[Traffic]:
     for nth in range(runs.layout.chunks_per_device):
         for piece in runs.pieces:
             for moves in runs.sources(nth, piece).values():
-                if _leave(moves):
+                if leave(moves):
                     yield Traffic("collective-permute", 1, token * piece.tokens, itemsize)
 
 
@@ -203,14 +207,9 @@ def _at_edge(d_2BGKp: jax.Array, piece: Piece, chunk: int) -> jax.Array:
     return jnp.pad(d_2BGKp, [(0, 0)] * 4 + [(rest, 0) if piece.distance < 0 else (0, rest)])
 
 
-def _leave(moves: list[tuple[int, int]]) -> bool:
-    """Whether any piece goes to another device."""
-    return any(here != there for here, there in moves)
-
-
-def _sent(x: jax.Array, moves: list[tuple[int, int]], axis: str) -> jax.Array:
+def _sent(x: jax.Array, moves: list[tuple[int, int]], axis: str | None) -> jax.Array:
     """What arrives by these moves; zeros where nothing does."""
-    if _leave(moves):
-        return jax.lax.ppermute(x, axis, moves)
+    if leave(moves):
+        return checkpoint_name(jax.lax.ppermute(x, axis, moves), COMMUNICATED)
     stays = jnp.isin(jax.lax.axis_index(axis), jnp.array([device for device, _ in moves]))
     return jnp.where(stays, x, 0)

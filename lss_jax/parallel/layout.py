@@ -117,7 +117,7 @@ class Layout:
     @property
     def sends(self) -> int:
         """How many collectives `from_natural` takes, and `to_natural` as many."""
-        return sum(map(_leave, self._moves)) if self._moves_tokens else 0
+        return sum(map(leave, self._moves)) if self._moves_tokens else 0
 
     @property
     def _moves_tokens(self) -> bool:
@@ -136,13 +136,13 @@ class Layout:
         return [jnp.where(odd_first, second, first), jnp.where(odd_first, first, second)]
 
 
-def _leave(moves: list[tuple[int, int]]) -> bool:
+def leave(moves: list[tuple[int, int]]) -> bool:
     """Whether any piece goes to another device."""
     return any(here != there for here, there in moves)
 
 
 def _sent(piece: jax.Array, axes: tuple[str, ...], moves: list[tuple[int, int]]) -> jax.Array:
-    return jax.lax.ppermute(piece, axes, moves) if _leave(moves) else piece
+    return jax.lax.ppermute(piece, axes, moves) if leave(moves) else piece
 
 
 def _merge(x: jax.Array, axis: int) -> jax.Array:
