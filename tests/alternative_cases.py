@@ -16,7 +16,7 @@ from oracle import hashed as plain_hash
 from lss_jax.attention.head_groups import in_head_groups
 from lss_jax.attention.mask import Intervals, MaskKind
 from lss_jax.attention.performer import random_features
-from lss_jax.attention.setting import USUAL, Approximation, Setting
+from lss_jax.attention.setting import Approximation, Setting
 from lss_jax.attention.strategies import make_attend
 from lss_jax.parallel.dropout import Dropout
 from lss_jax.parallel.hashing import hashed
@@ -67,16 +67,7 @@ class Case:
         told = Approximation(kind, self.window, self.global_tokens, FEATURES, SEED)
         axis = SEQ if self.seq > 1 else None
         orders, blocks = (self.order, self.order), (self.block, self.block)
-        return Setting(
-            axis,
-            *orders,
-            "blockwise",
-            *blocks,
-            regather=False,
-            interpret=True,
-            approximation=told,
-            scores=USUAL,
-        )
+        return Setting(axis, *orders, "blockwise", *blocks, regather=False, interpret=True, approximation=told)
 
     def mask(self) -> Intervals:
         """What the task shows: all tokens of a row, or each one and those before it; nothing to padding."""

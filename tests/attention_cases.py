@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec as P
 from lss_jax.attention.head_groups import in_head_groups
 from lss_jax.attention.kernels.targets import TARGETS
 from lss_jax.attention.mask import Intervals, bidirectional, causal, documents, prefix_causal, window
-from lss_jax.attention.setting import USUAL, Reach, Setting
+from lss_jax.attention.setting import Reach, Setting
 from lss_jax.attention.strategies import make_attend
 from lss_jax.parallel.dropout import Dropout
 from lss_jax.parallel.layout import Layout
@@ -86,7 +86,6 @@ def program(case: Case):
         case.regather,
         interpret=True,
         approximation=None,
-        scores=USUAL,
         reach=case.reach,
     )
 

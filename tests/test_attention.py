@@ -14,7 +14,7 @@ from lss_jax.attention import ring, ulysses
 from lss_jax.attention.head_groups import in_head_groups
 from lss_jax.attention.kernels import KERNELS
 from lss_jax.attention.mask import Intervals, bidirectional, causal
-from lss_jax.attention.setting import USUAL, Setting
+from lss_jax.attention.setting import Setting
 from lss_jax.attention.strategies import EXACT, make_attend
 from lss_jax.config.schema import AttentionConfig, DataConfig
 from lss_jax.data.corpus import ACLSUM
@@ -85,7 +85,6 @@ def setting_on(layout: Layout) -> Setting:
         regather=False,
         interpret=True,
         approximation=None,
-        scores=USUAL,
     )
 
 
@@ -172,18 +171,7 @@ def test_of_many_groups_one_is_held_at_a_time(way):
 
     def temporary_bytes(groups):
         layout = Layout("zigzag", 8)
-        setting = Setting(
-            SEQ,
-            layout,
-            layout,
-            "blockwise",
-            256,
-            256,
-            True,
-            interpret=True,
-            approximation=None,
-            scores=USUAL,
-        )
+        setting = Setting(SEQ, layout, layout, "blockwise", 256, 256, True, interpret=True, approximation=None)
 
         @partial(jax.shard_map, mesh=mesh_of(1, 8), in_specs=P(None, SEQ), out_specs=P(None, SEQ))
         def rows(q_BlHK, k_BlHK, v_BlHK):

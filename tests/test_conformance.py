@@ -41,7 +41,7 @@ from lss_jax.attention.collectives import stacked
 from lss_jax.attention.kernels import KERNELS, blockwise, tiles
 from lss_jax.attention.kernels.interface import Queries, Residuals
 from lss_jax.attention.mask import Intervals
-from lss_jax.attention.setting import USUAL, Scores, Setting
+from lss_jax.attention.setting import Scores, Setting
 from lss_jax.attention.strategies import EXACT, STRATEGIES
 from lss_jax.config.schema import ConfigError
 from lss_jax.parallel.dropout import Dropout
@@ -401,15 +401,7 @@ def kernel_alone(shape: Shape, q_BlHK, k_BLGK, v_BLGK, do_BlHK, mask) -> Results
     """A kernel as one device runs it, outside `shard_map`: whole keys in natural order to `Results`."""
     layout = Layout(shape.layout, shape.segments)
     setting = Setting(
-        None,
-        layout,
-        layout,
-        shape.kernel,
-        *shape.blocks,
-        regather=False,
-        interpret=True,
-        approximation=None,
-        scores=USUAL,
+        None, layout, layout, shape.kernel, *shape.blocks, regather=False, interpret=True, approximation=None
     )
     kernel = KERNELS[shape.kernel]
     kv_N2BGlK = layout.segments(stacked(k_BLGK, v_BLGK), 3)

@@ -21,7 +21,7 @@ from oracle import hashed as plain_hash
 from lss_jax.attention.head_groups import in_head_groups
 from lss_jax.attention.kernels.targets import TARGETS
 from lss_jax.attention.mask import Intervals
-from lss_jax.attention.setting import USUAL, Setting
+from lss_jax.attention.setting import Setting
 from lss_jax.attention.strategies import EXACT, make_attend
 from lss_jax.parallel.dropout import Dropout
 from lss_jax.parallel.hashing import hashed
@@ -69,16 +69,7 @@ def program(case: Case):
     mesh = mesh_of(case.data, case.seq)
     x_spec, rows_spec, sequence_spec = (without_unsharded(spec, mesh) for spec in (P(DATA, SEQ), P(DATA), P(SEQ)))
     axis = SEQ if case.seq > 1 else None
-    setting = Setting(
-        axis,
-        *case.orders,
-        case.kernel,
-        *case.blocks,
-        case.regather,
-        interpret=True,
-        approximation=None,
-        scores=USUAL,
-    )
+    setting = Setting(axis, *case.orders, case.kernel, *case.blocks, case.regather, interpret=True, approximation=None)
 
     def on_device(q_BlHK, k_BsGK, v_BsGK, do_BlHK, mask, dropout):
         attend = partial(in_head_groups(make_attend(case.strategy, mask, setting), case.head_groups), dropout=dropout)

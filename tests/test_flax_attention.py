@@ -118,7 +118,7 @@ def test_what_flax_can_and_this_cannot(of_layer, of_call, message):
 
 @pytest.mark.parametrize("make", [nnx.make_causal_mask, partial(nnx.make_attention_mask, PADDED)])
 def test_masks_as_flax_makes_them(make):
-    """Of numbers, not of booleans, and under `jit`: so they are read as arrays."""
+    """They are numbers, not booleans, and under `jit`: so they are read as arrays."""
     layer = nnx.MultiHeadAttention(4, 32, decode=False, rngs=nnx.Rngs(0))
     ours = nnx.clone(layer)
     ours.attention_fn = lss_jax.attention_fn(mesh_of(1, 4), **BLOCKS)

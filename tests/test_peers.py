@@ -56,7 +56,7 @@ def example(monkeypatch):
 
 
 def loss_of(logits_BLV, tokens_BL, counted_BL):
-    """Of next tokens, where there are some."""
+    """The loss of next tokens, where there are some."""
     logs_BLV = jax.nn.log_softmax(logits_BLV[:, :-1])
     found_BL = jnp.take_along_axis(logs_BLV, tokens_BL[:, 1:, None], -1)[..., 0]
     return -(found_BL * counted_BL[:, 1:]).sum() / counted_BL[:, 1:].sum()

@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec as P
 
 from lss_jax.attention.head_groups import in_head_groups
 from lss_jax.attention.mask import Intervals, causal
-from lss_jax.attention.setting import USUAL, Setting
+from lss_jax.attention.setting import Setting
 from lss_jax.attention.strategies import STRATEGIES, make_attend
 from lss_jax.attention.traffic import Sizes
 from lss_jax.parallel.layout import Layout
@@ -88,17 +88,7 @@ def attention_of(
 def setting_of(variant: Variant, blocks: tuple[int, int]) -> Setting:
     """The setting of a variant, with blocks of so many queries and keys."""
     layout = Layout(variant.layout, DEVICES)
-    return Setting(
-        SEQ,
-        layout,
-        layout,
-        variant.kernel,
-        *blocks,
-        variant.regather,
-        interpret=True,
-        approximation=None,
-        scores=USUAL,
-    )
+    return Setting(SEQ, layout, layout, variant.kernel, *blocks, variant.regather, interpret=True, approximation=None)
 
 
 def predicted(variant: Variant, length: int) -> Counter:

@@ -25,7 +25,7 @@ from jax.sharding import PartitionSpec as P
 from lss_jax import cli
 from lss_jax.attention.mask import causal
 from lss_jax.attention.placement import fused_on
-from lss_jax.attention.setting import USUAL, Setting
+from lss_jax.attention.setting import Setting
 from lss_jax.attention.strategies import make_attend
 from lss_jax.inspection.topology import cpu_devices_of, devices_of
 from lss_jax.parallel.dropout import Dropout
@@ -117,18 +117,7 @@ def program(case: Case, mesh: Mesh, kernel: str | None):
     assert kernel
     layout = Layout("zigzag", mesh.shape[SEQ])
     axis = SEQ if SEQ in sharded_axes(mesh) else None
-    setting = Setting(
-        axis,
-        layout,
-        layout,
-        kernel,
-        512,
-        512,
-        regather=False,
-        interpret=False,
-        approximation=None,
-        scores=USUAL,
-    )
+    setting = Setting(axis, layout, layout, kernel, 512, 512, regather=False, interpret=False, approximation=None)
 
     def on_device(q_BlHK, k_BlGK, v_BlGK, do_BlHK, position_l):
         dropout = Dropout(case.rate, jnp.uint32(0), jnp.arange(1), position_l, 0) if case.rate else None

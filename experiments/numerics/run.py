@@ -28,7 +28,7 @@ from jax.sharding import PartitionSpec as P
 from matplotlib.figure import Figure
 
 from lss_jax.attention.mask import causal
-from lss_jax.attention.setting import USUAL, Setting
+from lss_jax.attention.setting import Setting
 from lss_jax.attention.strategies import EXACT, make_attend
 from lss_jax.parallel.layout import Layout
 from lss_jax.parallel.mesh import SEQ, make_mesh, without_unsharded
@@ -74,16 +74,7 @@ def computed(strategy: str, devices: int, arrays_1LHK: list[np.ndarray]) -> list
     spec, spec_l = without_unsharded(P(None, SEQ), mesh), without_unsharded(P(SEQ), mesh)
     axis = SEQ if devices > 1 else None
     setting = Setting(
-        axis,
-        layout,
-        layout,
-        "blockwise",
-        BLOCK,
-        BLOCK,
-        regather=False,
-        interpret=True,
-        approximation=None,
-        scores=USUAL,
+        axis, layout, layout, "blockwise", BLOCK, BLOCK, regather=False, interpret=True, approximation=None
     )
     position_L = layout.positions(arrays_1LHK[0].shape[1])
 

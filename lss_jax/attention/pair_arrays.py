@@ -84,6 +84,6 @@ def _broadcasts(shape: tuple[int, ...], whole: tuple[int, ...]) -> bool:
 
 
 def _scores_shape(shape: tuple[int, ...], keys: int) -> tuple[int, ...]:
-    """Of queries of this shape; as in JAX, with one row where the queries have no axis for rows."""
+    """The shape of the scores of such queries; as in JAX, with one row where the queries have no axis for rows."""
     *rows, length, heads, _ = shape
     return (*(rows or (1,)), heads, length, keys)

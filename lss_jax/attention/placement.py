@@ -5,7 +5,7 @@ import dataclasses
 from jax.sharding import AbstractMesh, Mesh
 
 from lss_jax.attention.mask import MaskKind
-from lss_jax.attention.setting import SELF, USUAL, Approximation, Between, Reach, Setting, reach_of
+from lss_jax.attention.setting import SELF, Approximation, Between, Reach, Setting, reach_of
 from lss_jax.attention.strategies import STRATEGIES
 from lss_jax.config.schema import AttentionConfig, Config, ConfigError
 from lss_jax.parallel.layout import Layout, layout_on
@@ -48,7 +48,6 @@ def setting_of(attention: AttentionConfig, layout: Layout, axis: str | None, mes
         regather=attention.regather,
         interpret=False,
         approximation=None,
-        scores=USUAL,
     )
 
 

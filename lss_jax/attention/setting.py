@@ -76,7 +76,7 @@ class Setting:
     regather: bool  # what came from other devices is communicated again in the backward pass, not saved
     interpret: bool  # fused kernels step by step, as on CPUs
     approximation: Approximation | None  # None: attention is exact
-    scores: Scores
+    scores: Scores = USUAL
     reach: Reach | None = None  # None: a query may see any key
 
     def scale_of(self, width: int) -> float:

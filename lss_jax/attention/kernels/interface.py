@@ -23,7 +23,7 @@ class Queries(NamedTuple):
         pairs = None
         if self.pairs is not None and self.pairs.bias_BHlL is not None and dbias_BHlL is not None:
             pairs = Pairs(None, dbias_BHlL.astype(self.pairs.bias_BHlL.dtype))
-        return Queries(dq_BlHK.astype(self.q_BlHK.dtype), None, None, pairs)  # type: ignore[arg-type]
+        return Queries._make((dq_BlHK.astype(self.q_BlHK.dtype), None, None, pairs))
 
 
 class Output(NamedTuple):
